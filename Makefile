@@ -1,0 +1,42 @@
+# Everything on a fresh machine with Python 3.11 or newer: `make demo` (some minutes) and `make test`.
+# A Python of another name: `make demo PYTHON=python3.12`.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
+STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+export MPLBACKEND := agg
+
+.PHONY: demo test notebooks clean
+
+# The three notebooks on the synthetic phantom, then an overlay of one X-ray: see runs/demo/.
+demo: .venv/installed
+	@mkdir -p runs/demo
+	@for name in $(NOTEBOOKS); do \
+		echo "== $$name.ipynb"; \
+		$(BIN)/papermill $$name.ipynb runs/demo/$$name.ipynb --log-output --no-progress-bar || exit 1; \
+	done
+	$(BIN)/python overlay_cam.py -i assets/phantom.png -m demo/resnet18 -o runs/demo/overlay.png
+	@echo "== the executed notebooks, three trained networks and overlay.png are in runs/demo/"
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/$(STRIP) --verify *.ipynb
+	$(BIN)/python -m pytest
+
+# After `make demo`: take its outputs over into the notebooks that are committed.
+notebooks: .venv/installed-dev
+	@for name in $(NOTEBOOKS); do cp runs/demo/$$name.ipynb . && $(BIN)/$(STRIP) $$name.ipynb || exit 1; done
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv runs data/phantom

@@ -1,0 +1,222 @@
+"""Readers, the table and the splits: what is read, what is refused, who lands where."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from datasets import XrayTable, data_fingerprint, read_dataset
+from datasets.phantom import FOLDERS
+from datasets.splits import apply_splits, split_by_patient, splits_frame
+from datasets.table import patients_of
+
+
+def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (8, 8), value if mode == "L" else (value,) * 3).save(path)
+
+
+def invented_table(
+    patients: list[str], labels: list[int], splits: list[str | None] | None = None
+) -> XrayTable:
+    frame = pd.DataFrame(
+        {
+            "path": [f"/data/{i:05d}.png" for i in range(len(patients))],
+            "patient": patients,
+            "split": pd.Series(splits or [None] * len(patients), dtype=object),
+            "label": labels,
+            "mask": None,
+            "lesion": None,
+        }
+    )
+    classes = tuple(f"class {i}" for i in range(max(labels) + 1))
+    return XrayTable(frame=frame, classes=classes, root=Path("/data"), has_patient_ids=True)
+
+
+def test_present_layout_is_read_with_its_lung_masks(phantom_root):
+    table = read_dataset("covid_radiography", phantom_root)
+    assert table.classes == ("COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia")
+    assert table.counts()["not split"].tolist() == [11, 9, 13, 7]
+    for row in table.frame.itertuples():
+        assert Path(row.mask).parent.name == "masks"
+        assert Path(row.mask).name == Path(row.path).name
+        assert Path(row.path).parts[-3] == FOLDERS[table.classes[row.label]]
+
+
+def test_boxes_enclose_the_lesions_of_their_image(phantom_root):
+    table = read_dataset("covid_radiography", phantom_root)
+    lesions = table.frame.set_index("path")["lesion"]
+    assert set(table.boxes["path"]) <= set(lesions.index)
+    assert not table.boxes["label"].eq(table.classes.index("Normal")).any()
+    for box in table.boxes.itertuples():
+        mask = np.asarray(Image.open(lesions[box.path])) > 0
+        size = mask.shape[0]
+        rows = slice(round(box.y * size), round((box.y + box.height) * size))
+        columns = slice(round(box.x * size), round((box.x + box.width) * size))
+        assert mask[rows, columns].any(axis=1).all()
+        assert mask[rows, columns].any(axis=0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_older_layout_has_its_images_in_the_class_folder(tmp_path, mode):
+    for name in ("COVID-19", "NORMAL", "Viral Pneumonia"):
+        for i in range(3):
+            draw(tmp_path / name / f"{name} ({i}).png", mode=mode)
+    table = read_dataset("covid_radiography", tmp_path)
+    assert table.classes == ("COVID-19", "Normal", "Viral Pneumonia")
+    assert len(table) == 9
+    assert table.frame["mask"].isna().all()
+
+
+def test_absent_classes_are_named_and_are_no_classes(tmp_path):
+    draw(tmp_path / "COVID" / "images" / "COVID-1.png")
+    draw(tmp_path / "Normal" / "images" / "Normal-1.png")
+    (tmp_path / "Lung_Opacity" / "images").mkdir(parents=True)
+    table = read_dataset("covid_radiography", tmp_path)
+    assert table.classes == ("COVID-19", "Normal")
+    assert "Lung Opacity, Viral Pneumonia" in table.notes[0]
+
+
+def test_study_order_of_classes_is_kept(phantom_root):
+    table = read_dataset("covid_radiography", phantom_root, classes=["Normal", "COVID-19"])
+    assert table.classes == ("Normal", "COVID-19")
+    assert table.counts()["not split"].tolist() == [13, 11]
+
+
+def test_download_inside_the_root_is_found(tmp_path):
+    draw(tmp_path / "COVID-19_Radiography_Dataset" / "COVID" / "images" / "COVID-1.png")
+    assert read_dataset("covid_radiography", tmp_path).relative_paths()[0] == "COVID/images/COVID-1.png"
+
+
+def test_missing_root_names_the_command_that_gets_the_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"kagglehub\.dataset_download"):
+        read_dataset("covid_radiography", tmp_path / "nowhere")
+
+
+def test_folder_tree_without_splits(tmp_path):
+    for name, number in (("healthy", 2), ("sick", 3)):
+        for i in range(number):
+            draw(tmp_path / name / f"{i}.jpg")
+    (tmp_path / "notes").mkdir()
+    table = read_dataset("folder", tmp_path)
+    assert table.classes == ("healthy", "sick")
+    assert table.frame["split"].isna().all()
+    assert not table.has_patient_ids
+
+
+def test_folder_tree_with_splits_keeps_them_and_draws_the_missing_one_from_train(tmp_path):
+    for split, number in (("train", 20), ("test", 4)):
+        for name in ("healthy", "sick"):
+            for i in range(number):
+                draw(tmp_path / split / name / f"{i}.png")
+    table = read_dataset("folder", tmp_path)
+    divided = split_by_patient(table, val=0.1, test=0.1, seed=0)
+    assert divided.counts().to_numpy().tolist() == [[18, 2, 4], [18, 2, 4]]
+    test = divided.frame[divided.frame["split"] == "test"]
+    assert test["path"].str.contains("/test/").all()
+
+
+def test_patient_pattern_groups_the_images_of_a_patient(tmp_path):
+    for i in range(12):
+        draw(tmp_path / ("healthy" if i % 2 else "sick") / f"p{i // 2:02d}_view{i}.png")
+    table = read_dataset("folder", tmp_path, patient_pattern=r"^(p\d+)_")
+    assert table.has_patient_ids
+    assert table.frame["patient"].nunique() == 6
+    with pytest.raises(ValueError, match="finds no patient in the name"):
+        read_dataset("folder", tmp_path, patient_pattern=r"^(q\d+)_")
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="one folder of PNG or JPEG files a class"):
+        read_dataset("folder", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        read_dataset("folder", tmp_path / "nowhere")
+    draw(tmp_path / "sick" / "1.png")
+    with pytest.raises(ValueError, match="no images of healthy"):
+        read_dataset("folder", tmp_path, classes=["healthy", "sick"])
+
+
+def test_patient_on_two_sides_is_a_hard_error():
+    with pytest.raises(ValueError, match="'anna' in test and train"):
+        invented_table(["anna", "anna", "bob"], [0, 0, 1], ["train", "test", "val"])
+
+
+def test_file_listed_twice_is_a_hard_error():
+    table = invented_table(["a", "b"], [0, 1])
+    with pytest.raises(ValueError, match="listed twice"):
+        replace(table, frame=pd.concat([table.frame, table.frame.iloc[:1].assign(patient="c")]))
+
+
+def test_fractions_are_met_in_every_class_when_images_are_patients():
+    labels = [0] * 500 + [1] * 300 + [2] * 40
+    table = split_by_patient(invented_table([str(i) for i in range(840)], labels), val=0.1, test=0.2, seed=1)
+    assert table.counts().to_numpy().tolist() == [[350, 50, 100], [210, 30, 60], [28, 4, 8]]
+
+
+def test_sixty_images_a_class_are_exactly_sixty():
+    labels = [0] * 500 + [1] * 200
+    table = split_by_patient(invented_table([str(i) for i in range(700)], labels), val=60, test=60, seed=1)
+    assert table.counts().to_numpy().tolist() == [[380, 60, 60], [80, 60, 60]]
+
+
+def test_no_patient_is_divided_and_sizes_are_nearly_met():
+    rng = np.random.default_rng(0)
+    patients = [str(patient) for patient in rng.integers(0, 200, 1000)]
+    labels = [int(patient) % 3 for patient in patients]
+    table = split_by_patient(invented_table(patients, labels), val=0.1, test=0.2, seed=5)
+    sides = table.frame[["patient", "split"]].drop_duplicates()
+    assert sides["patient"].is_unique
+    shares = table.counts().div(table.counts().sum(axis=1), axis=0)
+    assert (shares["val"] - 0.1).abs().max() < 0.02
+    assert (shares["test"] - 0.2).abs().max() < 0.02
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order_of_rows():
+    table = invented_table([str(i) for i in range(100)], [i % 2 for i in range(100)])
+    mixed = replace(table, frame=table.frame.sample(frac=1, random_state=0))
+    one = splits_frame(split_by_patient(table, val=0.1, test=0.1, seed=7))
+    assert one.equals(splits_frame(split_by_patient(mixed, val=0.1, test=0.1, seed=7)))
+    assert not one.equals(splits_frame(split_by_patient(table, val=0.1, test=0.1, seed=8)))
+
+
+def test_too_few_patients_are_an_error_not_an_empty_split():
+    with pytest.raises(ValueError, match="'class 1' has 2 patients"):
+        split_by_patient(invented_table(list("abcdefg"), [0, 0, 0, 0, 0, 1, 1]), val=0.1, test=0.1, seed=0)
+    with pytest.raises(ValueError, match="none is left to train on"):
+        split_by_patient(invented_table(list("abcdef"), [0] * 6), val=3, test=3, seed=0)
+
+
+def test_patient_counts_for_the_class_of_most_of_its_images():
+    table = invented_table(["a", "a", "a", "b", "b"], [1, 1, 0, 0, 1])
+    assert patients_of(table.frame).loc[["a", "b"], "label"].tolist() == [1, 0]
+    assert patients_of(table.frame)["images"].tolist() == [3, 2]
+
+
+def test_limit_keeps_the_shares_of_the_classes():
+    labels = [0] * 600 + [1] * 300 + [2] * 100
+    table = invented_table([str(i) for i in range(1000)], labels).limited(50, seed=0)
+    assert table.counts()["not split"].tolist() == [30, 15, 5]
+    assert "limited to 50 of 1000" in table.notes[-1]
+
+
+def test_saved_splits_come_back(phantom_root, tmp_path):
+    table = split_by_patient(read_dataset("covid_radiography", phantom_root), val=0.2, test=0.2, seed=0)
+    splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)
+    unsplit = read_dataset("covid_radiography", phantom_root)
+    restored = splits_frame(apply_splits(unsplit, tmp_path / "splits.csv"))
+    pd.testing.assert_frame_equal(restored, splits_frame(table), check_dtype=False)
+    with pytest.raises(FileNotFoundError, match="run notebook 2"):
+        apply_splits(unsplit, tmp_path / "none.csv")
+
+
+def test_fingerprint_changes_with_labels_splits_and_files(phantom_root):
+    table = read_dataset("covid_radiography", phantom_root)
+    divided = split_by_patient(table, val=0.2, test=0.2, seed=0)
+    fewer = replace(divided, frame=divided.frame.iloc[1:])
+    relabelled = replace(divided, frame=divided.frame.assign(label=divided.frame["label"].to_numpy()[::-1]))
+    prints = [data_fingerprint(t) for t in (table, divided, fewer, relabelled)]
+    assert len(set(prints)) == 4
+    assert data_fingerprint(divided) == prints[1]

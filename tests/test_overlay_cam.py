@@ -1,0 +1,170 @@
+"""The command line: one X-ray in, probabilities and an overlay out; mistakes answered in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grad_cam import GradCAM
+from networks import load_network
+from overlay_cam import main
+from utils import read_xray
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def xray(tmp_path, phantom_root):
+    """One X-ray that is neither square nor of the network's size."""
+    image = Image.open(phantom_root / "COVID" / "images" / "COVID-1.png").resize((120, 75))
+    path = tmp_path / "in" / "patient 7.png"
+    path.parent.mkdir()
+    image.save(path)
+    return path
+
+
+def call(capsys, *arguments):
+    status = main([str(argument) for argument in arguments] + ["--device", "cpu"])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(capsys, xray, trained_run, tmp_path):
+    status, out, err = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path / "out.png", "--json")
+    assert (status, err) == (0, "")
+    (record,) = json.loads(out)
+    assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert record["predicted"] == max(record["probabilities"], key=record["probabilities"].get)
+    assert record["maps"][0]["label"] == record["predicted"]
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert picture.shape == (75, 120, 3)
+
+
+def test_probabilities_are_the_models_own(capsys, xray, trained_run, tmp_path):
+    network, card = load_network(trained_run)
+    with torch.no_grad():
+        expected = card.probabilities(network(card.preprocessing(read_xray(xray))[None]))[0]
+    _, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
+    found = json.loads(out)[0]["probabilities"]
+    assert list(found) == list(card.classes)
+    np.testing.assert_allclose(list(found.values()), expected.numpy(), atol=1e-4)
+
+
+def test_text_names_every_class_and_the_one_that_the_map_is_for(capsys, xray, trained_run, tmp_path):
+    status, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-l", "lung_opacity", "-o", tmp_path)
+    assert status == 0
+    for name in ("COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"):
+        assert name in out
+    assert "Grad-CAM for Lung Opacity" in out
+    assert (tmp_path / "patient 7_cam.png").is_file()
+
+
+def test_all_labels_give_a_map_each(capsys, xray, trained_run, tmp_path):
+    status, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-l", "all", "-o", tmp_path, "--json")
+    assert status == 0
+    written = [Path(entry["overlay"]).name for entry in json.loads(out)[0]["maps"]]
+    assert written == [
+        f"patient 7_cam_{name}.png" for name in ("covid19", "lungopacity", "normal", "viralpneumonia")
+    ]
+    assert all((tmp_path / name).is_file() for name in written)
+
+
+def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_path):
+    call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "o.png", "--alpha", "0.8")
+    grey, network_card = read_xray(xray), load_network(trained_run)
+    with GradCAM(network_card.network) as cam:
+        maps = cam(network_card.card.preprocessing(grey)[None], 2).upsampled(grey.shape)
+    zero = maps[0, 0].numpy() == 0
+    picture = np.asarray(Image.open(tmp_path / "o.png"))
+    np.testing.assert_array_equal(picture[zero], np.repeat(grey[..., None], 3, 2)[zero])
+    if not zero.all():
+        assert (picture[~zero] != grey[~zero][:, None]).any()
+    call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "z.png", "--alpha", "0")
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "z.png")), np.repeat(grey[..., None], 3, 2)
+    )
+
+
+def test_good_files_of_a_folder_are_done_and_bad_ones_listed(capsys, xray, trained_run, tmp_path):
+    (xray.parent / "broken.png").write_bytes(b"no image")
+    (xray.parent / "notes.txt").write_text("not looked at")
+    status, out, err = call(capsys, "-i", xray.parent, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    assert status == 1
+    assert "broken.png" in err
+    assert "1 of 2 images" in err
+    records = {Path(record["image"]).name: record for record in json.loads(out)}
+    assert "error" in records["broken.png"]
+    assert (tmp_path / "out" / "patient 7_cam.png").is_file()
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, trained_run, tmp_path):
+    twin = tmp_path / "other" / xray.name
+    twin.parent.mkdir()
+    Image.fromarray(255 - read_xray(xray)).save(twin)
+    status, out, _ = call(capsys, "-i", xray, twin, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    assert status == 0
+    overlays = [record["maps"][0]["overlay"] for record in json.loads(out)]
+    assert len(set(overlays)) == 2
+    assert all(Path(path).is_file() for path in overlays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"-i": "gone.png"}, "no such file: gone.png"),
+        ({"-i": "TEXT"}, "is not an image that can be read"),
+        ({"-i": "EMPTY"}, "no images in the folder"),
+        ({"-l": "tuberculosis"}, "choose from COVID-19, Lung Opacity, Normal, Viral Pneumonia or all"),
+        ({"-m": "demo/alexnet"}, "run notebook 2"),
+        ({"--colormap": "rainbows"}, "unknown colour map 'rainbows'"),
+        ({"-o": "x.gif"}, ".png or .jpg"),
+        ({"-o": "XRAY"}, "is an X-ray that was given"),
+    ],
+)
+def test_a_mistake_is_one_line_with_a_remedy_and_status_2(
+    capsys, xray, trained_run, tmp_path, change, message
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    stand_ins = {"TEXT": tmp_path / "text.png", "EMPTY": tmp_path / "empty", "XRAY": xray}
+    change = {option: stand_ins.get(value, value) for option, value in change.items()}
+    original = xray.read_bytes()
+    options = {"-i": xray, "-m": trained_run, "-o": tmp_path / "out"} | change
+    status, out, err = call(capsys, *[part for option in options.items() for part in option])
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert xray.read_bytes() == original
+
+
+def test_alpha_out_of_range_is_refused(capsys, xray, trained_run):
+    with pytest.raises(SystemExit) as caught:
+        call(capsys, "-i", xray, "-m", trained_run, "--alpha", "2")
+    assert caught.value.code == 2
+    assert "not between 0 and 1" in capsys.readouterr().err
+
+
+def test_command_line_imports_only_what_one_image_needs():
+    code = "import sys, overlay_cam; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "pandas",
+        "sklearn",
+        "seaborn",
+        "matplotlib",
+        "scipy",
+        "pydantic",
+        "accelerate",
+        "studies",
+        "finetune",
+    }
+    assert not heavy & set(modules)

@@ -1,0 +1,100 @@
+"""What in the data, other than disease, could fool a network: probes that must fail, and near-duplicates."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from metrics import MACRO, bootstrap_scores
+
+
+def border_pixels(thumbnails: np.ndarray, *, rim: int = 2) -> np.ndarray:
+    """Return (N, P) the outermost `rim` pixels of (N, H, W) thumbnails: no lung lies there, so nothing in them
+    should tell a class.
+    """
+    inside = np.zeros(thumbnails.shape[1:], dtype=bool)
+    inside[rim:-rim, rim:-rim] = True
+    return thumbnails[:, ~inside]
+
+
+def brightness(thumbnails: np.ndarray) -> np.ndarray:
+    """Return (N, 2) mean and standard deviation of (N, H, W) images: exposure, not anatomy."""
+    flat = thumbnails.reshape(len(thumbnails), -1)
+    return np.stack([flat.mean(axis=1), flat.std(axis=1)], axis=1)
+
+
+def probe_table(
+    features: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    patients: Sequence,
+    classes: Sequence[str],
+    *,
+    folds: int = 5,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how well a linear probe tells the classes from features that should say nothing of them.
+
+    `features` holds (N, F) arrays by name. A logistic regression (standardised, L2) predicts each image from
+    the others in `folds` folds that keep a patient together; the macro one-vs-rest ROC-AUC of those
+    predictions, with its interval over patients, is a row. 0.5 is chance; well above it the feature is a
+    shortcut that a network can take (Geirhos et al. 2020, arXiv:2004.07780; DeGrave et al. 2021, Nature
+    Machine Intelligence 3, for chest X-rays of COVID-19). Give it no test images.
+    """
+    rows = {}
+    smallest = int(np.bincount(labels).min())
+    for name, values in features.items():
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        split = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=seed)
+        probabilities = cross_val_predict(
+            probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
+        )
+        scores = bootstrap_scores(
+            labels, probabilities, patients, classes, resamples=resamples, rng=np.random.default_rng(seed)
+        )
+        found = scores[(scores["class"] == MACRO) & (scores["metric"] == "roc_auc")].iloc[0]
+        rows[name] = {"roc_auc": found["estimate"], "low": found["low"], "high": found["high"]}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def near_duplicates(thumbnails: np.ndarray, *, correlation: float = 0.985, chunk: int = 4096) -> np.ndarray:
+    """Return (N,) group numbers: images of one group are copies of one another, or nearly.
+
+    Two (H, W) thumbnails whose Pearson correlation is above `correlation` are joined, and groups grow by
+    chains. At 32 x 32 pixels, X-rays of different patients stay below 0.975, while copies that were resized,
+    compressed or brightened lie above 0.99.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat -= flat.mean(axis=1, keepdims=True)
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    pairs = []
+    for start in range(0, len(flat), chunk):
+        rows, columns = np.nonzero(flat[start : start + chunk] @ flat.T > correlation)
+        pairs.append(np.stack([rows + start, columns]))
+    rows, columns = np.concatenate(pairs, axis=1)
+    graph = coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(flat),) * 2)
+    return connected_components(graph, directed=False)[1]
+
+
+def duplicate_table(groups: np.ndarray, splits: Sequence[str], labels: Sequence[int]) -> pd.Series:
+    """Return how many images have a near-duplicate, how many of them in another split (a leak: the test
+    repeats the training) and how many with another label (one of the two is wrong).
+    """
+    frame = pd.DataFrame({"group": groups, "split": list(splits), "label": list(labels)})
+    by_group = frame.groupby("group").transform("nunique")
+    return pd.Series(
+        {
+            "images with a near-duplicate": int(
+                frame.groupby("group")["split"].transform("size").gt(1).sum()
+            ),
+            "… in another split": int(by_group["split"].gt(1).sum()),
+            "… with another label": int(by_group["label"].gt(1).sum()),
+        }
+    )
