@@ -4,7 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
 STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
-export MPLBACKEND := agg
 
 .PHONY: demo test notebooks clean
 

@@ -4,6 +4,7 @@ python finetune.py covid_radiography --data-root DIR --networks resnet18
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 import torchvision
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,12 +33,13 @@ from datasets.table import relative_paths
 from metrics import fit_temperature
 from networks import (
     ModelCard,
+    add_batch_norm,
     architecture,
     build_network,
+    fold_batch_norm,
     parameter_count,
     resolve_device,
     save_network,
-    standardise_layers,
 )
 from studies import PROJECT, Study, load_study, load_table
 from utils import Preprocessing, augmentation, class_weights, make_loaders, seed_everything
@@ -94,9 +97,7 @@ def fine_tune(
     augmentation on; so they may lie below the validation's. Raises FloatingPointError on a loss that is not
     finite.
     """
-    where = resolve_device(device)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(where)
-    accelerator = Accelerator(cpu=where.type == "cpu")
+    accelerator = _accelerator(resolve_device(device))
     half = resolve_precision(precision, accelerator.device) == "bf16"
     autocast = {"device_type": accelerator.device.type, "dtype": torch.bfloat16, "enabled": half}
     network.to(memory_format=torch.channels_last)
@@ -123,6 +124,10 @@ def fine_tune(
         )
         seconds = time.perf_counter() - started
         val_loss, val_accuracy = _validate(model, val, accelerator.device, autocast)
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            raise FloatingPointError(
+                f'{title} epoch {epoch}: the loss is not finite; set a lower learning_rate or precision = "fp32"'
+            )
         rows.append(
             {
                 "epoch": epoch,
@@ -147,6 +152,13 @@ def fine_tune(
     network.load_state_dict(best_state)
     network.eval()
     return FineTuned(pd.DataFrame(rows), best_epoch)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    # The first Accelerator of a process would fix the device for all; a notebook may want another one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == "cpu")
 
 
 def _scheduler(
@@ -190,12 +202,7 @@ def _train_epoch(
                 f"loss {float(loss_sum) / seen:.3f}, accuracy {int(correct) / seen:.3f}, "
                 f"{seen / (time.perf_counter() - started):.0f} images/s"
             )
-    mean_loss = float(loss_sum) / seen
-    if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
-        raise FloatingPointError(
-            "the training loss is not finite: try a lower --learning-rate or precision fp32"
-        )
-    return mean_loss, int(correct) / seen
+    return float(loss_sum) / seen, int(correct) / seen
 
 
 def _validate(
@@ -271,13 +278,10 @@ def fine_tune_study(
         f"{kind.title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
         f"{training.weights}, {preprocessing.image_size} px, {len(labels)} training images"
     )
-    if training.initialise_from_data:
-        standardise_layers(model, next(iter(loaders["train"]))[0])
+    if training.temporary_batch_norm:
+        add_batch_norm(model)
     folder = runs / study.name / network
-    partial = folder.with_name(f".{network}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with history_log(partial) as log:
+    with complete_or_absent(folder) as partial, history_log(partial) as log:
         done = fine_tune(
             model,
             loaders,
@@ -291,35 +295,36 @@ def fine_tune_study(
             title=kind.title,
             on_epoch=log,
         )
-    model.to(where)
-    logits = {
-        split: predict_logits(model, loaders["train_plain" if split == "train" else split], device=where)
-        for split in SPLITS
-    }
-    best = done.history.iloc[done.best_epoch - 1]
-    card = ModelCard(
-        architecture=network,
-        classes=table.classes,
-        image_size=preprocessing.image_size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        cam_layer=model.cam_layer,
-        temperature=fit_temperature(logits["val"].numpy(), table.subset("val")["label"].to_numpy()),
-        origin=_origin(study, table, device=str(where), parameters=parameter_count(model)),
-        validation={
-            "best_epoch": done.best_epoch,
-            "epochs": len(done.history),
-            "loss": float(best["val_loss"]),
-            "accuracy": float(best["val_accuracy"]),
-            "training_seconds": round(float(done.history["seconds"].sum()), 1),
-        },
-    )
-    for split, values in logits.items():
-        predictions = predictions_frame(table, split, card.probabilities(values).numpy())
-        predictions.to_csv(partial / f"predictions_{split}.csv", index=False)
-    splits_frame(table).to_csv(partial / "splits.csv", index=False)
-    save_network(partial, model, card)
-    _replace_folder(partial, folder)
+        if training.temporary_batch_norm:
+            fold_batch_norm(model)
+        model.to(where)
+        logits = {
+            split: predict_logits(model, loaders["train_plain" if split == "train" else split], device=where)
+            for split in SPLITS
+        }
+        best = done.history.iloc[done.best_epoch - 1]
+        card = ModelCard(
+            architecture=network,
+            classes=table.classes,
+            image_size=preprocessing.image_size,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            cam_layer=model.cam_layer,
+            temperature=fit_temperature(logits["val"].numpy(), table.subset("val")["label"].to_numpy()),
+            origin=_origin(study, table, device=str(where), parameters=parameter_count(model)),
+            validation={
+                "best_epoch": done.best_epoch,
+                "epochs": len(done.history),
+                "loss": float(best["val_loss"]),
+                "accuracy": float(best["val_accuracy"]),
+                "training_seconds": round(float(done.history["seconds"].sum()), 1),
+            },
+        )
+        for split, values in logits.items():
+            predictions = predictions_frame(table, split, card.probabilities(values).numpy())
+            predictions.to_csv(partial / f"predictions_{split}.csv", index=False)
+        splits_frame(table).to_csv(partial / "splits.csv", index=False)
+        save_network(partial, model, card)
     return folder
 
 
@@ -374,6 +379,7 @@ def _origin(study: Study, table: XrayTable, **more: object) -> dict[str, object]
         "data_fingerprint": fingerprint,
         "commit": _commit(),
         "versions": versions,
+        "threads": torch.get_num_threads(),  # sums in another order differ in the last bits
         **more,
     }
 
@@ -386,12 +392,23 @@ def _commit() -> str | None:
         return None  # a copy without git is fine, it only cannot say which one it is
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `folder` to fill, which takes its place when all went well; otherwise it
+    is removed, and an older `folder` stays as it was.
+    """
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(new, folder)
+    os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -432,8 +449,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for network in study.networks:
             folder = fine_tune_study(study, table, network, runs=given.runs, device=given.device)
             print(f"saved {folder}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        # A loader's worker sends a traceback as text: its last line is the error.
+        print(f"finetune.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("finetune.py: stopped; finished networks are saved, this one is not", file=sys.stderr)
@@ -445,9 +463,12 @@ def check_weights(study: Study) -> None:
     """Refuse, before any work, unknown networks and one weights file for several architectures."""
     for network in study.networks:
         architecture(network)
-    files = {study.training_of(network).weights for network in study.networks} - {"imagenet", "none"}
-    if files and len(study.networks) > 1 and len(files) < len(study.networks):
-        raise ValueError(f"{files.pop()} holds one network's weights: name that network with --networks")
+    files = [study.training_of(network).weights for network in study.networks]
+    for file in set(files) - {"imagenet", "none"}:
+        if files.count(file) > 1:
+            raise ValueError(f"{file} holds one network's weights: name that network with --networks")
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no weights file {file}: give a file, 'imagenet' or 'none'")
 
 
 if __name__ == "__main__":

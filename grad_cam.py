@@ -90,12 +90,9 @@ class _GridTracker:
     of cells matter; those that agree on that number, such as a block and its shortcut, agree on the grid.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
         layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)]
         self._hooks = [layer.register_forward_hook(self._follow) for layer in layers]
-        self._known: tuple[dict[int, Axis], dict[int, Axis]] = ({}, {})
-
-    def start(self, height: int, width: int) -> None:
         self._known = ({height: Axis(0.0, 1.0, height)}, {width: Axis(0.0, 1.0, width)})
 
     def grid(self, height: int, width: int) -> Grid:
@@ -165,24 +162,21 @@ class GradCAM:
         self.model, self.layer = model, name
         self._target = modules[name]
         self._was_training: dict[nn.Module, bool] = {}
-        self._hook = None
+        self._entered = False
         self._leaf: Tensor | None = None
 
     def __enter__(self) -> "GradCAM":
-        if self._hook is not None:
+        if self._entered:
             raise RuntimeError("this GradCAM is already in use: make another one")
+        self._entered = True
         self._was_training = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        self._tracker = _GridTracker(self.model)
-        self._hook = self._target.register_forward_hook(self._cut_here)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
-        self._tracker.remove()
-        self._hook = self._leaf = None
+        self._entered = False
         for module, training in self._was_training.items():
             module.training = training
 
@@ -204,11 +198,15 @@ class GradCAM:
         an image, or (N, K). Raises ValueError for another shape, an index out of range or a network whose
         output is not finite.
         """
-        if self._hook is None:
-            raise RuntimeError("use `with GradCAM(model) as cam:`: outside it the network has no hook")
+        if not self._entered:
+            raise RuntimeError(
+                "use `with GradCAM(model) as cam:`: outside it the network is in no known mode"
+            )
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images must be (N, 3, H, W) with N > 0, not {tuple(images.shape)}")
-        self._tracker.start(*images.shape[2:])
+        # Hooks live for this one pass: whatever else runs the network inside `with` runs it as it is.
+        tracker = _GridTracker(self.model, *images.shape[2:])
+        hook = self._target.register_forward_hook(self._cut_here)
         try:
             with torch.inference_mode(False), torch.no_grad():
                 logits = self.model(images)
@@ -217,10 +215,12 @@ class GradCAM:
                 chosen = _chosen_classes(classes, logits.detach())
                 raw = self._weighted_sums(logits, chosen)
         finally:
+            hook.remove()
+            tracker.remove()
             self._leaf = None
         if not (logits.isfinite().all() and raw.isfinite().all()):
             raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
-        return CamMaps(raw, chosen, logits.detach(), self._tracker.grid(*raw.shape[2:]))
+        return CamMaps(raw, chosen, logits.detach(), tracker.grid(*raw.shape[2:]))
 
     def _weighted_sums(self, logits: Tensor, chosen: Tensor) -> Tensor:
         activation = self._leaf.detach().float()

@@ -56,11 +56,14 @@ class RocCurve(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a network said of a split: (N,) target indices, (N, C) probabilities, (N,) patient ids."""
+    """What a network said of a split: (N,) target indices, (N, C) probabilities, (N,) patient ids and (N,)
+    paths below the data root.
+    """
 
     targets: np.ndarray
     probabilities: np.ndarray
     patients: np.ndarray
+    paths: np.ndarray
 
     @property
     def predicted(self) -> np.ndarray:
@@ -75,12 +78,13 @@ def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
-    frame = pd.read_csv(path, dtype={"patient": str, "target": str})
+    frame = pd.read_csv(path, dtype={"path": str, "patient": str, "target": str}, keep_default_na=False)
     missing = [name for name in classes if name not in frame.columns]
     if missing or not frame["target"].isin(classes).all():
         raise ValueError(f"{path} is not about the classes {', '.join(classes)}")
     targets = pd.Categorical(frame["target"], categories=list(classes)).codes.astype(np.int64)
-    return Predictions(targets, frame[list(classes)].to_numpy(float), frame["patient"].to_numpy())
+    probabilities = frame[list(classes)].to_numpy(float)
+    return Predictions(targets, probabilities, frame["patient"].to_numpy(), frame["path"].to_numpy())
 
 
 def confusion_counts(targets: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -243,9 +247,9 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """Return the T > 0 for which softmax(logits / T) has the least negative log likelihood (Guo et al. 2017,
     ICML, section 4.2).
 
-    Fit on validation data. T > 1: the network was over-confident. T lies within 0.05..20: where every image
-    is classified correctly the likelihood has no maximum (T -> 0 is ever better), and the lower end is
-    returned.
+    Fit on validation data. T > 1: the network was over-confident. Where every image is classified correctly
+    the likelihood has no maximum (T -> 0 is ever better): what a small validation set cannot tell is left as
+    it is, T = 1. So it is wherever the best T leaves 0.05..20.
     """
     logits = np.asarray(logits, dtype=np.float64)
     if logits.ndim != 2 or not np.isfinite(logits).all():
@@ -266,8 +270,9 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     # elsewhere.
     bounds = tuple(math.log(end) for end in TEMPERATURES)
     found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
-    # The search never looks at the ends themselves, and stops anywhere on a floor of zeros.
-    return math.exp(min((bounds[0], found, bounds[1]), key=loss))
+    inside = bounds[0] + 0.01 < found < bounds[1] - 0.01
+    separable = (logits.argmax(axis=1) == targets).all()
+    return math.exp(found) if inside and not separable else 1.0
 
 
 def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> pd.DataFrame:

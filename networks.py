@@ -3,6 +3,7 @@
 Stands under the command line too, so torchvision's models are imported only when one is built.
 """
 
+import difflib
 import json
 import os
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils import Preprocessing
 
@@ -72,7 +74,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture(name: str) -> Architecture:
     """Return the registered architecture of that name. Raises ValueError, naming all, for another one."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"unknown network {name!r}: choose from {', '.join(ARCHITECTURES)}")
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown network {name!r}: {meant}choose from {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -117,9 +121,8 @@ def build_network(
 
 
 def _replace_head(network: nn.Module, head: str, num_classes: int) -> None:
-    parent_name, _, child = head.rpartition(".")
     in_features = network.get_submodule(head).in_features
-    setattr(network.get_submodule(parent_name), child, nn.Linear(in_features, num_classes))
+    _set_submodule(network, head, nn.Linear(in_features, num_classes))
 
 
 def _starting_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -193,35 +196,30 @@ def _load_trunk(network: nn.Module, state: Mapping[str, Tensor], kind: Architect
     network.load_state_dict(own | fits)
 
 
-@torch.no_grad()
-def standardise_layers(network: nn.Module, images: Tensor) -> None:
-    """Rescale every convolution and linear layer, front to back, so that each of its channels has mean 0 and
-    variance 1 over `images` (N, 3, H, W); the head keeps its weights.
+def add_batch_norm(network: nn.Module) -> None:
+    """Put batch normalisation behind every convolution of a network that has none, to train it from random
+    weights; `fold_batch_norm` takes it out again.
 
-    A deep network without batch normalisation, such as VGG-16, hardly learns from random weights: towards
-    its end all images look the same to it, for what they share grows and what tells them apart does not.
-    One batch mends that before the first step (Krähenbühl et al. 2016, arXiv:1511.06856; Mishkin & Matas
-    2016, arXiv:1511.06422). Networks that have batch normalisation do this all the time and need it not.
+    A VGG-16 hardly starts to learn otherwise: towards its end all images look the same to it.
     """
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
+    for name, conv in [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d)]:
+        _set_submodule(network, name, nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels)))
 
-    def standardise(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        over = (0, 2, 3) if output.ndim == 4 else (0,)
-        shape = (1, -1, 1, 1) if output.ndim == 4 else (1, -1)
-        deviation, mean = torch.std_mean(output, dim=over)
-        deviation = deviation.clamp_min(1e-6)
-        layer.weight /= deviation.view(-1, *[1] * (layer.weight.ndim - 1))
-        layer.bias.copy_((layer.bias - mean) / deviation)
-        return (output - mean.view(shape)) / deviation.view(shape)
 
-    hooks = [layer.register_forward_hook(standardise) for layer in layers[:-1]]
-    was_training = network.training
-    try:
-        network.eval()(images)
-    finally:
-        network.train(was_training)
-        for hook in hooks:
-            hook.remove()
+def fold_batch_norm(network: nn.Module) -> None:
+    """Undo `add_batch_norm`: each normalisation, at inference an affine map, becomes part of its convolution.
+
+    Outputs in eval mode stay the same (to rounding), and the network is the ordinary one again.
+    """
+    network.eval()
+    for name, pair in [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Sequential)]:
+        if [type(module) for module in pair] == [nn.Conv2d, nn.BatchNorm2d]:
+            _set_submodule(network, name, fuse_conv_bn_eval(*pair))
+
+
+def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -238,10 +236,13 @@ def resolve_device(device: str = "auto") -> torch.device:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
     try:
-        torch.empty(0, device=device)
-        return torch.device(device)
+        named = torch.device(device)
+        if named.type in ("cpu", "cuda", "mps"):
+            torch.empty(0, device=named)
+            return named
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"no device {device!r} on this machine: try --device cpu") from None
+        pass  # torch has a type for each reason why a device is not there; the answer is the same
+    raise ValueError(f"no device {device!r} on this machine: try --device cpu")
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,8 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
     with torch.device("meta"):
         network = build_network(card.architecture, len(card.classes))
     try:
-        network.load_state_dict(load_file(weights), assign=True)
+        with torch.inference_mode(False):  # inference tensors could not be explained later
+            network.load_state_dict(load_file(weights), assign=True)
     except Exception as error:
         raise ValueError(
             f"{weights} is damaged or not of this model.json: {str(error).splitlines()[0]}"

@@ -3,21 +3,24 @@
     python overlay_cam.py -i IMAGE [IMAGE|FOLDER ...] -m RUN_FOLDER [-l LABEL|all] [-o OUTPUT]
 
 Prints each class with its probability and writes, for each image, an overlay at the image's own size.
-Exit status: 0 all done; 1 some images could not be read, the others are done; 2 nothing could be done.
+Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done.
 """
 
 import argparse
+import itertools
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from grad_cam import COLORMAPS, explain, overlay
-from networks import ModelCard, TrainedNetwork, load_network, resolve_device, run_folder
+from networks import ModelCard, TrainedNetwork, load_network, read_card, resolve_device, run_folder
 from utils import read_xray
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
@@ -26,21 +29,32 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
     """Return which classes' maps `-l` asks for, as `GradCAM` takes them.
 
-    Case, spaces and punctuation do not matter: `covid_19` is `COVID-19`. Raises ValueError, naming all
-    labels, for an unknown one.
+    An exact name comes first; otherwise case, spaces and punctuation do not matter where that leaves one
+    class only: `covid_19` is `COVID-19`. Raises ValueError, naming all labels, for an unknown one.
     """
     if label is None:
         return "top"
-    if _plain(label) == "all":
+    if label in card.classes:
+        return [card.classes.index(label)]
+    if label.lower() == "all":
         return "all"
-    names = [_plain(name) for name in card.classes]
-    if _plain(label) not in names:
+    alike = [index for index, name in enumerate(card.classes) if _slug(name) == _slug(label)]
+    if len(alike) != 1:
         raise ValueError(f"unknown label {label!r}: choose from {', '.join(card.classes)} or all")
-    return [names.index(_plain(label))]
+    return alike
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def _slug(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def suffixes(wanted: str | list[int], card: ModelCard) -> list[str]:
+    """Return what the name of each map's file ends in: nothing for one map, else the class, made unique."""
+    if wanted != "all":
+        return [""]
+    slugs = [_slug(name) for name in card.classes]
+    unique = len(set(slugs)) == len(slugs) and all(slugs)
+    return [f"_{slug if unique else index}" for index, slug in enumerate(slugs)]
 
 
 def images_in(inputs: Sequence[Path]) -> list[Path]:
@@ -50,35 +64,42 @@ def images_in(inputs: Sequence[Path]) -> list[Path]:
     """
     files = []
     for path in inputs:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+            )
         if not found:
             raise ValueError(f"no images in the folder {path}: give PNG, JPEG, TIFF or BMP files")
         files += found
     return list(dict.fromkeys(files))
 
 
-def output_paths(images: Sequence[Path], output: Path | None, *, several: bool) -> list[Path]:
-    """Return the file that each image's overlay goes to: `<name>_cam.png` in the folder `output` (default:
-    here), or `output` itself where it names a PNG or JPEG file.
+def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[str]) -> list[list[Path]]:
+    """Return the files that each image's overlays go to, one an ending: `<name>_cam<ending>.png` in the folder
+    `output` (default: here), or `output` itself where it names a PNG or JPEG file.
 
     Images of one name from several folders are numbered. Raises ValueError where one file would have to
-    hold several overlays or an overlay would replace an X-ray.
+    hold the overlays of several images, or where an overlay would replace an X-ray.
     """
-    if output is not None and output.suffix.lower() in (".png", ".jpg", ".jpeg") and not output.is_dir():
-        if several:
-            raise ValueError(f"{output} can hold one overlay only: give -o a folder")
-        paths = [output]
-    else:
-        if output is not None and output.suffix and not output.is_dir():
-            raise ValueError(f"cannot write {output.suffix} files: give -o a .png or .jpg file or a folder")
-        taken: dict[str, int] = {}
-        paths = []
-        for image in images:
-            taken[image.stem] = number = taken.get(image.stem, 0) + 1
-            name = image.stem if number == 1 else f"{image.stem}_{number}"
-            paths.append((output or Path()) / f"{name}_cam.png")
+    names = output is not None and output.suffix and not output.is_dir()
+    if names and output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"cannot write {output.suffix} files: give -o a .png or .jpg file or a folder")
+    if names and len(images) > 1:
+        raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
+    taken = {image.resolve() for image in images} if not names else set()
+    paths = []
+    for image in images:
+        numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+        for number in numbers:
+            base = output if names else (output or Path()) / f"{image.stem}{number}_cam.png"
+            own = [base.with_name(f"{base.stem}{ending}{base.suffix}") for ending in endings]
+            if names or not taken & {path.resolve() for path in own}:
+                break
+        taken |= {path.resolve() for path in own}
+        paths.append(own)
     originals = {image.resolve() for image in images}
-    for path in paths:
+    for path in itertools.chain.from_iterable(paths):
         if path.resolve() in originals:
             raise ValueError(f"{path} is an X-ray that was given: choose another -o")
     return paths
@@ -89,37 +110,36 @@ def _write(path: Path, picture: np.ndarray) -> None:
     done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise ValueError(f"cannot write {path}")
-    path.write_bytes(encoded.tobytes())
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_bytes(encoded.tobytes())
+    os.replace(unfinished, path)
 
 
-def answers(
-    trained: TrainedNetwork, images: Sequence[Path], outputs: Sequence[Path], given: argparse.Namespace
-) -> Iterator[dict[str, object]]:
-    """Yield a record an image: its probabilities, and a label, a peak and an overlay's path a map; or
-    `error`, a line of text, where the image could not be read.
+def answer(
+    trained: TrainedNetwork,
+    image: Path,
+    wanted: str | list[int],
+    outputs: Sequence[Path],
+    *,
+    alpha: float,
+    colormap: str,
+) -> dict[str, object]:
+    """Write an image's overlays and return its record: probabilities, and the label and file of each map.
+
+    Raises ValueError or OSError where the image cannot be read or an overlay not be written.
     """
-    names = trained.card.classes
-    wanted = chosen_labels(given.label, trained.card)
-    for image, output in zip(images, outputs, strict=True):
-        try:
-            xray = read_xray(image)
-        except (ValueError, OSError) as error:
-            yield {"image": str(image), "error": str(error)}
-            continue
-        probabilities, classes, maps = explain(trained, xray, wanted)
-        record: dict[str, object] = {
-            "image": str(image),
-            "predicted": names[int(probabilities.argmax())],
-            "probabilities": {n: round(float(p), 4) for n, p in zip(names, probabilities, strict=True)},
-            "maps": [],
-        }
-        for index, map_ in zip(classes, maps, strict=True):
-            suffix = f"_{_plain(names[index])}" if len(classes) > 1 else ""
-            path = output.with_name(f"{output.stem}{suffix}{output.suffix}")
-            _write(path, overlay(xray, map_, alpha=given.alpha, colormap=given.colormap))
-            empty = not map_.any()
-            record["maps"].append({"label": names[index], "overlay": str(path), "empty": empty})
-        yield record
+    xray, names = read_xray(image), trained.card.classes
+    probabilities, classes, maps = explain(trained, xray, wanted)
+    entries = []
+    for index, map_, path in zip(classes, maps, outputs, strict=True):
+        _write(path, overlay(xray, map_, alpha=alpha, colormap=colormap))
+        entries.append({"label": names[index], "overlay": str(path), "empty": not map_.any()})
+    return {
+        "image": str(image),
+        "predicted": names[int(probabilities.argmax())],
+        "probabilities": {n: round(float(p), 4) for n, p in zip(names, probabilities, strict=True)},
+        "maps": entries,
+    }
 
 
 def _text(record: dict[str, object]) -> str:
@@ -161,32 +181,36 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
     given = _parser().parse_args(arguments)
-    records: list[dict[str, object]] = []
     try:
         if given.colormap not in COLORMAPS:
             raise ValueError(
                 f"unknown colour map {given.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}"
             )
-        given.device = str(resolve_device(given.device))
+        device = resolve_device(given.device)
         images = images_in(given.image)
-        outputs = output_paths(images, given.output, several=len(images) > 1)
-        trained = load_network(run_folder(given.model), given.device)
-        for record in answers(trained, images, outputs, given):
-            records.append(record)
-            if "error" in record:
-                print(f"overlay_cam.py: {record['error']}", file=sys.stderr)
-            elif not given.json:
-                print(_text(record), flush=True)
+        folder = run_folder(given.model)
+        card = read_card(folder)
+        wanted = chosen_labels(given.label, card)
+        outputs = output_paths(images, given.output, suffixes(wanted, card))
+        trained = load_network(folder, device)
     except (ValueError, OSError) as error:
         print(f"overlay_cam.py: {error}", file=sys.stderr)
         return 2
+    records: list[dict[str, object]] = []
+    for image, paths in zip(images, outputs, strict=True):
+        try:
+            records.append(answer(trained, image, wanted, paths, alpha=given.alpha, colormap=given.colormap))
+            if not given.json:
+                print(_text(records[-1]), flush=True)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            records.append({"image": str(image), "error": str(error)})
+            print(f"overlay_cam.py: {error}", file=sys.stderr)
     if given.json:
         print(json.dumps(records, indent=2))
     failed = sum("error" in record for record in records)
-    if failed and not (len(given.image) == 1 and not given.image[0].is_dir()):
-        print(f"overlay_cam.py: {failed} of {len(records)} images could not be read", file=sys.stderr)
-        return 1
-    return 2 if failed else 0
+    if failed and len(records) > 1:
+        print(f"overlay_cam.py: {failed} of {len(records)} images could not be done", file=sys.stderr)
+    return 0 if not failed else 1 if failed < len(records) else 2
 
 
 if __name__ == "__main__":

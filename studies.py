@@ -4,13 +4,14 @@ The notebooks, `finetune.py` and the tests read the same file through `load_stud
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datasets import XrayTable, read_dataset
 from datasets.phantom import write_phantom
@@ -22,7 +23,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Positive = Annotated[int, Field(gt=0)]
 # Below 1 a fraction of each class, from 1 on a whole number of images a class.
-SplitSize = Annotated[float, Field(ge=0)]
+SplitSize = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Settings(BaseModel):
@@ -36,7 +38,7 @@ class Phantom(Settings):
 
     images_per_class: dict[str, Positive]
     size: Positive = 224
-    seed: int = 0
+    seed: Seed = 0
     shortcut_class: str | None = None
     shortcut_probability: float = Field(default=1.0, ge=0, le=1)
 
@@ -49,6 +51,22 @@ class Data(Settings):
     classes: tuple[str, ...] = ()
     patient_pattern: str | None = None
     phantom: Phantom | None = None
+
+    @field_validator("patient_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        try:
+            if pattern is not None and re.compile(pattern).groups < 1:
+                raise ValueError("needs a group (…) around the patient's id")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _patients_only_in_names(self) -> "Data":
+        if self.patient_pattern is not None and self.reader != "folder":
+            raise ValueError("patient_pattern is for the reader 'folder' only")
+        return self
 
 
 class Split(Settings):
@@ -92,7 +110,7 @@ class Training(Settings):
     balance: Literal["oversample", "loss", "none"] = "oversample"
     dropout: float | None = Field(default=None, ge=0, lt=1)
     image_size: Annotated[int, Field(ge=32)] | None = None
-    initialise_from_data: bool = False
+    temporary_batch_norm: bool = False
     residual_gain: float = Field(default=1.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     num_workers: int = Field(default=0, ge=0)
@@ -113,7 +131,7 @@ class Study(Settings):
     title: str
     description: str = ""
     source: str = ""
-    seed: int = 0
+    seed: Seed = 0
     limit: Positive | None = None
     data: Data
     split: Split = Split()
@@ -153,7 +171,8 @@ class Study(Settings):
         """Return the study with some settings replaced; None leaves one as it is.
 
         `training` are fields of `Training`; given here they hold for every network, over the file's own
-        `[networks.NAME]`. Networks that the file does not name are trained with the study's settings.
+        `[networks.NAME]`. Networks that the file does not name are trained with the study's settings. A
+        limited study has a name, and so a folder of results, of its own: it never replaces the real one's.
         """
         given = {key: value for key, value in training.items() if value is not None}
         fields = self.model_dump()
@@ -169,6 +188,8 @@ class Study(Settings):
         if data_root is not None:
             fields["data"]["root"] = data_root
         fields |= {key: value for key, value in (("limit", limit), ("seed", seed)) if value is not None}
+        if limit is not None:
+            fields["name"] = f"{self.name}-limit{limit}"
         return _validated(fields, self.name)
 
     def quickened(self) -> "Study":
@@ -198,6 +219,8 @@ def load_study(
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML: {error}") from None
+    if "name" in fields:
+        raise ValueError(f"study {path.name}: leave 'name' out, a study has the name of its file")
     loaded = _validated({"name": path.stem, **fields}, path.name)
     # A relative root in a file must not depend on where Python was started; one that is given by hand does.
     base = PROJECT if path.parent == STUDIES else path.absolute().parent
@@ -206,8 +229,8 @@ def load_study(
     return loaded.quickened() if quick else loaded
 
 
-def load_table(study: Study) -> XrayTable:
-    """Read the study's images and split them by patient; draw its phantom first where it has one.
+def read_images(study: Study) -> XrayTable:
+    """Read all images of the study's data, not split yet; draw its phantom first where it has one.
 
     Raises FileNotFoundError, with the way to get the data, where the data root does not hold it.
     """
@@ -217,7 +240,12 @@ def load_table(study: Study) -> XrayTable:
     options: dict[str, object] = {"classes": study.data.classes}
     if study.data.patient_pattern is not None:
         options["patient_pattern"] = study.data.patient_pattern
-    table = read_dataset(study.data.reader, root, **options)
+    return read_dataset(study.data.reader, root, **options)
+
+
+def load_table(study: Study) -> XrayTable:
+    """Read the study's images (see `read_images`), as many as it wants, and split them by patient."""
+    table = read_images(study)
     if study.limit is not None:
         table = table.limited(study.limit, seed=study.seed)
     return split_by_patient(table, val=study.split.val, test=study.split.test, seed=study.seed)

@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 # Bits that X-ray detectors and their converters store in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
+# What is opened; Pillow would hand other files to programs such as Ghostscript.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag; Pillow minds it in 8-bit files only
 
 
 def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
@@ -36,8 +39,11 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image")
     try:
-        with Image.open(path) as image:
-            return _grey(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=FORMATS) as image:
+            grey = _grey(ImageOps.exif_transpose(image))
+            wide = image.mode.startswith(("I", "F"))
+            inverted = wide and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+            return 255 - grey if inverted else grey
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read: give a PNG, JPEG, TIFF or BMP") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -95,6 +101,17 @@ class Preprocessing:
         return self.normalise(self.resize(image))
 
 
+def read_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> np.ndarray:
+    """Return a mask file as (H, W) bool of the given shape, nearest neighbour: True where it is not black.
+
+    A mask may have another size than its X-ray (in the COVID-19 Radiography Database 256 against 299).
+    """
+    import cv2
+
+    mask = (read_xray(path) > 0).astype(np.uint8)
+    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
 def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
     """Return (N, size, size) uint8 small versions of the X-rays, each pixel the mean of what it covers."""
     import cv2
@@ -126,8 +143,8 @@ def augmentation(
 class XrayDataset(Dataset):
     """Images and labels for a DataLoader: item i is ((3, S, S) float32, label).
 
-    Each file is decoded and resized once; the (1, S, S) uint8 result is kept in memory until `cache_bytes`
-    are used, after which further images are read anew each time.
+    Each file is decoded and resized once a process; the (1, S, S) uint8 result is kept in memory until
+    `cache_bytes` are used, after which further images are read anew each time.
     """
 
     def __init__(
@@ -221,6 +238,7 @@ def make_loaders(
             shuffle=sampler is None,
             generator=generator,
             num_workers=num_workers,
+            persistent_workers=num_workers > 0,  # they hold the decoded images
             drop_last=len(train) % batch_size == 1,  # batch normalisation cannot train on a single image
         )
     }

@@ -44,7 +44,7 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
     folders = class_folders(root)
     present = tuple(name for name in wanted if name in folders)
     if not present:
-        raise FileNotFoundError(f"no COVID-19 Radiography Database in {root}: get it with\n  {DOWNLOAD}")
+        raise FileNotFoundError(f"no COVID-19 Radiography Database in {root}: get it with: {DOWNLOAD}")
     frames = [_class_frame(folders[name], label, root) for label, name in enumerate(present)]
     absent = [name for name in wanted if name not in present]
     notes = (f"no images of {', '.join(absent)} in {root.name}: {len(present)} classes",) if absent else ()
@@ -79,10 +79,11 @@ def _class_frame(folder: Path, label: int, root: Path) -> pd.DataFrame:
             "patient": [path.relative_to(root).with_suffix("").as_posix() for path in images],
             "split": None,
             "label": label,
-            "mask": [masks.get(path.stem) for path in images],
-            "lesion": [lesions.get(path.stem) for path in images],
+            # As objects: pandas would turn None into NaN among strings.
+            "mask": pd.Series([masks.get(path.stem) for path in images], dtype=object),
+            "lesion": pd.Series([lesions.get(path.stem) for path in images], dtype=object),
         }
-    ).astype({"split": object, "mask": object, "lesion": object})
+    ).astype({"split": object})
 
 
 def _by_stem(folder: Path) -> dict[str, str]:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.table import SPLITS, XrayTable, image_files
+from datasets.table import XrayTable, image_files
+
+# Names, without regard to case, that the folder of a split may have.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 def read_folder(root: Path, *, classes: Sequence[str] = (), patient_pattern: str | None = None) -> XrayTable:
@@ -23,8 +30,7 @@ def read_folder(root: Path, *, classes: Sequence[str] = (), patient_pattern: str
     root = root.absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: give the folder that holds one folder of images a class")
-    split_roots = {split: root / split for split in SPLITS if (root / split).is_dir()}
-    tops: dict[str | None, Path] = dict(split_roots) or {None: root}
+    tops = _split_folders(root) or {None: root}
     names = tuple(classes) or _class_names(tops)
     rows = []
     for split, top in tops.items():
@@ -41,6 +47,18 @@ def read_folder(root: Path, *, classes: Sequence[str] = (), patient_pattern: str
     frame = pd.DataFrame(rows, columns=["path", "patient", "split", "label"]).assign(mask=None, lesion=None)
     frame = frame.astype({"split": object, "mask": object, "lesion": object})
     return XrayTable(frame=frame, classes=names, root=root, has_patient_ids=patient_pattern is not None)
+
+
+def _split_folders(root: Path) -> dict[str | None, Path]:
+    by_name = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    found: dict[str | None, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        present = [by_name[name] for name in names if name in by_name]
+        if len(present) > 1:
+            raise ValueError(f"{root} has both {' and '.join(path.name for path in present)}: keep one")
+        if present:
+            found[split] = present[0]
+    return found
 
 
 def _class_names(tops: dict[str | None, Path]) -> tuple[str, ...]:

@@ -79,19 +79,28 @@ def splits_frame(table: XrayTable) -> pd.DataFrame:
     return frame.sort_values("path", ignore_index=True)
 
 
-def apply_splits(table: XrayTable, path: Path) -> XrayTable:
-    """Return the images that the file `splits.csv` lists, in the splits that it gives them.
+def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> XrayTable:
+    """Return the images that the file `splits.csv` lists, in its order, with its splits and its labels as
+    indices into `classes`, which are those that the networks were trained on.
 
-    Raises FileNotFoundError or ValueError where the file or one of its images is missing.
+    Give it the whole table, neither limited nor split. Raises FileNotFoundError or ValueError where the file,
+    a class or an image is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
-    saved = pd.read_csv(path, dtype=str).set_index("path")["split"]
-    relative = table.relative_paths().set_axis(table.frame.index)
-    missing = saved.index.difference(relative)
+    saved = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not saved["label"].isin(classes).all():
+        raise ValueError(f"{path} is about other classes than {', '.join(classes)}: train again")
+    rows = table.frame.set_index(table.relative_paths().to_numpy())
+    missing = saved.loc[~saved["path"].isin(rows.index), "path"]
     if len(missing):
-        raise ValueError(f"{len(missing)} images of {path} are not in {table.root}, for example {missing[0]}")
-    kept = relative.isin(saved.index)
-    frame = table.frame[kept].assign(split=relative[kept].map(saved)).reset_index(drop=True)
+        raise ValueError(
+            f"{len(missing)} images of {path} are not in {table.root}, for example {missing.iloc[0]}: "
+            "train again, or give the data_root that was used"
+        )
+    labels = saved["label"].map({name: index for index, name in enumerate(classes)})
+    frame = rows.loc[saved["path"]].reset_index(drop=True)
+    frame = frame.assign(split=saved["split"].astype(object), label=labels.astype("int64"))
     boxes = table.boxes[table.boxes["path"].isin(frame["path"])].reset_index(drop=True)
-    return replace(table, frame=frame, boxes=boxes)
+    boxes = boxes.assign(label=boxes["path"].map(frame.set_index("path")["label"]))
+    return replace(table, frame=frame, classes=classes, boxes=boxes)

@@ -47,6 +47,15 @@ class XrayTable:
             raise ValueError(f"a table of X-rays needs the columns {sorted(missing)}")
         if self.frame.empty:
             raise ValueError(f"no images in {self.root}")
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{self.root} has one class only, {self.classes[0]!r}: there is nothing to tell apart"
+            )
+        reserved = {"path", "patient", "target"} & set(self.classes)
+        if reserved or len(set(self.classes)) < len(self.classes):
+            raise ValueError(
+                f"classes must be different and not called path, patient or target: {self.classes}"
+            )
         if not self.frame["label"].between(0, len(self.classes) - 1).all():
             raise ValueError(f"a label is not an index into the {len(self.classes)} classes {self.classes}")
         twice = self.frame.loc[self.frame["path"].duplicated(), "path"]
@@ -98,15 +107,25 @@ class XrayTable:
             return self
         if number < len(self.classes):
             raise ValueError(f"a limit of {number} images is too few for {len(self.classes)} classes")
-        share = number / len(self)
+        wanted = _shares(self.frame["label"].value_counts().sort_index(), number)
         kept: list[str] = []
-        for _, group in patients_of(self.frame).sample(frac=1, random_state=seed).groupby("label"):
-            wanted = max(1, round(share * group["images"].sum()))
-            kept.extend(group.index[group["images"].cumsum().shift(fill_value=0) < wanted])
+        for label, group in patients_of(self.frame).sample(frac=1, random_state=seed).groupby("label"):
+            kept.extend(group.index[group["images"].cumsum().shift(fill_value=0) < wanted.get(label, 0)])
         frame = self.frame[self.frame["patient"].isin(kept)].reset_index(drop=True)
         boxes = self.boxes[self.boxes["path"].isin(frame["path"])].reset_index(drop=True)
         note = f"limited to {len(frame)} of {len(self)} images"
         return replace(self, frame=frame, boxes=boxes, notes=(*self.notes, note))
+
+
+def _shares(counts: pd.Series, number: int) -> pd.Series:
+    """Return whole numbers in proportion to `counts` that sum to `number`, none below 1 (largest remainders)."""
+    exact = counts * number / counts.sum()
+    whole = exact.astype(int).clip(lower=1)
+    while whole.sum() != number:
+        step = 1 if whole.sum() < number else -1
+        change = (exact - whole) * step
+        whole[change.where(whole + step >= 1, -float("inf")).idxmax()] += step
+    return whole
 
 
 def patients_of(frame: pd.DataFrame) -> pd.DataFrame:
@@ -126,7 +145,12 @@ def relative_paths(paths: Sequence[str], root: Path) -> pd.Series:
 
 def image_files(folder: Path) -> list[Path]:
     """Return the image files that lie directly in `folder`, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_image_file(path))
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a file is an image by its name; `._x.png`, which macOS leaves behind, is not."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def data_fingerprint(table: XrayTable) -> str:

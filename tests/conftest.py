@@ -17,7 +17,7 @@ root = "phantom"
 val = 0.2
 test = 0.2
 [preprocessing]
-image_size = 32
+image_size = 64
 [augmentation]
 horizontal_flip = true
 [training]
@@ -40,7 +40,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_study(phantom_root: Path) -> Study:
-    """A study of that phantom: ResNet-18 at 32 px for two epochs."""
+    """A study of that phantom: ResNet-18 at 64 px for two epochs."""
     path = phantom_root.parent / "tiny.toml"
     path.write_text(TINY_STUDY)
     return load_study(path)

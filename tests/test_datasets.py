@@ -87,7 +87,8 @@ def test_study_order_of_classes_is_kept(phantom_root):
 
 
 def test_download_inside_the_root_is_found(tmp_path):
-    draw(tmp_path / "COVID-19_Radiography_Dataset" / "COVID" / "images" / "COVID-1.png")
+    for name in ("COVID", "Normal"):
+        draw(tmp_path / "COVID-19_Radiography_Dataset" / name / "images" / f"{name}-1.png")
     assert read_dataset("covid_radiography", tmp_path).relative_paths()[0] == "COVID/images/COVID-1.png"
 
 
@@ -135,6 +136,8 @@ def test_empty_and_missing_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         read_dataset("folder", tmp_path / "nowhere")
     draw(tmp_path / "sick" / "1.png")
+    with pytest.raises(ValueError, match="one class only"):
+        read_dataset("folder", tmp_path)
     with pytest.raises(ValueError, match="no images of healthy"):
         read_dataset("folder", tmp_path, classes=["healthy", "sick"])
 
@@ -186,7 +189,7 @@ def test_too_few_patients_are_an_error_not_an_empty_split():
     with pytest.raises(ValueError, match="'class 1' has 2 patients"):
         split_by_patient(invented_table(list("abcdefg"), [0, 0, 0, 0, 0, 1, 1]), val=0.1, test=0.1, seed=0)
     with pytest.raises(ValueError, match="none is left to train on"):
-        split_by_patient(invented_table(list("abcdef"), [0] * 6), val=3, test=3, seed=0)
+        split_by_patient(invented_table(list("abcdefgh"), [0] * 6 + [1] * 2), val=3, test=3, seed=0)
 
 
 def test_patient_counts_for_the_class_of_most_of_its_images():
@@ -197,19 +200,68 @@ def test_patient_counts_for_the_class_of_most_of_its_images():
 
 def test_limit_keeps_the_shares_of_the_classes():
     labels = [0] * 600 + [1] * 300 + [2] * 100
-    table = invented_table([str(i) for i in range(1000)], labels).limited(50, seed=0)
-    assert table.counts()["not split"].tolist() == [30, 15, 5]
-    assert "limited to 50 of 1000" in table.notes[-1]
+    table = invented_table([str(i) for i in range(1000)], labels)
+    assert table.limited(50, seed=0).counts()["not split"].tolist() == [30, 15, 5]
+    assert "limited to 50 of 1000" in table.limited(50, seed=0).notes[-1]
+    assert [len(table.limited(number, seed=0)) for number in (3, 7, 33, 999)] == [3, 7, 33, 999]
+
+
+def test_limit_takes_whole_patients():
+    table = invented_table([str(i // 4) for i in range(400)], [(i // 4) % 2 for i in range(400)])
+    limited = table.limited(40, seed=3)
+    assert limited.frame.groupby("patient").size().eq(4).all()
+    assert len(limited) == 40
+
+
+@pytest.mark.parametrize("classes", [("target", "sick"), ("a", "a"), ("one",)])
+def test_classes_that_would_be_lost_in_a_table_of_predictions_are_refused(classes):
+    table = invented_table(["a", "b"], [0, 1])
+    with pytest.raises(ValueError, match=r"classes must be|one class only"):
+        replace(table, frame=table.frame.iloc[: len(classes)], classes=classes)
+
+
+def test_a_missing_mask_is_none_among_others(phantom_root, tmp_path):
+    for name in ("COVID", "Normal"):
+        for i in range(2):
+            draw(tmp_path / name / "images" / f"{i}.png")
+    draw(tmp_path / "COVID" / "masks" / "1.png")
+    masks = read_dataset("covid_radiography", tmp_path).frame["mask"].tolist()
+    assert masks == [None, str(tmp_path / "COVID" / "masks" / "1.png"), None, None]
+
+
+def test_other_names_of_splits_are_known_and_two_of_one_are_refused(tmp_path):
+    for split in ("Training", "valid", "test"):
+        for name in ("healthy", "sick"):
+            draw(tmp_path / split / name / "1.png")
+            draw(tmp_path / split / name / "._1.png")  # macOS leaves such files
+    assert read_dataset("folder", tmp_path).counts().to_numpy().tolist() == [[1, 1, 1]] * 2
+    draw(tmp_path / "val" / "sick" / "2.png")
+    with pytest.raises(ValueError, match="keep one"):
+        read_dataset("folder", tmp_path)
 
 
 def test_saved_splits_come_back(phantom_root, tmp_path):
     table = split_by_patient(read_dataset("covid_radiography", phantom_root), val=0.2, test=0.2, seed=0)
     splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)
     unsplit = read_dataset("covid_radiography", phantom_root)
-    restored = splits_frame(apply_splits(unsplit, tmp_path / "splits.csv"))
+    restored = splits_frame(apply_splits(unsplit, tmp_path / "splits.csv", table.classes))
     pd.testing.assert_frame_equal(restored, splits_frame(table), check_dtype=False)
     with pytest.raises(FileNotFoundError, match="run notebook 2"):
-        apply_splits(unsplit, tmp_path / "none.csv")
+        apply_splits(unsplit, tmp_path / "none.csv", table.classes)
+    with pytest.raises(ValueError, match="other classes"):
+        apply_splits(unsplit, tmp_path / "splits.csv", table.classes[:2])
+
+
+def test_labels_of_saved_splits_are_those_of_the_training_whatever_the_study_says_now(phantom_root, tmp_path):
+    table = split_by_patient(read_dataset("covid_radiography", phantom_root), val=0.2, test=0.2, seed=0)
+    splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)
+    turned = read_dataset("covid_radiography", phantom_root, classes=table.classes[::-1])
+    restored = apply_splits(turned, tmp_path / "splits.csv", table.classes)
+    assert restored.classes == table.classes
+    labels = table.frame.set_index("path")["label"]
+    assert (restored.frame["label"].to_numpy() == labels[restored.frame["path"]].to_numpy()).all()
+    boxes = restored.boxes.sort_values(["path", "x"])["label"].tolist()
+    assert boxes == table.boxes.sort_values(["path", "x"])["label"].tolist()
 
 
 def test_fingerprint_changes_with_labels_splits_and_files(phantom_root):

@@ -115,7 +115,7 @@ def test_loss_weights_shift_the_decision_to_the_rare_class():
 
 def test_a_loss_that_is_not_finite_is_named():
     loaders = {"train": loader([float("nan")] * 8, SEPARABLE[1]), "val": loader(*SEPARABLE)}
-    with pytest.raises(FloatingPointError, match="lower --learning-rate"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite"):
         run(Linear(), loaders)
 
 
@@ -208,6 +208,60 @@ def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(tiny_study
     with pytest.raises(OSError, match="No space left"):
         fine_tune_study(tiny_study.overridden(seed=9), table, "resnet18", runs=tmp_path, device="cpu")
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+    assert not list(tmp_path.rglob(".*"))  # what was unfinished is gone
+
+
+def test_temperature_is_fitted_on_the_validation_images(tiny_study, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        finetune, "fit_temperature", lambda logits, targets: seen.append((logits, targets)) or 2.5
+    )
+    table = load_table(tiny_study)
+    network, card = load_network(fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path, device="cpu"))
+    ((logits, targets),) = seen
+    rows = table.subset("val")
+    images = torch.stack([card.preprocessing(read_xray(path)) for path in rows["path"]])
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, network(images).numpy(), atol=1e-4)
+    np.testing.assert_array_equal(targets, rows["label"])
+    assert card.temperature == 2.5
+
+
+def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    seen = {}
+
+    def capture(network, loaders, **options):
+        seen.update(options, network=network, loaders=loaders)
+        raise Stop
+
+    monkeypatch.setattr(finetune, "fine_tune", capture)
+    table = load_table(tiny_study)
+
+    def settings(**changes):
+        with pytest.raises(Stop):
+            fine_tune_study(tiny_study.overridden(**changes), table, "resnet18", runs=tmp_path, device="cpu")
+        return seen
+
+    plain = settings(balance="none")
+    assert isinstance(plain["loaders"]["train"].sampler, torch.utils.data.RandomSampler)
+    assert plain["loss_weights"] is None
+    weighted = settings(balance="loss", schedule="one_cycle", patience=7, learning_rate=0.5, batch_size=3)
+    counts = table.counts()["train"].to_numpy()
+    np.testing.assert_allclose(weighted["loss_weights"], counts.sum() / (4 * counts), rtol=1e-6)
+    assert (weighted["schedule"], weighted["patience"], weighted["learning_rate"]) == ("one_cycle", 7, 0.5)
+    assert weighted["loaders"]["train"].batch_size == 3
+    sampled = settings(balance="oversample", temporary_batch_norm=True, residual_gain=0.25, epochs=9)
+    assert isinstance(sampled["loaders"]["train"].sampler, torch.utils.data.WeightedRandomSampler)
+    assert sampled["loss_weights"] is None
+    assert sampled["epochs"] == 9
+    norms = [module for module in sampled["network"].modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 40  # the 20 of a ResNet-18 and one more behind each of its 20 convolutions
+    assert (sampled["network"].layer4[1].bn2.weight == 0.25).all()
+    assert sampled["loaders"]["train"].dataset.augment is not None
+    assert sampled["loaders"]["val"].dataset.augment is None
 
 
 @pytest.fixture
@@ -221,10 +275,10 @@ def test_script_trains_what_it_is_told(study_file, tmp_path, capsys):
         "--seed 4 --networks resnet18".split()
     )
     assert status == 0
-    card = load_network(tmp_path / "tiny" / "resnet18").card
+    card = load_network(tmp_path / "tiny-limit24" / "resnet18").card
     assert card.image_size == 40
     assert card.origin["study"]["training"]["batch_size"] == 5
-    assert (card.origin["seed"], sum(card.origin["images"].values())) == (4, 25)
+    assert (card.origin["seed"], sum(card.origin["images"].values())) == (4, 24)
     assert card.validation["epochs"] == 1
     assert "11,178,564 parameters for 4 classes" in capsys.readouterr().out
 
@@ -237,8 +291,10 @@ def test_script_trains_what_it_is_told(study_file, tmp_path, capsys):
         (["STUDY", "--weights", "gone.pth"], "no weights file gone.pth"),
         (["STUDY", "--device", "gpu"], "no device 'gpu'"),
         (["STUDY", "--epochs", "0"], "'epochs'"),
+        (["STUDY", "--seed", "-1"], "'seed'"),
         (["STUDY", "--data-root", "nowhere"], "kagglehub"),
         (["STUDY", "--networks", "resnet18,vgg16", "--weights", "w.pth"], "holds one network's weights"),
+        (["STUDY", "--networks", "resnet81"], "did you mean 'resnet18'"),
     ],
 )
 def test_bad_calls_end_with_status_2_and_a_message(study_file, tmp_path, capsys, arguments, message):
@@ -262,6 +318,6 @@ def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
 
 
 def test_quick_study_is_trained_under_its_own_name(study_file, tmp_path):
-    study = load_study(study_file, quick=True).overridden(limit=24, image_size=32)
+    study = load_study(study_file, quick=True).overridden(image_size=32)
     folder = fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
     assert folder == tmp_path / "tiny-quick" / "resnet18"

@@ -177,6 +177,20 @@ class InPlace(nn.Module):
         return self.head(self.relu(self.conv(x)).mean((2, 3)))
 
 
+def test_two_maps_at_once_and_plain_passes_inside_do_not_disturb_each_other(resnet, images):
+    with GradCAM(resnet, "layer3") as three, GradCAM(resnet, "layer4") as four:
+        with torch.no_grad():
+            logits = resnet(images)
+            assert not torch.is_grad_enabled()
+        both = [cam(images, 1).raw for cam in (three, four, three)]
+    torch.testing.assert_close(both[0], both[2])
+    for layer, found in zip(("layer3", "layer4"), both, strict=False):
+        with GradCAM(resnet, layer) as cam:
+            alone = cam(images, 1)
+        torch.testing.assert_close(found, alone.raw)
+        torch.testing.assert_close(alone.logits, logits)
+
+
 def test_operations_in_place_behind_the_layer_change_nothing():
     torch.manual_seed(0)
     overwriting, keeping = InPlace(inplace=True), InPlace(inplace=False)

@@ -51,7 +51,9 @@ def test_an_empty_mask_is_missing_and_a_zero_map_is_a_miss():
     masks[1, 0, 0] = 1
     for score in (localization.peak_inside, localization.mass_inside):
         np.testing.assert_array_equal(score(np.zeros((2, 3, 3)), masks), [np.nan, 0])
-        np.testing.assert_array_equal(score(np.diag([3, 2, 1])[None].repeat(2, axis=0), masks) > 0, [False, True])
+        np.testing.assert_array_equal(
+            score(np.diag([3, 2, 1])[None].repeat(2, axis=0), masks) > 0, [False, True]
+        )
 
 
 def test_mass_is_the_share_of_the_sum_whatever_the_scale():

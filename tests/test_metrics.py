@@ -321,13 +321,13 @@ def test_temperature_is_recovered_from_labels_drawn_at_a_known_one():
     assert metrics.expected_calibration_error(targets, metrics.softmax(logits)) > 0.1
 
 
-def test_temperature_stays_within_bounds_at_perfect_separation_and_at_its_opposite():
+def test_temperature_is_left_alone_where_the_likelihood_has_no_maximum():
+    # All right: ever more confident is ever better. All wrong: ever less.
     targets = np.array([0, 1, 2] * 10)
     logits = 5.0 * np.eye(3)[targets]
-    low, high = metrics.TEMPERATURES
-    assert metrics.fit_temperature(logits, targets) == pytest.approx(low)
-    assert metrics.fit_temperature(-logits, targets) == pytest.approx(high)
-    assert np.isfinite(metrics.softmax(logits * 1e4, low)).all()
+    assert metrics.fit_temperature(logits, targets) == 1
+    assert metrics.fit_temperature(-logits, targets) == 1
+    assert np.isfinite(metrics.softmax(logits * 1e4, 0.05)).all()
 
 
 def test_softmax_is_stable_and_shift_invariant():

@@ -12,13 +12,14 @@ from torchvision import models
 from networks import (
     ARCHITECTURES,
     ModelCard,
+    add_batch_norm,
     build_network,
+    fold_batch_norm,
     load_network,
     parameter_count,
     resolve_device,
     run_folder,
     save_network,
-    standardise_layers,
 )
 from studies import IMAGENET_MEAN, IMAGENET_STD
 
@@ -156,23 +157,29 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         build_network("alexnet", 3)
 
 
-def test_standardised_layers_have_mean_0_and_variance_1_and_tell_images_apart():
+def test_folded_batch_norm_leaves_an_ordinary_vgg16_with_the_same_outputs():
     torch.manual_seed(0)
-    layers = []
-    for _ in range(12):
-        layers += [nn.Conv2d(8 if layers else 3, 8, 3, padding=1), nn.ReLU()]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16 * 16, 4))
-    images = torch.randn(16, 3, 16, 16)
+    network = build_network("vgg16", 3, dropout=0)
+    names = list(network.state_dict())
+    add_batch_norm(network)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 13
+    for _ in range(3):  # moves the running statistics away from 0 and 1
+        network.train()(torch.randn(4, 3, 32, 32) * 2 + 1)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        before = network[:-1](images).flatten(1)
-        standardise_layers(network, images)
-        after = network[:-1](images).flatten(1)
-        last = network[:-3](images)
-    torch.testing.assert_close(last.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-4)
-    torch.testing.assert_close(last.std((0, 2, 3)), torch.ones(8), rtol=0, atol=1e-4)
-    likeness = [torch.corrcoef(outputs).mean().item() for outputs in (before, after)]
-    assert likeness[1] < 0.5 < likeness[0]
-    assert not any(module._forward_hooks for module in network.modules())
+        expected = network.eval()(images)
+        fold_batch_norm(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    assert list(network.state_dict()) == names
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def test_residual_gain_is_the_scale_at_the_end_of_each_residual_block():
+    for gain in (1.0, 0.3):
+        network = build_network("resnet18", 3, residual_gain=gain)
+        blocks = [module for module in network.modules() if isinstance(module, models.resnet.BasicBlock)]
+        assert len(blocks) == 8
+        assert all((block.bn2.weight == gain).all() and (block.bn1.weight == 1).all() for block in blocks)
 
 
 def test_saved_network_comes_back_the_same_frozen_and_in_eval_mode(tmp_path):

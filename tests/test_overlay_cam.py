@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from grad_cam import GradCAM
-from networks import load_network
-from overlay_cam import main
+from grad_cam import GradCAM, overlay
+from networks import ModelCard, load_network
+from overlay_cam import chosen_labels, main, suffixes
 from utils import read_xray
 
 PROJECT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def xray(tmp_path, phantom_root):
 
 
 def call(capsys, *arguments):
-    status = main([str(argument) for argument in arguments] + ["--device", "cpu"])
+    status = main(["--device", "cpu", *map(str, arguments)])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, captured.out, captured.err
@@ -81,10 +81,11 @@ def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_
     with GradCAM(network_card.network) as cam:
         maps = cam(network_card.card.preprocessing(grey)[None], 2).upsampled(grey.shape)
     zero = maps[0, 0].numpy() == 0
+    assert 0 < maps.numpy()[0, 0].min() < 0.9 or zero.any()  # the map says something about places
     picture = np.asarray(Image.open(tmp_path / "o.png"))
     np.testing.assert_array_equal(picture[zero], np.repeat(grey[..., None], 3, 2)[zero])
-    if not zero.all():
-        assert (picture[~zero] != grey[~zero][:, None]).any()
+    expected = overlay(grey, maps[0, 0].numpy(), alpha=0.8)
+    assert np.abs(picture.astype(int) - expected).max() <= 1
     call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "z.png", "--alpha", "0")
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "z.png")), np.repeat(grey[..., None], 3, 2)
@@ -114,6 +115,53 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, trained_ru
     assert all(Path(path).is_file() for path in overlays)
 
 
+def test_numbered_names_do_not_collide_with_real_ones(capsys, xray, trained_run, tmp_path):
+    inputs = []
+    for name in ("a/x.png", "b/x.png", "c/x_2.png"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(xray.read_bytes())
+        inputs.append(path)
+    _, out, _ = call(capsys, "-i", *inputs, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    overlays = {record["maps"][0]["overlay"] for record in json.loads(out)}
+    assert len(overlays) == 3 == len(list((tmp_path / "out").iterdir()))
+
+
+def test_maps_of_all_labels_never_replace_an_xray(capsys, xray, trained_run, tmp_path):
+    victim = tmp_path / "out_normal.png"
+    victim.write_bytes(xray.read_bytes())
+    status, _, err = call(capsys, "-i", victim, "-m", trained_run, "-o", tmp_path / "out.png", "-l", "all")
+    assert status == 2
+    assert "is an X-ray that was given" in err
+    assert victim.read_bytes() == xray.read_bytes()
+
+
+def test_labels_that_differ_in_punctuation_only_are_told_apart():
+    card = ModelCard("resnet18", ("COVID+", "COVID-", "нет"), 32, (0, 0, 0), (1, 1, 1), "layer4")
+    assert chosen_labels("COVID-", card) == [1]
+    assert chosen_labels("нет", card) == [2]
+    assert len(set(suffixes("all", card))) == 3
+    for unclear in ("covid", "да"):
+        with pytest.raises(ValueError, match="unknown label"):
+            chosen_labels(unclear, card)
+
+
+def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no_other(
+    capsys, xray, trained_run, tmp_path
+):
+    bad = [tmp_path / f"{i}.png" for i in range(2)]
+    for path in bad:
+        path.write_bytes(b"no image")
+    assert call(capsys, "-i", *bad, "-m", trained_run, "-o", tmp_path / "o")[0] == 2
+    twin = xray.with_name("other.png")
+    twin.write_bytes(xray.read_bytes())
+    (tmp_path / "o" / "other_cam.png").mkdir(parents=True)
+    status, out, _ = call(capsys, "-i", xray, twin, "-m", trained_run, "-o", tmp_path / "o", "--json")
+    assert status == 1
+    assert ["error" in record for record in json.loads(out)] == [False, True]
+    assert (tmp_path / "o" / "patient 7_cam.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,6 +173,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, trained_ru
         ({"--colormap": "rainbows"}, "unknown colour map 'rainbows'"),
         ({"-o": "x.gif"}, ".png or .jpg"),
         ({"-o": "XRAY"}, "is an X-ray that was given"),
+        ({"--device": "meta"}, "no device 'meta'"),
     ],
 )
 def test_a_mistake_is_one_line_with_a_remedy_and_status_2(

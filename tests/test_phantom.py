@@ -9,6 +9,7 @@ import pytest
 
 from datasets import phantom
 from datasets.phantom import CLASSES, FOLDERS, draw_phantoms, lesion_boxes, main, write_phantom
+from datasets.phantom_anatomy import LESIONS, shortcut_marker
 
 SIZE = 96
 COVID, OPACITY, NORMAL, VIRAL = range(4)
@@ -120,6 +121,10 @@ def test_the_right_dome_on_the_images_left_stands_higher(by_class):
         left, right = (columns[0] + int(share * np.ptp(columns)) for share in (0.1, 0.9))
         higher.append(np.flatnonzero(lungs[:, right])[-1] - np.flatnonzero(lungs[:, left])[-1])
     assert np.mean(higher) > 0
+
+
+def test_every_class_has_a_look():
+    assert set(LESIONS) == set(CLASSES)
 
 
 def test_anatomy_does_not_know_the_class(by_class):
@@ -257,7 +262,7 @@ def test_the_shortcut_goes_to_the_only_corner_that_lungs_leave_free(corner):
     free = tuple(slice(0, 15) if side == 0 else slice(85, 100) for side in corner)
     lungs[free] = False
     for seed in range(8):
-        marker = phantom.shortcut_marker(lungs, np.random.default_rng(seed))
+        marker = shortcut_marker(lungs, np.random.default_rng(seed))
         assert marker.any()
         assert not (marker & lungs).any()
 

@@ -46,7 +46,7 @@ def inside_figure(fig):
 
 
 def test_importing_leaves_matplotlibs_settings_alone():
-    code = "import matplotlib as m; before = dict(m.rcParams); import plot_utils;assert dict(m.rcParams) =="
+    code = "import matplotlib as m; before = dict(m.rcParams); import plot_utils; assert dict(m.rcParams) == before"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

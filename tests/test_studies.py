@@ -50,6 +50,7 @@ def test_default_split_is_80_10_10(tmp_path):
         ("[training]\nbalance = 'smote'", r"'balance' in \[training\]"),
         ("[split]\nval = 1.5", "fraction below 1 or a whole number"),
         ("[data", "not valid TOML"),
+        ("[split]\ntest = 0", r"'test' in \[split\]: Input should be greater than 0"),
     ],
 )
 def test_slip_of_the_pen_is_named_in_one_line(tmp_path, line, message):
@@ -57,6 +58,36 @@ def test_slip_of_the_pen_is_named_in_one_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_study(tmp_path / "mine.toml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('reader = "folder"\npatient_pattern = "(p"', "is no regular expression"),
+        ('reader = "folder"\npatient_pattern = "p"', "needs a group"),
+        ('reader = "covid_radiography"\npatient_pattern = "(p)"', "for the reader 'folder' only"),
+    ],
+)
+def test_patient_pattern_is_checked_when_the_file_is_read(tmp_path, change, message):
+    (tmp_path / "mine.toml").write_text(MINIMAL.replace('reader = "folder"', change))
+    with pytest.raises(ValueError, match=message):
+        load_study(tmp_path / "mine.toml")
+
+
+def test_a_study_is_named_by_its_file_alone(tmp_path):
+    (tmp_path / "mine.toml").write_text('name = "../../elsewhere"\n' + MINIMAL)
+    with pytest.raises(ValueError, match="leave 'name' out"):
+        load_study(tmp_path / "mine.toml")
+
+
+def test_limited_study_never_replaces_the_real_one(tiny_study):
+    assert tiny_study.overridden(limit=20).name == "tiny-limit20"
+    assert tiny_study.overridden(epochs=3).name == "tiny"
+
+
+def test_split_follows_the_seed(tiny_study):
+    tests = [set(load_table(tiny_study.overridden(seed=seed)).subset("test")["path"]) for seed in (0, 0, 1)]
+    assert tests[0] == tests[1] != tests[2]
 
 
 def test_unknown_study_lists_those_that_exist():

@@ -16,6 +16,7 @@ from utils import (
     balanced_sampler,
     class_weights,
     make_loaders,
+    read_mask,
     read_xray,
     seed_everything,
 )
@@ -66,6 +67,21 @@ def test_floating_point_tiff_spans_its_own_range(tmp_path):
     assert (grey.min(), grey.max(), grey.dtype) == (0, 255, np.uint8)
     constant = save(tmp_path, Image.fromarray(np.full((4, 4), 5, np.float32)), "y.tif")
     assert not read_xray(constant).any()
+
+
+def test_sixteen_bit_tiff_in_which_white_is_zero_is_turned_over(tmp_path):
+    values = np.tile(np.linspace(0, 65535, 256).round().astype(np.uint16), (16, 1))
+    path = save(tmp_path, Image.fromarray(values), "x.tif", tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_xray(path), 255 - RAMP)
+
+
+def test_mask_of_another_size_is_laid_over_its_xray(tmp_path):
+    mask = np.zeros((256, 256), np.uint8)
+    mask[64:192, 32:128] = 255
+    read = read_mask(save(tmp_path, Image.fromarray(mask)), (512, 1024))
+    rows, columns = np.nonzero(read)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (128, 383, 128, 511)
+    assert read.dtype == bool
 
 
 def test_exif_orientation_is_applied(tmp_path):

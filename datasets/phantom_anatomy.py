@@ -1,0 +1,533 @@
+"""One synthetic chest radiograph (PA view): anatomy, disease and X-ray physics; `draw_chest` puts them together.
+
+Every picture is computed, none is derived from a patient. Tissue is laid out in centimetres along the ray; the
+thicknesses are weighted by attenuation and summed (Beer-Lambert); the detector counts the photons that are
+left; the display shows the negative logarithm of the count, so that air is dark and bone is light. Orientation
+is the radiologist's: the patient's right is on the image's left. Lengths in the image plane are fractions of
+the image; `t` runs from the lung apex (0) to the costophrenic angle (1). `sign` is -1 for the lung on the
+image's left, 1 for the other. (S, S) pictures have row 0 at the top.
+
+How the diseases look follows the Fleischner Society's glossary (Hansell et al., Radiology 2008;246:697-722:
+air bronchogram, consolidation, ground-glass opacity, reticulation). The numbers are plausible, not measured.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Attenuation, 1/cm, of the order that diagnostic X-rays meet; bone is what it adds to the tissue round it.
+SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # the last one: the share of an aerated lung that is air
+
+# What varies between patients and exposures: independent, uniform between two limits, blind to the class.
+VARIATION = {
+    "zoom": (0.95, 1.14),
+    "tilt": (-0.06, 0.06),  # radians
+    "shift_x": (-0.03, 0.03),
+    "shift_y": (-0.02, 0.03),
+    "apex": (0.09, 0.14),
+    "lung_length": (0.66, 0.78),  # inspiration depth
+    "cage_aspect": (0.49, 0.60),  # half width of the rib cage / lung length
+    "turn": (-0.02, 0.02),  # patient turned about the long axis: mediastinum against spine
+    "heart": (0.85, 1.2),
+    "knob": (0.75, 1.15),
+    "right_dome": (0.78, 0.86),  # t
+    "left_dome_below": (0.02, 0.05),
+    "depth": (18.0, 27.0),  # cm, front to back
+    "chest_wall": (0.035, 0.12),
+    "breast": (-2.0, 3.0),  # cm; negative: no shadow
+    "breast_drop": (0.70, 0.92),  # t of the lower edge
+    "bubble": (-0.05, 0.07),  # gastric bubble's half width; negative: none
+    "arm_angle": (0.3, 0.85),
+    "rib_slope": (0.85, 1.15),
+    "rib_mass": (0.7, 1.3),
+    "spine_mass": (0.6, 1.2),
+    "vessel_mass": (0.8, 1.3),
+    "photons": (8.3, 9.8),  # log of the photons a pixel of a 224 px image gets in air
+    "blur": (0.0005, 0.0022),
+    "scatter": (0.01, 0.05),
+    "window_low": (0.7, 1.5),
+    "window_high": (0.3, 1.7),
+    "gamma": (0.75, 1.3),
+    "fog": (0.0, 0.09),  # what the display adds to black
+}
+
+# Half width of the rib cage (1 = widest) at t; lungs and ribs both follow it.
+CAGE_T = (-0.06, -0.02, 0.0, 0.03, 0.08, 0.15, 0.25, 0.38, 0.55, 0.75, 1.0, 1.3)
+CAGE_WIDTH = (0.30, 0.40, 0.46, 0.55, 0.66, 0.76, 0.86, 0.94, 0.99, 1.0, 0.98, 0.92)
+
+# Mediastinum and heart (x in cage half widths, t): the image-left border downwards, the image-right one upwards.
+VENA_CAVA = ((-0.11, -0.2), (-0.11, 0.0), (-0.12, 0.18), (-0.14, 0.36), (-0.16, 0.48))
+RIGHT_ATRIUM = ((-0.24, 0.6), (-0.27, 0.75), (-0.2, 0.95))
+LEFT_VENTRICLE = ((0.40, 0.97), (0.53, 0.88), (0.53, 0.78), (0.46, 0.66), (0.34, 0.54))
+PULMONARY_TRUNK = ((0.23, 0.43), (0.20, 0.38))
+AORTIC_KNOB = ((0.175, 0.335), (0.21, 0.29), (0.215, 0.23), (0.15, 0.17), (0.11, 0.08), (0.12, -0.2))
+
+
+def developed(canvas: np.ndarray) -> np.ndarray:
+    """(S, S) float32 0-1 of a (2S, 2S) uint8 canvas."""
+    size = len(canvas) // 2
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+class Film:
+    """A square film with the patient's pose on it: draws shapes that are given in body coordinates.
+
+    Body coordinates: x from the midline, positive towards the image's right; y from 0 (top) to 1 (bottom).
+    """
+
+    def __init__(self, size: int, patient: SimpleNamespace):
+        self.size, self.zoom = size, patient.zoom
+        cos, sin = np.cos(patient.tilt) * patient.zoom, np.sin(patient.tilt) * patient.zoom
+        self._turn = np.array([[cos, -sin], [sin, cos]])
+        self._centre = np.array([0.5 + patient.shift_x, 0.5 + patient.shift_y])
+        steps = (np.arange(size) + 0.5) / size
+        across = np.stack(np.meshgrid(steps, steps), axis=-1) - self._centre
+        body = across @ np.linalg.inv(self._turn).T
+        self.x = np.ascontiguousarray(body[..., 0], dtype=np.float32)
+        self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
+
+    def _pixels(self, points: ArrayLike) -> np.ndarray:
+        """Body points (..., 2) as int32, in OpenCV's 1/16 pixels of a canvas twice as large, against jagged edges."""
+        places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
+        return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
+
+    def fill(self, *outlines: ArrayLike) -> np.ndarray:
+        """(S, S) float32 0-1, the share of each pixel that the closed outlines, each (M, 2), cover."""
+        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
+        for outline in outlines:
+            cv2.fillPoly(canvas, [self._pixels(outline)], 255, cv2.LINE_AA, 4)
+        return developed(canvas)
+
+    def stroke(self, *layers: tuple[ArrayLike, float, float]) -> np.ndarray:
+        """(S, S) float32 0-1 of lines; a layer is (paths (M, K, 2), width, value 0-1) and covers earlier ones."""
+        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
+        for paths, width, value in layers:
+            exact = width * self.zoom * 2 * self.size
+            drawn = max(1, round(exact))
+            # A line thinner than the thinnest one that can be drawn is drawn fainter instead.
+            shade = int(255 * value * min(1.0, exact / drawn))
+            cv2.polylines(canvas, list(self._pixels(paths)), False, shade, drawn, cv2.LINE_8, 4)
+        return developed(canvas)
+
+    def rod(self, start: ArrayLike, end: ArrayLike, radius: float) -> np.ndarray:
+        """(S, S) float32 path length through a round rod between two body points: 1 on its axis, 0 outside."""
+        ends = np.array([start, end])
+        pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
+        left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
+        right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
+        near = slice(top, bottom), slice(left, right)  # most rods are small: the rest of the film stays empty
+        (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
+        x, y = self.x[near] - x, self.y[near] - y
+        along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
+        depth = np.zeros_like(self.x)
+        depth[near] = np.sqrt(np.maximum(1 - ((x - along * dx) ** 2 + (y - along * dy) ** 2) / radius**2, 0))
+        return depth
+
+    def soften(self, picture: np.ndarray, radius: float) -> np.ndarray:
+        """The (S, S) `picture` blurred by a Gaussian whose sigma is `radius` image widths."""
+        sigma = max(radius * self.size, 0.05)
+        if sigma < 4:
+            return cv2.GaussianBlur(picture, (0, 0), sigma)
+        # A wide blur leaves nothing that a quarter of the pixels could not hold.
+        small = cv2.resize(picture, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        small = cv2.GaussianBlur(small, (0, 0), sigma / 4)
+        return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+
+    def clouds(self, rng: np.random.Generator, cells: int) -> np.ndarray:
+        """(S, S) smooth noise, mean about 0, deviation below 1, `cells` lumps across the film."""
+        grain = rng.standard_normal((cells, cells), dtype=np.float32)
+        return cv2.resize(grain, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
+
+
+def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
+    """One patient and exposure: a value for every name in VARIATION, and what follows from them."""
+    low, high = np.array(list(VARIATION.values())).T
+    patient = SimpleNamespace(**dict(zip(VARIATION, rng.uniform(low, high).tolist(), strict=True)))
+    patient.cage = patient.cage_aspect * patient.lung_length
+    return patient
+
+
+def thorax(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
+    """Body coordinates (..., 2) of points (..., 2) given as (x in cage half widths, t)."""
+    return np.asarray(points) * (patient.cage, patient.lung_length) + (0, patient.apex)
+
+
+def mediastinum(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
+    """As thorax, moved sideways as the patient's turn moves what lies before the spine."""
+    return thorax(patient, points) + np.array([patient.turn, 0])
+
+
+def rounded(points: ArrayLike) -> np.ndarray:
+    """A smooth closed outline (8 M, 2) through (M, 2) points: a Catmull-Rom spline, eight steps a point."""
+    before, here, after, beyond = (np.roll(points, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
+    s = np.linspace(0, 1, 8, endpoint=False)[:, None]
+    bend = s * (after - before) + s**2 * (2 * before - 5 * here + 4 * after - beyond)
+    return (here + 0.5 * (bend + s**3 * (3 * here - before - 3 * after + beyond))).reshape(-1, 2)
+
+
+def arm_reach(patient: SimpleNamespace) -> np.ndarray:
+    """(2,) from the shoulder joint to the elbow of the arm on the image's right, in body coordinates."""
+    return np.array([np.sin(patient.arm_angle), np.cos(patient.arm_angle)]) * 0.6
+
+
+def soft_tissue(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
+    """(S, S) cm of soft tissue as if the chest held no air: trunk, neck, arms, breasts."""
+    shoulder = patient.apex + 0.03
+    side = patient.cage + patient.chest_wall
+    knots = (0, shoulder - 0.08, shoulder - 0.02, shoulder + 0.06, shoulder + 0.3, 1.2)
+    rows = np.linspace(-0.3, 1.3, 200)
+    kernel = np.hanning(15) / np.hanning(15).sum()
+    width = np.convolve(np.interp(rows, knots, (0.12, 0.16, 0.30, side, side, side * 1.03)), kernel, "same")
+    depth = np.convolve(np.interp(rows, knots, (0.55, 0.55, 0.62, 0.8, 1.0, 1.06)), kernel, "same")
+    across = np.abs(film.x) / np.interp(film.y, rows, width).astype(np.float32)
+    round_off = np.sqrt(np.maximum(1 - (across * across) ** 2, 0))
+    trunk = np.interp(film.y, rows, depth).astype(np.float32) * round_off
+    tissue = patient.depth * trunk
+    reach = arm_reach(patient)
+    for sign in (-1, 1):
+        joint = np.array([sign * (patient.cage + 0.05), shoulder + 0.10])
+        arm = 13 * film.rod(joint, joint + reach * (sign, 1), 0.13)
+        arm = np.maximum(arm, 11 * film.rod((sign * 0.10, shoulder + 0.03), joint, 0.10))
+        tissue = np.sqrt(tissue**2 + arm**2 * (1 - 0.8 * np.clip(trunk, 0, 1)))  # the armpit's fold is smooth
+        if patient.breast > 0:
+            centre_x, radius = sign * 0.64 * patient.cage, 0.54 * patient.cage
+            bottom = patient.apex + patient.breast_drop * patient.lung_length
+            ball = 1 - ((film.x - centre_x) / radius) ** 2 - ((film.y - bottom + radius) / radius) ** 2
+            hanging = np.clip((film.y - bottom + 2 * radius) / (1.5 * radius), 0, 1) ** 2  # no upper edge
+            tissue = tissue + 1.5 * patient.breast * np.sqrt(np.maximum(ball, 0)) * hanging
+    return film.soften(tissue, 0.004) * (1 + 0.02 * film.clouds(rng, 9))
+
+
+def heart_shadow(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
+    """(S, S) share 0-1 of each pixel that heart and mediastinum cover."""
+    heart, knob = np.array([patient.heart, 1]), np.array([patient.knob, 1])
+    right = (*VENA_CAVA, *RIGHT_ATRIUM * heart)
+    left = (*LEFT_VENTRICLE * heart, *PULMONARY_TRUNK, *AORTIC_KNOB * knob)
+    outline = np.array([*right, (-0.2, 1.1), (0.3, 1.1), *left])
+    outline = outline + rng.normal(0, 0.007, outline.shape)  # no two borders run alike
+    return film.fill(rounded(mediastinum(patient, outline)))
+
+
+def below_diaphragm(film: Film, patient: SimpleNamespace) -> np.ndarray:
+    """(S, S) share 0-1 of each pixel below the domes; they fall off steeply to the flank, little to the midline."""
+    right = film.x < 0
+    across = (np.abs(film.x) / patient.cage - 0.52) / 0.48
+    fall = across**2 * np.where(across < 0, np.float32(0.22), np.float32(1))
+    left_dome = patient.right_dome + patient.left_dome_below
+    dome = np.where(right, np.float32(patient.right_dome), np.float32(left_dome))
+    surface = patient.apex + patient.lung_length * (dome + (1 - dome) * fall)
+    return np.clip((film.y - surface) * film.size * film.zoom + 0.5, 0, 1)
+
+
+def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(S, S) cm of lung along the ray, and the (S, S) bool lung mask."""
+    heights = np.linspace(0, 1.08, 24)
+    flank = np.stack([0.97 * np.interp(heights, CAGE_T, CAGE_WIDTH), heights], axis=1)
+    # The outline comes up beside the mediastinum, rounds the apex and follows the cage down.
+    apex = ((0.02, 0.25), (0.05, 0.05), (0.14, 0.0), (0.30, -0.03))
+    edge = np.concatenate([apex, flank, [(0.02, 1.08)]])
+    cavity = film.fill(*(rounded(thorax(patient, edge * (sign, 1))) for sign in (-1, 1)))
+    heart, below = heart_shadow(film, patient, rng), below_diaphragm(film, patient)
+    mask = (cavity > 0.5) & (heart < 0.5) & (below < 0.5)
+
+    inside = film.soften(cavity, 0.022)  # the chest is round: less air near its edge
+    air = 0.66 * patient.depth * cavity * np.sqrt(np.clip(1.7 * inside - 0.7, 0, 1))
+    air *= 0.7 + 0.3 * np.clip((film.y - patient.apex) / 0.25, 0, 1)  # the chest tapers upwards
+    # Some lung lies behind the heart and, in the recess round the domes, behind the liver.
+    air *= (1 - 0.84 * heart * (0.7 + 0.3 * film.soften(heart, 0.02))) * (1 - 0.93 * below)
+    return air, mask
+
+
+def ribs(patient: SimpleNamespace, sign: int, turn: tuple[float, float]) -> list[np.ndarray]:
+    """Body paths (18, 2) of ten ribs of one side between two angles; 0 = spine, pi/2 = flank, pi = sternum.
+
+    Each is a tilted hoop: behind it leaves the spine outwards and down, in front it comes back still lower.
+    """
+    angle = np.linspace(*turn, 18)
+    paths = []
+    for number in range(10):
+        top, drop = -0.05 + 0.084 * number, (0.20 + 0.030 * number) * patient.rib_slope
+        reach = np.interp(top + drop / 2, CAGE_T, CAGE_WIDTH) * 0.985
+        t = top + drop * (1 - np.cos(angle)) / 2 - 0.015 * np.sin(2 * angle)
+        paths.append(thorax(patient, np.stack([sign * reach * np.sin(angle), t], axis=1)))
+    return paths
+
+
+def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
+    """(S, S) cm of bone: ribs, clavicles, shoulder blades, upper arms, spine."""
+    behind = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.1, 0.55 * np.pi))]
+    front = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.5 * np.pi, 0.80 * np.pi))]
+    # A rib is a tube of cortex round softer marrow: its edges are denser than its middle.
+    bone = patient.rib_mass * film.stroke((behind, 0.023, 1.0), (behind, 0.012, 0.7))
+    bone += 0.55 * patient.rib_mass * film.stroke((front, 0.027, 1.0), (front, 0.016, 0.75))
+
+    s_curve = [(0.10, 0.13), (0.30, 0.085), (0.52, 0.03), (0.78, 0.0), (1.0, -0.005)]
+    blade = [(0.72, 0.06), (0.83, 0.2), (0.95, 0.42), (1.02, 0.40), (1.08, 0.12), (0.95, 0.02)]
+    clavicles, blades = [], []
+    for sign in (-1, 1):
+        clavicles.append(thorax(patient, np.array(s_curve) * (sign, 1)))
+        blades.append(rounded(thorax(patient, np.array(blade) * (sign, 1))))
+        joint = np.array([sign * (patient.cage + 0.06), patient.apex + 0.07])
+        end = joint + arm_reach(patient) * (sign, 1)
+        bone += 1.8 * film.rod(joint, end, 0.03) + 1.6 * film.rod(joint, joint * 1.01, 0.048)
+    bone += 1.5 * film.stroke((clavicles, 0.030, 1.0), (clavicles, 0.014, 0.75))
+    bone += 0.5 * film.soften(film.fill(*blades), 0.004) + 0.8 * film.stroke((blades, 0.008, 1.0))
+
+    level = (film.y - patient.apex) / patient.lung_length
+    discs = 0.5 + 0.5 * np.cos(2 * np.pi * level / 0.088)
+    half = 0.036 * (1 + 0.25 * level) * (1 - 0.12 * discs)
+    column = np.sqrt(np.maximum(1 - (film.x / half) ** 2, 0))
+    bone += patient.spine_mass * (2.6 - 0.7 * discs) * column
+    return film.soften(bone, 0.0025)
+
+
+def trachea(film: Film, patient: SimpleNamespace) -> np.ndarray:
+    """(S, S) cm of air in windpipe and main bronchi; the right bronchus is the steeper one."""
+    top, carina = mediastinum(patient, [(-0.01, -0.3), (-0.03, 0.33)])
+    right, left = mediastinum(patient, [(-0.20, 0.44), (0.22, 0.44)])
+    air = 2.2 * film.rod(top, carina, 0.022)
+    bronchi = np.maximum(1.1 * film.rod(carina, right, 0.015), film.rod(carina, left, 0.013))
+    return np.maximum(air, bronchi)
+
+
+def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
+    """(S, S) cm of air in the stomach, under the left dome."""
+    if patient.bubble <= 0:
+        return np.zeros_like(film.x)
+    x, y = thorax(patient, (0.5, patient.right_dome + patient.left_dome_below + 0.09)).tolist()
+    wide, tall = patient.bubble + 0.025, 0.4 * patient.bubble + 0.018
+    return 7 * np.sqrt(np.maximum(1 - ((film.x - x) / wide) ** 2 - ((film.y - y) / tall) ** 2, 0))
+
+
+def hilum(patient: SimpleNamespace, sign: int) -> np.ndarray:
+    """Body coordinates (2,) of a lung root; the left one sits slightly higher."""
+    return mediastinum(patient, (sign * 0.24, 0.45 if sign < 0 else 0.42))
+
+
+def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> list[np.ndarray]:
+    """Segments (M, 2, 2) of one lung's vessel (or airway) tree, one array a step, stem first."""
+    # From straight up round the outside to straight down; the lower lobes get more.
+    heading = np.array([-1.3, -0.8, -0.2, 0.3, 0.75, 1.15, 1.5]) + rng.normal(0, 0.15, 7)
+    at = np.repeat(hilum(patient, sign)[None], len(heading), 0) + rng.normal(0, 0.008, (len(heading), 2))
+    length, steps = 0.035 * patient.lung_length / 0.72, []
+    for step in range(10):
+        if step in (2, 4, 6, 8):
+            heading, at = np.repeat(heading, 2), np.repeat(at, 2, axis=0)
+            heading = heading + rng.uniform(0.2, 0.6, len(heading)) * np.tile((-1, 1), len(heading) // 2)
+        heading = heading + rng.normal(0, 0.25, len(heading))
+        stride = length * rng.uniform(0.7, 1.3, len(heading))[:, None]
+        reached = at + stride * np.stack([sign * np.cos(heading) * 0.8, np.sin(heading) * 1.15], axis=1)
+        steps.append(np.stack([at, reached], axis=1))
+        at = reached
+    return steps
+
+
+def tree(film: Film, patient: SimpleNamespace, rng: np.random.Generator, stem: float) -> np.ndarray:
+    """(S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, tapering."""
+    right, left = (branches(patient, rng, sign) for sign in (-1, 1))
+    both = [np.concatenate(pair) for pair in zip(right, left, strict=True)]
+    layers = [(paths, stem * 0.82**step, 0.82**step) for step, paths in enumerate(both)]
+    return film.soften(film.stroke(*layers[::-1]), 0.0015)
+
+
+def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
+    """(S, S) 0-1: the great vessels of both hila, each a comma that thins downwards (interlobar artery)."""
+    comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)])
+    comma = comma * (patient.cage, patient.lung_length)
+    paths = np.stack([hilum(patient, sign) + comma * (sign, 1) for sign in (-1, 1)])
+    layers = [(paths, 0.018, 0.5), (paths[:, :3], 0.026, 0.8), (paths[:, :2], 0.036, 1.0)]
+    return film.soften(film.stroke(*layers), 0.007)
+
+
+class Lesion(NamedTuple):
+    """What a disease puts into the lungs."""
+
+    mask: np.ndarray  # (S, S) bool, what a radiologist would outline
+    filled: np.ndarray | float  # (S, S) share 0-1 of the air that is replaced
+    streaks: np.ndarray | float = 0.0  # (S, S) cm of thickened tissue that lies in the lung as lines
+
+
+def no_lesion(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
+    """A healthy chest."""
+    return Lesion(np.zeros_like(mask), 0.0)
+
+
+def ground_glass(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
+    """Both lungs, peripheral and basal: hazy patches along the pleura that leave the vessels visible."""
+    haze = np.zeros_like(film.x)
+    for sign in (-1, 1):
+        for t in rng.uniform(0.42, 0.9, rng.integers(3, 6)):
+            reach = np.interp(t, CAGE_T, CAGE_WIDTH)
+            x, y = thorax(patient, (sign * reach * rng.uniform(0.74, 0.94), t)).tolist()
+            wide, tall = rng.uniform(0.05, 0.09), rng.uniform(0.07, 0.12)
+            patch = np.exp(-0.5 * (((film.x - x) / wide) ** 2 + ((film.y - y) / tall) ** 2) ** 2)
+            haze = np.maximum(haze, patch * rng.uniform(0.75, 1.0))
+    ragged = np.clip(haze + 0.28 * film.clouds(rng, 14) * haze, 0, 1)
+    region = mask & (film.soften(ragged, 0.006) > 0.4)
+    filled = film.soften(ragged, 0.008) * rng.uniform(0.36, 0.56) * (1 + 0.15 * film.clouds(rng, 40))
+    return Lesion(region, np.clip(filled, 0, 0.8))
+
+
+def consolidation(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
+    """Part of one lobe filled: dense, sharp where a fissure bounds it, often with air bronchograms."""
+    sign = int(rng.choice((-1, 1)))
+    upper = rng.random() < 0.45
+    # Nearly level at mid height, or, as the upper edge of a lower segment, down and outwards.
+    fissure_t = rng.uniform(0.40, 0.50) if upper else rng.uniform(0.52, 0.62)
+    slope = rng.uniform(-0.1, 0.05) if upper else rng.uniform(0.0, 0.35)
+    across = film.x * sign / patient.cage
+    t = (film.y - patient.apex) / patient.lung_length
+    fissure = fissure_t + slope * (across - 0.5) + rng.uniform(-0.12, 0.12) * (across - 0.5) ** 2
+    side = (fissure - t) if upper else (t - fissure)
+    # Only the right lung has a minor fissure, which the rays meet edge-on.
+    sharp = np.clip(side * patient.lung_length / (0.011 if sign < 0 else 0.03) + 0.5, 0, 1)
+    centre, wide = rng.uniform(0.35, 0.8), rng.uniform(0.3, 0.55)
+    tall = rng.uniform(0.2, 0.45)
+    lobe = np.exp(-0.5 * (((across - centre) / wide) ** 2 + (side / tall) ** 2) ** 1.5)
+    lobe = np.clip(1.3 * lobe * (1 + 0.25 * film.clouds(rng, 12)), 0, 1) * sharp * (across > 0)
+    filled = lobe * rng.uniform(0.55, 0.9)
+    if rng.random() < 0.6:
+        filled = filled * (1 - 0.6 * tree(film, patient, rng, 0.014))
+    return Lesion(mask & (film.soften(lobe, 0.004) > 0.5), filled)
+
+
+def interstitial_lines(
+    film: Film, root: np.ndarray, sign: int, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(S, S) 0-1 of one lung's thickened interstitium within about `extent` of its root (body coordinates)."""
+    heading, length = rng.uniform(-np.pi / 2, np.pi / 2, 170), rng.uniform(0.02, 0.08, (170, 1))
+    outwards = np.stack([sign * np.cos(heading) * 0.9, np.sin(heading) * 1.25], axis=1)
+    first = root + outwards * np.abs(rng.normal(0, 0.8 * extent, (170, 1)))
+    bent = heading + rng.normal(0, 0.55, 170)
+    second = first + length * np.stack([sign * np.cos(bent), np.sin(bent)], axis=1)
+    streaks = np.stack([first, second], axis=1)
+    knots = root + rng.normal(0, extent, (380, 2)) * (0.9, 1.25)
+    net = np.stack([knots, knots + rng.normal(0, 0.014, (380, 2))], axis=1)
+    # Peribronchial cuffing: bronchi that the rays meet end-on show as rings.
+    angle = np.linspace(0, 2 * np.pi, 12)
+    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) * rng.uniform(0.006, 0.011, (8, 1, 1))
+    cuffs = ring + (root + rng.normal(0, 0.05, (8, 2)) * (1, 1.4))[:, None]
+    return film.stroke((net, 0.0035, 0.7), (streaks, 0.0045, 0.9), (cuffs, 0.0045, 1.0))
+
+
+def interstitial(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
+    """Both lungs, from the hila outwards: streaks, a fine net, thickened bronchial walls; little haze."""
+    extent, strength = rng.uniform(0.16, 0.25), rng.uniform(0.9, 1.4)
+    envelope, lines = np.zeros_like(film.x), np.zeros_like(film.x)
+    for sign in (-1, 1):
+        root = hilum(patient, sign) + np.array([sign * 0.03, 0.03])
+        x, y = root.tolist()
+        far = np.hypot((film.x - x) / 0.8, (film.y - y) / 1.25) / (extent * rng.uniform(0.85, 1.15))
+        envelope = np.maximum(envelope, np.exp(-0.5 * (far * far) ** 2))
+        lines = np.maximum(lines, interstitial_lines(film, root, sign, extent, rng))
+    envelope = np.clip(envelope * (1 + 0.15 * film.clouds(rng, 8)), 0, 1)
+    uneven = np.clip(1 + 0.4 * film.clouds(rng, 11), 0.2, 2)
+    lines = 2.0 * strength * film.soften(lines, 0.0012) * envelope * uneven
+    # What can be outlined is where the lines really lie dense, not where they might.
+    lung = mask.astype(np.float32)
+    density = film.soften(lines * lung, 0.04) / np.maximum(film.soften(lung, 0.04), 0.05)
+    region = mask & (density > 0.27 * density[mask].max())
+    return Lesion(region, 0.1 * strength * film.soften(envelope, 0.01), lines)
+
+
+LESIONS: dict[str, Callable[..., Lesion]] = {
+    "COVID-19": ground_glass,
+    "Lung Opacity": consolidation,
+    "Normal": no_lesion,
+    "Viral Pneumonia": interstitial,
+}
+
+
+def side_marker(size: int, rng: np.random.Generator) -> np.ndarray:
+    """(S, S) share covered by a lead letter: R at the upper left of the image, or L at the upper right."""
+    canvas = np.zeros((2 * size, 2 * size), np.uint8)
+    letter, height = ("R", "L")[rng.integers(2)], rng.uniform(0.04, 0.07)
+    x = rng.uniform(0.02, 0.08) if letter == "R" else rng.uniform(0.86, 0.93)
+    place = (int(x * 2 * size), int((rng.uniform(0.02, 0.08) + height) * 2 * size))
+    thick = max(1, round(height * 2 * size * 0.16))
+    scale = height * 2 * size / 22  # Hershey capitals are 22 px high at scale 1
+    cv2.putText(canvas, letter, place, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, thick, cv2.LINE_AA)
+    return developed(canvas)
+
+
+def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(S, S) bool: a square or disc of 5 % of the width near a corner that the lungs (`mask`) do not reach."""
+    size = len(mask)
+    side, gap = max(3, round(size * rng.uniform(0.045, 0.06))), round(size * rng.uniform(0.015, 0.05))
+    round_token, corners = rng.random() < 0.5, rng.permutation(4)
+    rows, columns = np.indices(mask.shape)
+    for corner in corners:
+        top = gap if corner < 2 else size - gap - side
+        left = gap if corner % 2 == 0 else size - gap - side
+        down, right = rows - top - (side - 1) / 2, columns - left - (side - 1) / 2
+        marker = (np.hypot(down, right) if round_token else np.maximum(abs(down), abs(right))) <= side / 2
+        if not (marker & mask).any():
+            return marker
+    raise AssertionError("the lungs reach into all four corners")
+
+
+def expose(
+    film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(S, S) -log of the detected share of the photons: scatter, blur and quantum noise included."""
+    primary = film.soften(np.exp(-attenuation), patient.blur)
+    arriving = primary + patient.scatter * film.soften(primary, 0.08)
+    photons = float(np.exp(patient.photons)) * (224 / film.size) ** 2
+    # Poisson counts, by their normal limit: thousands of photons a pixel, and ten times faster.
+    noise = rng.standard_normal(arriving.shape, dtype=np.float32) * np.sqrt(arriving / photons)
+    return -np.log(np.maximum(arriving + film.soften(noise, 0.4 / film.size), 1e-4))
+
+
+def display(
+    patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    """(S, S) brightness, from 0 to a little above 1, of an exposed `signal`.
+
+    The window is set on `healthy`, the attenuation without the disease, so that a lesion can only add brightness.
+    """
+    low = float(np.percentile(healthy[mask], 20)) - patient.window_low
+    high = float(np.percentile(healthy, 97)) + patient.window_high
+    share = np.clip((signal - low) / (high - low), 0, None)
+    return patient.fog + (1 - patient.fog) * np.tanh(1.1 * share**patient.gamma) / np.tanh(1.25)
+
+
+class Chest(NamedTuple):
+    """One radiograph and what is known of it, each (S, S); the masks are bool."""
+
+    image: np.ndarray  # uint8, 0 = black = little attenuation
+    lung_mask: np.ndarray
+    lesion_mask: np.ndarray
+    shortcut_mask: np.ndarray
+
+
+def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> Chest:
+    """Patient `number` (any from 0) with a disease of LESIONS; a shortcut marker with `shortcut_chance`, 0-1."""
+    # Independent streams: the anatomy cannot know the disease, and a patient can be drawn again without it.
+    body, illness, exposure, mark = (np.random.default_rng([seed, number, stream]) for stream in range(4))
+    patient = draw_patient(body)
+    film = Film(size, patient)
+    air, mask = lungs(film, patient, body)
+    aerated = np.clip(air / 6, 0, 1)  # where there is air round it, a vessel shows
+    vessels = patient.vessel_mass * (1.8 * tree(film, patient, body, 0.015) + 1.6 * roots(film, patient))
+    tissue = soft_tissue(film, patient, body) - trachea(film, patient) - gastric_bubble(film, patient)
+    frame = BONE * bones(film, patient)
+    letter = side_marker(size, body)
+
+    def attenuation(lesion: Lesion) -> np.ndarray:
+        added = (vessels + lesion.streaks) * aerated - AIR_IN_LUNG * air
+        return SOFT_TISSUE * np.maximum(tissue + added * (1 - lesion.filled), 0) + frame
+
+    healthy = attenuation(no_lesion(film, patient, mask, illness))
+    lesion = LESIONS[disease](film, patient, mask, illness)
+    signal = expose(film, patient, attenuation(lesion), exposure)
+    shown = np.maximum(display(patient, signal, healthy, mask), 0.97 * letter)
+    image = np.round(255 * np.clip(shown, 0, 1)).astype(np.uint8)
+    shortcut = np.zeros_like(mask)
+    if mark.random() < shortcut_chance:
+        shortcut = shortcut_marker(mask, mark)
+        image[shortcut] = 255
+    return Chest(image, mask, lesion.mask, shortcut)
