@@ -243,7 +243,8 @@ def _chosen_classes(classes: Classes, logits: Tensor) -> Tensor:
         if classes == "all":
             return torch.arange(num_classes, device=logits.device).expand(number, num_classes)
         raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
-    chosen = torch.as_tensor(np.asarray(classes) if not isinstance(classes, Tensor) else classes).to(
+    # A copy of what is no tensor: a table's column may be read-only, which torch does not like.
+    chosen = (classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))).to(
         logits.device
     )
     if chosen.is_floating_point() or chosen.dtype == torch.bool:
@@ -253,7 +254,7 @@ def _chosen_classes(classes: Classes, logits: Tensor) -> Tensor:
         chosen = chosen.expand(number)
     if chosen.ndim == 1:
         chosen = chosen[:, None]
-    if chosen.ndim != 2 or len(chosen) != number:
+    if chosen.ndim != 2 or len(chosen) != number or chosen.shape[1] == 0:
         raise ValueError(f"{tuple(chosen.shape)} class indices for {number} images: give (N,) or (N, K)")
     if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < num_classes):
         raise ValueError(f"class index out of range: this network has classes 0 to {num_classes - 1}")

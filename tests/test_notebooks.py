@@ -77,11 +77,15 @@ def data_of(notebook, kind):
     ]
 
 
+def pictures_of(notebook):
+    return data_of(notebook, "image/png") + data_of(notebook, "image/jpeg")
+
+
 def test_small_phantom_from_exploration_to_conclusion(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL)
     parameters = {"study": str(tmp_path / "small.toml"), "runs": str(tmp_path / "runs"), "seed": 1}
     first, second, third = (execute(name, tmp_path, **parameters) for name in NOTEBOOKS)
-    assert [len(data_of(notebook, "image/png")) for notebook in (first, second, third)] == [7, 1, 6]
+    assert [len(pictures_of(notebook)) for notebook in (first, second, third)] == [6, 1, 6]
     for network in ("vgg16", "resnet18", "densenet121"):
         assert (tmp_path / "runs" / "small" / network / "model.safetensors").is_file()
     assert "Imbalance: the largest class has **1.4 times**" in data_of(first, "text/markdown")[-1]
@@ -100,7 +104,8 @@ def test_own_folder_without_masks_runs_quickly_with_the_same_notebooks(tmp_path)
         Image.fromarray(image).convert("RGB").save(folder / f"p{i // 2:02d}_{i}.jpg")
     (tmp_path / "mine.toml").write_text(FOLDER)
     parameters = {"study": str(tmp_path / "mine.toml"), "runs": str(tmp_path / "runs"), "quick": True}
-    *_, third = (execute(name, tmp_path, **parameters) for name in NOTEBOOKS)
+    first, _, third = (execute(name, tmp_path, **parameters) for name in NOTEBOOKS)
+    assert len(pictures_of(first)) == 7  # one more than without augmentation
     assert (tmp_path / "runs" / "mine-quick" / "resnet18" / "model.json").is_file()
     assert "test accuracy" in data_of(third, "text/markdown")[-1]
     printed = "".join(o["text"] for c in third.cells for o in c.get("outputs", []) if "text" in o)
@@ -133,10 +138,10 @@ def test_committed_outputs_are_small_whole_and_free_of_this_machine(name):
     notebook = nbformat.read(path, as_version=4)
     assert path.stat().st_size < 1_000_000
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert data_of(notebook, "image/png")
+    assert pictures_of(notebook)
     assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
     kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert kinds <= {"image/png", "text/plain", "text/html", "text/markdown"}
+    assert kinds <= {"image/png", "image/jpeg", "text/plain", "text/html", "text/markdown"}
     assert str(PROJECT) not in path.read_text(encoding="utf-8")
     for name_of_class in CLASSES:
         assert name_of_class in path.read_text(encoding="utf-8")
