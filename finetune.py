@@ -446,6 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_weights(study)
         table = load_table(study)
         print("\n".join((f"{study.title}: {len(table)} images", table.counts().to_string(), *table.notes)))
+        if table.has_patient_ids:
+            print(f"of {table.frame['patient'].nunique()} patients:\n{table.patient_counts().to_string()}")
         for network in study.networks:
             folder = fine_tune_study(study, table, network, runs=given.runs, device=given.device)
             print(f"saved {folder}")

@@ -58,7 +58,8 @@ def suffixes(wanted: str | list[int], card: ModelCard) -> list[str]:
 
 
 def images_in(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files that are named and those with an image's suffix in the folders that are named.
+    """Return the files that are named, and from the folders that are named those with an image's suffix that
+    are no overlays of ours.
 
     Raises ValueError for a folder without images.
     """
@@ -66,13 +67,16 @@ def images_in(inputs: Sequence[Path]) -> list[Path]:
     for path in inputs:
         found = [path]
         if path.is_dir():
-            found = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-            )
+            found = sorted(file for file in path.iterdir() if _is_xray(file))
         if not found:
-            raise ValueError(f"no images in the folder {path}: give PNG, JPEG, TIFF or BMP files")
+            raise ValueError(f"no images in the folder {path}: its sub-folders are not searched")
         files += found
     return list(dict.fromkeys(files))
+
+
+def _is_xray(file: Path) -> bool:
+    overlay_of_ours = re.search(r"_cam(_\w+)?\.png$", file.name)
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not overlay_of_ours
 
 
 def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[str]) -> list[list[Path]]:

@@ -60,15 +60,14 @@ def _assign_patients(
 def _fill(images: pd.Series, target: int) -> list[str]:
     """Return patients, in their order, whose images together come to `target` without passing it.
 
-    The first patient is always taken: better one image too many than an empty split.
+    Where even one passes it, the patient with the fewest images: better a few too many than an empty split.
     """
-    chosen = [images.index[0]]
-    count = int(images.iloc[0])
-    for patient, number in images.iloc[1:].items():
+    chosen, count = [], 0
+    for patient, number in images.items():
         if count + number <= target:
             chosen.append(patient)
             count += int(number)
-    return chosen
+    return chosen or [images.idxmin()]
 
 
 def splits_frame(table: XrayTable) -> pd.DataFrame:

@@ -94,6 +94,10 @@ class XrayTable:
         order = [name for name in (*SPLITS, "not split") if (splits == name).any()]
         return pd.crosstab(names, splits).reindex(index=list(self.classes), columns=order, fill_value=0)
 
+    def patient_counts(self) -> pd.DataFrame:
+        """Return the number of patients, a row a class, a column a split, as `counts` does for images."""
+        return replace(self, frame=self.frame.drop_duplicates(["patient", "label", "split"])).counts()
+
     def relative_paths(self) -> pd.Series:
         """Return every image's path relative to `root`, with forward slashes: the same on all machines."""
         return relative_paths(self.frame["path"], self.root)

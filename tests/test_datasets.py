@@ -177,6 +177,17 @@ def test_no_patient_is_divided_and_sizes_are_nearly_met():
     assert (shares["test"] - 0.2).abs().max() < 0.02
 
 
+def test_a_patient_with_very_many_images_does_not_fill_a_small_split():
+    patients = ["big"] * 40 + [f"p{i}" for i in range(60)]
+    labels = [0] * 100
+    others = [f"q{i}" for i in range(100)]
+    for seed in range(8):
+        table = invented_table(patients + others, labels + [1] * 100)
+        table = split_by_patient(table, val=0.1, test=0.1, seed=seed)
+        assert set(table.frame.loc[table.frame["patient"] == "big", "split"]) == {"train"}
+        assert table.patient_counts().loc["class 0", ["val", "test"]].tolist() == [10, 10]
+
+
 def test_split_depends_on_the_seed_and_not_on_the_order_of_rows():
     table = invented_table([str(i) for i in range(100)], [i % 2 for i in range(100)])
     mixed = replace(table, frame=table.frame.sample(frac=1, random_state=0))

@@ -95,6 +95,7 @@ def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_
 def test_good_files_of_a_folder_are_done_and_bad_ones_listed(capsys, xray, trained_run, tmp_path):
     (xray.parent / "broken.png").write_bytes(b"no image")
     (xray.parent / "notes.txt").write_text("not looked at")
+    (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an overlay of an earlier call
     status, out, err = call(capsys, "-i", xray.parent, "-m", trained_run, "-o", tmp_path / "out", "--json")
     assert status == 1
     assert "broken.png" in err
