@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
-STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
 .PHONY: demo test notebooks clean
 

@@ -307,7 +307,6 @@ def test_bad_calls_end_with_status_2_and_a_message(study_file, tmp_path, capsys,
 
 
 def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
-    pytest.importorskip("tensorboard", reason="TensorBoard is optional")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(trained_run / "tensorboard"))
