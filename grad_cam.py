@@ -1,5 +1,6 @@
 """Gradient-weighted class activation maps (Selvaraju et al. 2017, ICCV, arXiv:1610.02391)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from networks import TrainedNetwork
+from networks import TrainedNetwork, class_logits, ensemble_card
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
 
@@ -26,8 +27,9 @@ class CamMaps:
     """Maps of N images for K classes each, and the logits of the same forward pass.
 
     `raw`: (N, K, h, w) float32 at the layer's resolution, not negative, not normalised: maps of one network
-    can be compared in height. `classes`: (N, K) the class that each map is for. `logits`: (N, C). `grid`:
-    where in the input the map's cells lie.
+    can be compared in height. `classes`: (N, K) the class that each map is for. `logits`: (N, C), of a
+    network with a single output the pair that `class_logits` makes of it. `grid`: where in the input the
+    map's cells lie.
     """
 
     raw: Tensor
@@ -135,7 +137,8 @@ class GradCAM:
     """Grad-CAM maps from one layer of a network, as a context manager.
 
     The map of class c is relu(Σ_k α_k A_k): A (K channels) is the layer's activation, α_k the mean over
-    positions of ∂y_c/∂A_k, y_c the logit.
+    positions of ∂y_c/∂A_k, y_c the logit. A single output z is two classes with the logits -z/2 and z/2
+    (`class_logits`), so that the negative class has a map too; `multilabel` leaves it one finding's logit.
 
     The layers up to the target run without a graph; a leaf tensor takes the place of the target's output,
     and gradients flow from the logits to that leaf alone. So it costs little more than a forward pass,
@@ -147,7 +150,7 @@ class GradCAM:
             maps = cam(images, "top")
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | None = None, *, multilabel: bool = False) -> None:
         """Choose the layer by its name, or the one that `build_network` noted on the model (`cam_layer`).
 
         Raises ValueError where there is no such layer.
@@ -159,7 +162,7 @@ class GradCAM:
         if name not in modules or not name:
             spatial = [key for key, module in modules.items() if isinstance(module, nn.Conv2d | nn.ReLU)]
             raise ValueError(f"no layer {name!r} in this network: try one of {', '.join(spatial[-6:])}")
-        self.model, self.layer = model, name
+        self.model, self.layer, self.multilabel = model, name, multilabel
         self._target = modules[name]
         self._was_training: dict[nn.Module, bool] = {}
         self._entered = False
@@ -209,7 +212,8 @@ class GradCAM:
         hook = self._target.register_forward_hook(self._cut_here)
         try:
             with torch.inference_mode(False), torch.no_grad():
-                logits = self.model(images)
+                output = self.model(images)
+                logits = output if self.multilabel else class_logits(output)
                 if self._leaf is None:
                     raise ValueError(f"layer {self.layer!r} takes no part in this network's forward pass")
                 chosen = _chosen_classes(classes, logits.detach())
@@ -262,8 +266,8 @@ def _chosen_classes(classes: Classes, logits: Tensor) -> Tensor:
 
 
 class Explanation(NamedTuple):
-    """What a trained network says of one (H, W) X-ray: (C,) probabilities, the (K,) classes that were asked
-    for and their (K, H, W) maps, each scaled to 0–1 or all zero.
+    """What a trained network, or an ensemble, says of one (H, W) X-ray: (C,) probabilities, the (K,) classes
+    that were asked for and their (K, H, W) maps, each scaled to 0–1 or all zero.
     """
 
     probabilities: np.ndarray
@@ -271,15 +275,37 @@ class Explanation(NamedTuple):
     maps: np.ndarray
 
 
-def explain(trained: TrainedNetwork, xray: np.ndarray, classes: Classes = "top") -> Explanation:
-    """Return probabilities and maps, at the X-ray's own size, for one (H, W) uint8 X-ray."""
-    device = next(trained.network.parameters()).device
-    with GradCAM(trained.network, trained.card.cam_layer) as cam:
-        maps = cam(trained.card.preprocessing(xray)[None].to(device), classes)
-    probabilities = trained.card.probabilities(maps.logits)[0].cpu().numpy()
+def explain(
+    trained: TrainedNetwork | Sequence[TrainedNetwork], xray: np.ndarray, classes: Classes = "top"
+) -> Explanation:
+    """Return probabilities and maps, at the X-ray's own size, for one (H, W) uint8 X-ray.
+
+    Of several networks the probabilities are the means, "top" is the class with the highest mean, and a map
+    is the mean of the networks' maps, each scaled to 0–1, scaled again: each has the same say, however high
+    its raw maps are. Raises ValueError where their classes differ.
+    """
+    members = [trained] if isinstance(trained, TrainedNetwork) else list(trained)
+    ensemble_card([member.card for member in members])
+    inputs = [_input(member, xray) for member in members]
+    if len(members) > 1 and isinstance(classes, str) and classes == "top":
+        with torch.inference_mode():
+            said = [m.card.probabilities(m.network(x)).cpu() for m, x in zip(members, inputs, strict=True)]
+        classes = int(torch.stack(said).mean(dim=0).argmax())
+    probabilities, maps = [], []
+    for member, images in zip(members, inputs, strict=True):
+        with GradCAM(member.network, member.card.cam_layer, multilabel=member.card.multilabel) as cam:
+            found = cam(images, classes)
+        probabilities.append(member.card.probabilities(found.logits)[0].cpu())
+        maps.append(found.upsampled(xray.shape)[0].cpu())
     return Explanation(
-        probabilities, maps.classes[0].cpu().numpy(), maps.upsampled(xray.shape)[0].cpu().numpy()
+        torch.stack(probabilities).mean(dim=0).numpy(),
+        found.classes[0].cpu().numpy(),
+        scaled(torch.stack(maps).mean(dim=0)).numpy(),
     )
+
+
+def _input(member: TrainedNetwork, xray: np.ndarray) -> Tensor:
+    return member.preprocessing(xray)[None].to(next(member.network.parameters()).device)
 
 
 def overlay(

@@ -7,17 +7,20 @@ import difflib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from utils import Preprocessing
+from small_networks import LeNet5, ResNetV2, SmallCNN
+from utils import Preprocessing, read_xray
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,18 @@ class Architecture:
     """How to build one kind of network, and where its parts are.
 
     `build` returns the network with random weights for 1,000 classes; `imagenet` is the name of torchvision's
-    weights enum; `head` the last linear layer; `cam_layer` the last spatial activation, after its ReLU.
+    weights enum, None where there are none; `head` the last linear layer; `classifier` what a new head with
+    hidden layers replaces; `cam_layer` the last spatial activation, after its nonlinearity where it has one;
+    `smallest` the side of the smallest images that it takes, in pixels.
     """
 
     title: str
     build: Callable[[], nn.Module]
-    imagenet: str
+    imagenet: str | None
     head: str
+    classifier: str
     cam_layer: str
+    smallest: int = 32
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
@@ -44,30 +51,88 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _densenet121() -> nn.Module:
+def _densenet(name: str) -> Callable[[], nn.Module]:
     # torchvision applies the final ReLU inside forward(), in place, where no hook can stand behind it. The
     # same network as a sequence has it as a module of its own; the names in the state dict stay the same.
-    network = _torchvision("densenet121")()
-    network.features.add_module("relu5", nn.ReLU(inplace=True))
-    parts = {
-        "features": network.features,
-        "pool": nn.AdaptiveAvgPool2d(1),
-        "flatten": nn.Flatten(),
-        "classifier": network.classifier,
-    }
-    return nn.Sequential(OrderedDict(parts))
+    def build() -> nn.Module:
+        network = _torchvision(name)()
+        network.features.add_module("relu5", nn.ReLU(inplace=True))
+        parts = {
+            "features": network.features,
+            "pool": nn.AdaptiveAvgPool2d(1),
+            "flatten": nn.Flatten(),
+            "classifier": network.classifier,
+        }
+        return nn.Sequential(OrderedDict(parts))
+
+    return build
+
+
+def _vgg(depth: int, cam_layer: str) -> Architecture:
+    return Architecture(
+        f"VGG-{depth}",
+        _torchvision(f"vgg{depth}"),
+        f"VGG{depth}_Weights",
+        "classifier.6",
+        "classifier",
+        cam_layer,
+    )
+
+
+def _resnet(depth: int) -> Architecture:
+    return Architecture(
+        f"ResNet-{depth}", _torchvision(f"resnet{depth}"), f"ResNet{depth}_Weights", "fc", "fc", "layer4"
+    )
+
+
+def _densenet_of(depth: int) -> Architecture:
+    return Architecture(
+        f"DenseNet-{depth}",
+        _densenet(f"densenet{depth}"),
+        f"DenseNet{depth}_Weights",
+        "classifier",
+        "classifier",
+        "features.relu5",
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "vgg16": Architecture(
-        "VGG-16", _torchvision("vgg16"), "VGG16_Weights", head="classifier.6", cam_layer="features.29"
+    "vgg16": _vgg(16, "features.29"),
+    "vgg19": _vgg(19, "features.35"),
+    "resnet18": _resnet(18),
+    "resnet50": _resnet(50),
+    "resnet101": _resnet(101),
+    "densenet121": _densenet_of(121),
+    "densenet169": _densenet_of(169),
+    "densenet201": _densenet_of(201),
+    "efficientnet_b0": Architecture(
+        "EfficientNet-B0",
+        _torchvision("efficientnet_b0"),
+        "EfficientNet_B0_Weights",
+        head="classifier.1",
+        classifier="classifier",
+        cam_layer="features.8",
     ),
-    "resnet18": Architecture(
-        "ResNet-18", _torchvision("resnet18"), "ResNet18_Weights", head="fc", cam_layer="layer4"
+    # Its classifier begins with the normalisation and flattening that the trunk's features need anyway.
+    "convnext_tiny": Architecture(
+        "ConvNeXt-T",
+        _torchvision("convnext_tiny"),
+        "ConvNeXt_Tiny_Weights",
+        head="classifier.2",
+        classifier="classifier.2",
+        cam_layer="features.7",
     ),
-    "densenet121": Architecture(
-        "DenseNet-121", _densenet121, "DenseNet121_Weights", head="classifier", cam_layer="features.relu5"
+    "mobilenet_v3": Architecture(
+        "MobileNetV3-Large",
+        _torchvision("mobilenet_v3_large"),
+        "MobileNet_V3_Large_Weights",
+        head="classifier.3",
+        classifier="classifier",
+        cam_layer="features.16",
     ),
+    "lenet5": Architecture("LeNet-5", LeNet5, None, "classifier.fc3", "classifier", "features.relu2"),
+    "small_cnn": Architecture("Small CNN", SmallCNN, None, "classifier.fc", "classifier", "features.4.relu"),
+    "resnet56v2": Architecture("ResNet-56 v2", ResNetV2, None, "classifier", "classifier", "relu"),
 }
 
 
@@ -82,47 +147,131 @@ def architecture(name: str) -> Architecture:
 
 def build_network(
     name: str,
-    num_classes: int,
+    outputs: int,
     *,
     weights: str = "none",
     dropout: float | None = None,
     residual_gain: float = 1.0,
+    hidden_units: Sequence[int] | None = None,
 ) -> nn.Module:
-    """Return a network for `num_classes` classes in train mode, its `cam_layer` noted as an attribute.
+    """Return a network with `outputs` logits in train mode; the names of its `cam_layer` and of its new head,
+    `head_name`, are attributes.
 
     `weights`: "imagenet" (torchvision's, IMAGENET1K_V1, from its cache or the network), "none" (random, drawn
     from torch's global generator) or a file (.safetensors, or .pth that holds tensors only) of this
-    architecture with any number of classes; the head is new unless the file has one of `num_classes`.
-    `dropout` replaces the rate of the network's dropout layers. `residual_gain` is what random weights have
-    as the scale of the last batch normalisation in each residual block: 1 is torchvision's, 0 that of Goyal
-    et al. 2017 (arXiv:1706.02677, section 5.1). Below 1 the shortcuts lead at first, receptive fields start
-    small, and a network that learns from scratch ends up looking at lesions instead of between them.
+    architecture with any head; the head is new unless the file has one of the same shapes.
+    `hidden_units`: None puts a new last linear layer in place of the old one; a sequence of widths, which may
+    be empty, a new head in place of the whole classifier: a linear layer and ReLU a width, dropout, a last
+    linear layer. `dropout` is the new head's rate, or replaces the rate of the network's own dropout layers.
+    `residual_gain` is what random weights of torchvision's ResNets have as the scale of the last batch
+    normalisation in each residual block: 1 is torchvision's, 0 that of Goyal et al. 2017 (arXiv:1706.02677,
+    section 5.1). Below 1 the shortcuts lead at first, receptive fields start small, and a network that
+    learns from scratch ends up looking at lesions instead of between them.
 
     Raises FileNotFoundError or ValueError, with the remedy, where weights are missing or do not fit.
     """
-    from torchvision import models
-
     kind = architecture(name)
     network = kind.build()
-    for block in network.modules():
-        if isinstance(block, models.resnet.BasicBlock | models.resnet.Bottleneck):
-            last = block.bn2 if isinstance(block, models.resnet.BasicBlock) else block.bn3
-            nn.init.constant_(last.weight, residual_gain)
+    _scale_residuals(network, residual_gain)
     state = {} if weights == "none" else _starting_weights(name, weights)
-    _replace_head(network, kind.head, num_classes)
+    if hidden_units is None:
+        network.head_name = kind.head
+        _set_submodule(network, kind.head, nn.Linear(network.get_submodule(kind.head).in_features, outputs))
+        if dropout is not None:
+            _set_dropout(network, dropout, kind.title)
+    else:
+        network.head_name = kind.classifier
+        width = _linear_layers(network.get_submodule(kind.classifier))[0].in_features
+        _set_submodule(network, kind.classifier, _new_head(width, hidden_units, dropout, outputs))
+    network.cam_layer = kind.cam_layer
     if state:
         _load_trunk(network, state, kind, source=weights)
-    if dropout is not None:
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-    network.cam_layer = kind.cam_layer
     return network
 
 
-def _replace_head(network: nn.Module, head: str, num_classes: int) -> None:
-    in_features = network.get_submodule(head).in_features
-    _set_submodule(network, head, nn.Linear(in_features, num_classes))
+def _scale_residuals(network: nn.Module, gain: float) -> None:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            nn.init.constant_(last.weight, gain)
+
+
+def _set_dropout(network: nn.Module, rate: float, title: str) -> None:
+    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    if not layers:
+        raise ValueError(f"{title} has no dropout layers: give it a head that has one with hidden_units = []")
+    for layer in layers:
+        layer.p = rate
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def _new_head(width: int, hidden_units: Sequence[int], dropout: float | None, outputs: int) -> nn.Sequential:
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, units in enumerate(hidden_units, 1):
+        parts |= {f"hidden{number}": nn.Linear(width, units), f"relu{number}": nn.ReLU(inplace=True)}
+        width = units
+    if dropout is not None:
+        parts["dropout"] = nn.Dropout(dropout)
+    parts["last"] = nn.Linear(width, outputs)
+    return nn.Sequential(parts)
+
+
+def class_logits(output: Tensor) -> Tensor:
+    """Return (N, C) logits of classes for a network's (N, outputs) output.
+
+    A single output z, the logit of class 1 of 2, becomes the pair (-z/2, z/2), whose softmax is exactly
+    (1 - sigmoid(z), sigmoid(z)); more than one are what they are.
+    """
+    return torch.cat([-output / 2, output / 2], dim=-1) if output.shape[-1] == 1 else output
+
+
+def set_training_mode(
+    network: nn.Module, *, trainable: Literal["all", "head"] = "all", frozen_batch_norm: bool = False
+) -> None:
+    """Say which parameters learn, and put each part of the network into train or eval mode accordingly.
+
+    "head": the new head alone learns and is in train mode; all else is as at inference, so that neither
+    running statistics nor dropout move it. "all": everything learns. `frozen_batch_norm` then keeps the
+    batch normalisations outside the head in eval mode: their weights learn, their running statistics stay.
+    `network.train()` undoes the modes: call this again after it.
+    """
+    if trainable not in ("all", "head"):
+        raise ValueError(f"trainable must be 'all' or 'head', not {trainable!r}")
+    head = network.get_submodule(network.head_name)
+    network.requires_grad_(trainable == "all").train(trainable == "all")
+    head.requires_grad_(True).train()
+    if frozen_batch_norm:
+        within = set(head.modules())
+        for module in network.modules():
+            if isinstance(module, _BatchNorm) and module not in within:
+                module.eval()
+
+
+def trunk_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the (N, D) input of the network's head for (N, 3, H, W) images: `head(trunk_features(x))` is
+    `network(x)`, so a frozen trunk has to run once only. In the network's present mode.
+    """
+    return _input_of(network.get_submodule(network.head_name), network, images)
+
+
+def embeddings(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the (N, D) input of the last linear layer for (N, 3, H, W) images, in the present mode."""
+    return _input_of(_linear_layers(network.get_submodule(network.head_name))[-1], network, images)
+
+
+def _input_of(module: nn.Module, network: nn.Module, images: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        network(images)
+    finally:
+        hook.remove()
+    return kept[0]
 
 
 def _starting_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -151,6 +300,11 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """
     from torchvision import models
 
+    if architecture(name).imagenet is None:
+        have = ", ".join(other for other, kind in ARCHITECTURES.items() if kind.imagenet)
+        raise ValueError(
+            f"{name} has no ImageNet weights: train it with --weights none or --weights FILE, or choose from {have}"
+        )
     enum = models.get_weight(f"{architecture(name).imagenet}.IMAGENET1K_V1")
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / Path(enum.url).name
@@ -177,7 +331,8 @@ def _present_name(key: str) -> str:
 
 def _load_trunk(network: nn.Module, state: Mapping[str, Tensor], kind: Architecture, *, source: str) -> None:
     own = network.state_dict()
-    head = {f"{kind.head}.weight", f"{kind.head}.bias"}
+    head = {key for key in own if key.startswith(f"{network.head_name}.")}
+    same_head = all(key in state and state[key].shape == own[key].shape for key in head)
     wrong = [
         key
         for key, value in own.items()
@@ -186,14 +341,15 @@ def _load_trunk(network: nn.Module, state: Mapping[str, Tensor], kind: Architect
         # Older files lack these counters, which a trained network does not use.
         and not (key.endswith("num_batches_tracked") and key not in state)
     ]
-    wrong += [key for key in state if key not in own]
+    # A file may come with another head in place of the classifier, or with the classifier that ours replaced.
+    wrong += [key for key in state if key not in own and not key.startswith(f"{kind.classifier}.")]
     if wrong:
         raise ValueError(
             f"the weights {source} are not of a {kind.title}: {len(wrong)} names or shapes differ, for example "
             f"{wrong[0]}"
         )
-    fits = {key: value for key, value in state.items() if value.shape == own[key].shape}
-    network.load_state_dict(own | fits)
+    taken = {key: state[key] for key in own if key in state and (same_head or key not in head)}
+    network.load_state_dict(own | taken)
 
 
 def add_batch_norm(network: nn.Module) -> None:
@@ -249,9 +405,11 @@ def resolve_device(device: str = "auto") -> torch.device:
 class ModelCard:
     """What `model.json` holds: all that is needed to use a trained network, and where it came from.
 
-    `temperature` divides the logits before the softmax (fitted on validation data, Guo et al. 2017);
-    `thresholds` are per-class decision thresholds where the task needs them, else None: the class with
-    the highest probability is predicted. `origin` (study, seed, versions, commit, data fingerprint, …) and
+    `head`: "softmax", or "sigmoid" where one output tells two classes apart; `multilabel` networks have an
+    output a finding, each with a sigmoid of its own. `hidden_units` and `dropout` are as `build_network`
+    takes them. `temperature` divides the logits (fitted on validation data, Guo et al. 2017); `thresholds`
+    are a decision threshold a class, see `decide`. `lung_masking`: X-rays are masked by the lung segmentation
+    in the run folder's `lungs`. `origin` (study, seed, versions, commit, data fingerprint, …) and
     `validation` (loss, accuracy, …) are for people.
     """
 
@@ -268,22 +426,95 @@ class ModelCard:
     temperature: float = 1.0
     origin: Mapping[str, object] = field(default_factory=dict)
     validation: Mapping[str, object] = field(default_factory=dict)
+    hidden_units: tuple[int, ...] | None = None
+    dropout: float | None = None
+
+    @property
+    def outputs(self) -> int:
+        """How many logits the network has: one for two classes behind a sigmoid, else one a class."""
+        single = self.head == "sigmoid" and len(self.classes) == 2 and not self.multilabel
+        return 1 if single else len(self.classes)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What an X-ray goes through before this network sees it."""
+        """What an X-ray goes through before this network sees it.
+
+        Raises ValueError where lungs are to be masked, for which the card alone has no means.
+        """
+        if self.lung_masking:
+            raise ValueError("this network was trained on masked lungs: use TrainedNetwork.preprocessing")
         return Preprocessing(self.image_size, self.mean, self.std)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return (N, C) calibrated probabilities for (N, C) logits."""
-        return (logits.float() / self.temperature).softmax(dim=-1)
+        """Return (N, C) calibrated probabilities for the network's (N, outputs) logits: they sum to 1 or, of
+        a multi-label network, each is a finding's own.
+        """
+        if self.multilabel:
+            return (logits.float() / self.temperature).sigmoid()
+        return (class_logits(logits.float()) / self.temperature).softmax(dim=-1)
+
+    def decide(self, probabilities: Tensor) -> Tensor:
+        """Return (N,) class indices for (N, C) probabilities; multi-label, (N, C) bool: is the finding there?
+
+        A finding is there from its threshold on (0.5 without thresholds). Else the class is the one with the
+        largest ratio of probability to threshold; for two with thresholds 1 - t and t, class 1 if p1 > t.
+        """
+        # In double precision: a threshold that was taken from a float32 probability stays equal to it.
+        values = probabilities.double()
+        default = 0.5 if self.multilabel else 1.0
+        thresholds = values.new_tensor(self.thresholds or (default,) * len(self.classes))
+        if self.multilabel:
+            return values >= thresholds
+        return (values / thresholds.clamp_min(torch.finfo(values.dtype).tiny)).argmax(dim=-1)
+
+
+def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
+    """Return the first of several networks' cards with the decision thresholds of their mean probabilities:
+    the means of theirs, or None unless all have some.
+
+    Raises ValueError where they do not have the same classes in the same order.
+    """
+    first = cards[0]
+    for card in cards[1:]:
+        if (card.classes, card.multilabel) != (first.classes, first.multilabel):
+            raise ValueError(
+                f"an ensemble needs the same classes in the same order: {first.architecture} has "
+                f"{', '.join(first.classes)}; {card.architecture} has {', '.join(card.classes)}"
+            )
+    thresholds = [card.thresholds for card in cards if card.thresholds is not None]
+    if len(thresholds) < len(cards):
+        return replace(first, thresholds=None)
+    return replace(
+        first, thresholds=tuple(sum(values) / len(cards) for values in zip(*thresholds, strict=True))
+    )
 
 
 class TrainedNetwork(NamedTuple):
-    """A network in eval mode, and its card."""
+    """A network in eval mode, its card and, where it was trained on masked lungs, what masks them: a callable
+    that returns an (H, W) uint8 X-ray with all but its lungs blackened.
+    """
 
     network: nn.Module
     card: ModelCard
+    lungs: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What an X-ray goes through before this network sees it, the masking of lungs included."""
+        if self.card.lung_masking and self.lungs is None:
+            raise ValueError("this network was trained on masked lungs: load it with load_network")
+        return replace(replace(self.card, lung_masking=False).preprocessing, lungs=self.lungs)
+
+
+def embeddings_of(trained: TrainedNetwork, paths: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+    """Return the (N, D) float32 input of a trained network's last linear layer for the X-rays in files."""
+    device = next(trained.network.parameters()).device
+    found = []
+    for start in range(0, len(paths), batch_size):
+        xrays = [trained.preprocessing(read_xray(path)) for path in list(paths)[start : start + batch_size]]
+        with torch.inference_mode():
+            found.append(embeddings(trained.network, torch.stack(xrays).to(device)).cpu().numpy())
+    return np.concatenate(found)
 
 
 def save_network(folder: Path, network: nn.Module, card: ModelCard) -> None:
@@ -309,7 +540,7 @@ def read_card(folder: Path) -> ModelCard:
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        tuples = {key: tuple(fields[key]) for key in ("classes", "mean", "std")}
+        tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         card = ModelCard(**(fields | tuples))
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a model card of this project: {error}") from None
@@ -328,7 +559,9 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
         raise FileNotFoundError(f"{folder} has no model.safetensors: run notebook 2 again")
     # Random numbers for weights that the file replaces would take longer than all the rest.
     with torch.device("meta"):
-        network = build_network(card.architecture, len(card.classes))
+        network = build_network(
+            card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units
+        )
     try:
         with torch.inference_mode(False):  # inference tensors could not be explained later
             network.load_state_dict(load_file(weights), assign=True)
@@ -338,7 +571,15 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
         ) from None
     network.cam_layer = card.cam_layer
     network.requires_grad_(False)
-    return TrainedNetwork(network.eval().to(device), card)
+    lungs = _lung_masking(folder, device) if card.lung_masking else None
+    return TrainedNetwork(network.eval().to(device), card, lungs)
+
+
+def _lung_masking(folder: Path, device: str | torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    # Imported here: most runs have no use for it, and it needs more packages than one X-ray's answer does.
+    from lung_segmentation import LungMasking, load_segmenter
+
+    return LungMasking(load_segmenter(folder / "lungs", device))
 
 
 def run_folder(model: str | Path, runs: Path | None = None) -> Path:

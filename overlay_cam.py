@@ -1,8 +1,9 @@
 """Command line: X-rays in, probabilities and Grad-CAM overlays out.
 
-    python overlay_cam.py -i IMAGE [IMAGE|FOLDER ...] -m RUN_FOLDER [-l LABEL|all] [-o OUTPUT]
+    python overlay_cam.py -i IMAGE [IMAGE|FOLDER ...] -m RUN [RUN ...] [-l LABEL|all] [-o OUTPUT]
 
-Prints each class with its probability and writes, for each image, an overlay at the image's own size.
+Prints each class with its probability and writes, for each image, an overlay at the image's own size. Of
+several runs, an ensemble, the mean is given.
 Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done.
 """
 
@@ -20,7 +21,15 @@ import numpy as np
 import torch
 
 from grad_cam import COLORMAPS, explain, overlay
-from networks import ModelCard, TrainedNetwork, load_network, read_card, resolve_device, run_folder
+from networks import (
+    ModelCard,
+    TrainedNetwork,
+    ensemble_card,
+    load_network,
+    read_card,
+    resolve_device,
+    run_folder,
+)
 from utils import read_xray
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
@@ -120,7 +129,7 @@ def _write(path: Path, picture: np.ndarray) -> None:
 
 
 def answer(
-    trained: TrainedNetwork,
+    members: Sequence[TrainedNetwork],
     image: Path,
     wanted: str | list[int],
     outputs: Sequence[Path],
@@ -128,28 +137,54 @@ def answer(
     alpha: float,
     colormap: str,
 ) -> dict[str, object]:
-    """Write an image's overlays and return its record: probabilities, and the label and file of each map.
+    """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
+    a multi-label network "findings"), and the label and file of each map.
 
     Raises ValueError or OSError where the image cannot be read or an overlay not be written.
     """
-    xray, names = read_xray(image), trained.card.classes
-    probabilities, classes, maps = explain(trained, xray, wanted)
+    xray, card = read_xray(image), ensemble_card([member.card for member in members])
+    probabilities, classes, maps = explain(members, xray, wanted)
     entries = []
     for index, map_, path in zip(classes, maps, outputs, strict=True):
         _write(path, overlay(xray, map_, alpha=alpha, colormap=colormap))
-        entries.append({"label": names[index], "overlay": str(path), "empty": not map_.any()})
+        entries.append({"label": card.classes[index], "overlay": str(path), "empty": not map_.any()})
     return {
         "image": str(image),
-        "predicted": names[int(probabilities.argmax())],
-        "probabilities": {n: round(float(p), 4) for n, p in zip(names, probabilities, strict=True)},
+        **({"networks": len(members)} if len(members) > 1 else {}),
+        **_lungs(members, xray),
+        **_decision(card, probabilities),
+        "probabilities": {n: round(float(p), 4) for n, p in zip(card.classes, probabilities, strict=True)},
         "maps": entries,
     }
+
+
+def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
+    decided = card.decide(torch.from_numpy(probabilities)[None])[0]
+    if card.multilabel:
+        return {"findings": [name for name, there in zip(card.classes, decided, strict=True) if there]}
+    return {"predicted": card.classes[int(decided)]}
+
+
+def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray) -> dict[str, str]:
+    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them."""
+    said = []
+    for mask_of in (getattr(member.lungs, "mask_of", None) for member in members):
+        if mask_of is not None:
+            found = mask_of(xray)
+            said.append("masked" if found.reason is None else f"kept whole: {found.reason}")
+    return {"lungs": "; ".join(dict.fromkeys(said))} if said else {}
 
 
 def _text(record: dict[str, object]) -> str:
     width = max(len(name) for name in record["probabilities"])
     ranked = sorted(record["probabilities"].items(), key=lambda item: -item[1])
     lines = [record["image"], *(f"  {name:<{width}}  {value:.3f}" for name, value in ranked)]
+    if "findings" in record:
+        lines.append(f"  Findings: {', '.join(record['findings']) or 'none'}")
+    elif record["predicted"] != ranked[0][0]:
+        lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
+    if "lungs" in record:
+        lines.append(f"  Lungs: {record['lungs']}")
     for entry in record["maps"]:
         note = " (empty: nothing in the image speaks for it)" if entry["empty"] else ""
         lines.append(f"  Grad-CAM for {entry['label']}{note}: {entry['overlay']}")
@@ -168,7 +203,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Probabilities and Grad-CAM overlays of chest X-rays. For research, not for diagnosis."
     )
     parser.add_argument("-i", "--image", metavar="IMAGE|FOLDER", nargs="+", type=Path, required=True)
-    parser.add_argument("-m", "--model", metavar="RUN_FOLDER", required=True, help="or STUDY/NETWORK")
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="RUN",
+        nargs="+",
+        required=True,
+        help="a run folder or STUDY/NETWORK; of several runs with the same classes, the mean",
+    )
     parser.add_argument("-l", "--label", help="the class to explain, or all (default: the most probable)")
     parser.add_argument("-o", "--output", type=Path, help="a .png or .jpg file, or a folder (default: here)")
     parser.add_argument(
@@ -192,18 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         device = resolve_device(given.device)
         images = images_in(given.image)
-        folder = run_folder(given.model)
-        card = read_card(folder)
+        folders = list(dict.fromkeys(run_folder(model).resolve() for model in given.model))
+        card = ensemble_card([read_card(folder) for folder in folders])
         wanted = chosen_labels(given.label, card)
         outputs = output_paths(images, given.output, suffixes(wanted, card))
-        trained = load_network(folder, device)
+        members = [load_network(folder, device) for folder in folders]
     except (ValueError, OSError) as error:
         print(f"overlay_cam.py: {error}", file=sys.stderr)
         return 2
+    if len(members) > 1 and not given.json:
+        print(f"mean of {len(members)} networks")
     records: list[dict[str, object]] = []
     for image, paths in zip(images, outputs, strict=True):
         try:
-            records.append(answer(trained, image, wanted, paths, alpha=given.alpha, colormap=given.colormap))
+            records.append(answer(members, image, wanted, paths, alpha=given.alpha, colormap=given.colormap))
             if not given.json:
                 print(_text(records[-1]), flush=True)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:

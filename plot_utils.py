@@ -1,86 +1,129 @@
 """Every figure of the project: `plot_*(data, ax) -> ax` draws one panel, `draw_*(fig, data) -> fig` fills a
-Figure or SubFigure.
+Figure or SubFigure. Those made of X-rays are written in `plot_images` and used from here.
 
 Arrays and tables in, nothing shown, saved or set globally. Give figures `layout="constrained"`, which makes
-room for labels. Images are (H, W) grey, 0 (black) to 255 (white). Titles are the caller's: only the caller
-knows whether the data are synthetic.
+room for labels, and a height that fits what is in them: 0.2 inch a bar or dot, 1.8 inch a row of X-rays.
+Images are (H, W) grey, 0 (black) to 255 (white). Titles are the caller's: only the caller knows whether the
+data are synthetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap
+from matplotlib.axis import Axis
 from matplotlib.figure import FigureBase
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from grad_cam import overlay
+from metrics import MACRO
+from plot_images import (
+    RIGHT,
+    WRONG,
+    CamPanel,
+    CamRow,
+    CamSample,
+    draw_augmentations,
+    draw_cam_grid,
+    draw_grad_cams,
+    draw_lung_segmentations,
+    draw_mean_images,
+    draw_samples,
+)
 
-MARKERS = "osD^vPX*"  # beside the colours, for prints without them
+__all__ = [
+    "RIGHT",
+    "WRONG",
+    "CamPanel",
+    "CamRow",
+    "CamSample",
+    "draw_accuracy_and_minutes",
+    "draw_augmentations",
+    "draw_cam_grid",
+    "draw_grad_cams",
+    "draw_learning_curves",
+    "draw_lung_segmentations",
+    "draw_mean_images",
+    "draw_samples",
+    "palette",
+    "plot_auc_by_label",
+    "plot_class_counts",
+    "plot_comparison",
+    "plot_confusion",
+    "plot_draws",
+    "plot_embedding",
+    "plot_image_sizes",
+    "plot_intensities",
+    "plot_reliability",
+    "plot_roc",
+    "plot_threshold_tradeoff",
+]
+
+MARKERS = "osD^vPX<"  # beside the colours, for prints without them
+LINES = ("-", "--", "-.", (0, (1, 1)))
 SMALL = 8.5  # points; the smallest print that is readable in a notebook 1000 px wide
-RIGHT, WRONG = "#006d4e", "#b3380a"  # green and red that also differ in lightness
-LESION, LUNG = "#ffffff", "#56b4e9"
-
-
-class CamPanel(NamedTuple):
-    """What one network made of one image: an (H, W) map in 0..1, the class it predicted and that class's
-    probability.
-    """
-
-    map: np.ndarray
-    predicted: str
-    probability: float
-
-
-class CamRow(NamedTuple):
-    """One image of `draw_grad_cams`, a panel a network, and optional (H, W) masks to outline."""
-
-    image: np.ndarray
-    truth: str
-    panels: Mapping[str, CamPanel]
-    lesion: np.ndarray | None = None
-    lung: np.ndarray | None = None
+FEW = 5  # classes whose names fit side by side under a panel, and whose lines stay apart in it
+PHASE = {"color": "0.25", "linewidth": 1.0, "linestyle": (0, (1, 2))}  # the line at a change of phase
+# Seaborn's colour-blind-safe colours without its light pink and yellow, too pale for lines on white; in their
+# place two dark ones of Paul Tol's "muted" (SRON technical note EPS 09-002).
+COLORS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3, 4, 5, 9, 7)]
+COLORS += sns.color_palette(["#332288", "#882255"])
 
 
 def palette(names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """Return a colour-blind-safe colour a name, by position: the same list of names gets the same colours in
-    every figure.
+    every figure. From the eleventh on they repeat: lines and markers then differ (`_styles`).
     """
-    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    return dict(zip(names, sns.color_palette(COLORS, len(names)), strict=True))
+
+
+class _Style(NamedTuple):
+    color: tuple[float, float, float]
+    line: str | tuple
+    marker: str
+
+
+def _styles(names: Sequence[str]) -> dict[str, _Style]:
+    """Return a colour, a kind of line and a marker a name, by position; among 40 names no two have the same
+    colour and line, nor the same colour and marker.
+    """
+    return {
+        name: _Style(color, LINES[(i + i // len(COLORS)) % len(LINES)], MARKERS[i % len(MARKERS)])
+        for i, (name, color) in enumerate(palette(names).items())
+    }
 
 
 # Notebook 1: the data
 
 
 def plot_class_counts(counts: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw grouped bars with their numbers: `counts` has a row a class, a column a split."""
-    _grouped_bars(counts, ax, label="{:,.0f}")
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.set_ylabel("images")
+    """Draw grouped bars with their numbers: `counts` has a row a class, a column a split. Bars lie down where
+    there are many classes.
+    """
+    value_axis = _grouped_bars(counts, ax, label="{:,.0f}", title="images")
+    value_axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    value_axis.set_major_formatter("{x:,.0f}")
     _legend_beside(ax)
     return ax
 
 
 def plot_draws(draws: pd.DataFrame, ax: Axes) -> Axes:
     """Draw how often each class is drawn: a row a class, a column a way of sampling, entries counts, shown as
-    shares of the column.
+    shares of the column. Bars lie down where there are many classes.
     """
-    _grouped_bars(100 * draws / draws.sum(), ax, label="{:.1f}%")
-    ax.axhline(100 / len(draws), color="0.3", linestyle="--", linewidth=1, label="equal shares", zorder=3)
+    value_axis = _grouped_bars(
+        100 * draws / draws.sum(), ax, label="{:.1f}%", title="share of the images drawn"
+    )
+    line = ax.axhline if value_axis is ax.yaxis else ax.axvline
+    line(100 / len(draws), color="0.3", linestyle="--", linewidth=1, label="equal shares", zorder=3)
     _legend_beside(ax, last="equal shares")
-    ax.set_ylabel("share of the images drawn")
-    ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    value_axis.set_major_formatter(PercentFormatter(decimals=0))
     return ax
 
 
@@ -90,7 +133,7 @@ def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
     """
     counts = sizes.groupby(["class", "width", "height"], sort=False).size()
     classes = list(dict.fromkeys(sizes["class"]))
-    for (name, color), marker in zip(palette(classes).items(), cycle(MARKERS), strict=False):
+    for name, style in _styles(classes).items():
         own = counts[name]
         width, height = own.index.get_level_values("width"), own.index.get_level_values("height")
         areas = np.maximum(500 * own.to_numpy() / counts.max(), 12)
@@ -98,7 +141,13 @@ def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
         # Hollow, each class with a shape of its own: where all images are of one size, all classes remain
         # visible.
         ax.scatter(
-            width, height, s=areas, marker=marker, facecolor=(*color, 0.12), edgecolor=color, label=label
+            width,
+            height,
+            s=areas,
+            marker=style.marker,
+            facecolor=(*style.color, 0.12),
+            edgecolor=style.color,
+            label=label,
         )
     reach = 1.15 * sizes[["width", "height"]].max()
     ax.axline((0, 0), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=0, label="square")
@@ -112,64 +161,22 @@ def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_intensities(histograms: Mapping[str, np.ndarray], edges: np.ndarray, ax: Axes) -> Axes:
-    """Draw, a class, the mean over images of (N, B) grey-value densities, with the inter-quartile band;
-    `edges` are (B + 1,).
+    """Draw, a class, the mean over images of (N, B) grey-value densities, up to five classes with the
+    inter-quartile band; `edges` are (B + 1,).
     """
     centres = (edges[:-1] + edges[1:]) / 2
-    for (name, color), style in zip(
-        palette(list(histograms)).items(), cycle(["-", "--", "-.", ":"]), strict=False
-    ):
+    many = len(histograms) > FEW
+    for name, style in _styles(list(histograms)).items():
         densities = np.asarray(histograms[name])
-        low, high = np.percentile(densities, [25, 75], axis=0)
-        ax.fill_between(centres, low, high, color=color, alpha=0.15, linewidth=0)
-        ax.plot(centres, densities.mean(axis=0), style, color=color, label=f"{name} (n = {len(densities):,})")
+        if not many:
+            low, high = np.percentile(densities, [25, 75], axis=0)
+            ax.fill_between(centres, low, high, color=style.color, alpha=0.15, linewidth=0)
+        label = f"{name} (n = {len(densities):,})"
+        ax.plot(centres, densities.mean(axis=0), color=style.color, linestyle=style.line, label=label)
     ax.set(xlabel="grey value (0 = black, 255 = white)", ylabel="density", xlim=(edges[0], edges[-1]))
     ax.set_ylim(bottom=0)
-    _legend_beside(ax, title="line: mean\nband: middle half of images")
+    _legend_beside(ax, title="line: mean" if many else "line: mean\nband: middle half of images")
     return ax
-
-
-def draw_samples(fig: FigureBase, images: Mapping[str, Sequence[np.ndarray]]) -> FigureBase:
-    """Draw a row of images a class, named at its left; `images` holds (H, W) images by class."""
-    columns = max(len(row) for row in images.values())
-    axes = fig.subplots(len(images), columns, squeeze=False)
-    for (name, row), row_axes in zip(images.items(), axes, strict=True):
-        _row_label(name, row_axes[0])
-        for i, ax in enumerate(row_axes):
-            _image(row[i] if i < len(row) else None, ax)
-    return fig
-
-
-def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> FigureBase:
-    """Draw (H, W) mean images by class side by side, on one grey scale with a bar: the darkest to the
-    brightest value of all.
-    """
-    low = min(mean.min() for mean in means.values())
-    high = max(mean.max() for mean in means.values())
-    axes = fig.subplots(1, len(means), squeeze=False)[0]
-    for (name, mean), ax in zip(means.items(), axes, strict=True):
-        _image(mean, ax, low=low, high=high)
-        ax.set_title(name)
-    fig.colorbar(axes[0].images[0], ax=axes, label="mean grey value", shrink=0.8, aspect=15, pad=0.01)
-    return fig
-
-
-def draw_augmentations(
-    fig: FigureBase, originals: Sequence[np.ndarray], augmented: Sequence[Sequence[np.ndarray]]
-) -> FigureBase:
-    """Draw a row an image: the (H, W) original at the left, then its K augmented versions."""
-    columns = max(len(row) for row in augmented)
-    axes = fig.subplots(len(originals), 1 + columns, squeeze=False)
-    for original, versions, row_axes in zip(originals, augmented, axes, strict=True):
-        for i, ax in enumerate(row_axes[1:]):
-            _image(versions[i] if i < len(versions) else None, ax)
-        _image(original, row_axes[0])
-        for spine in row_axes[0].spines.values():
-            spine.set(visible=True, color="0.2", linewidth=1.5)
-    axes[0, 0].set_title("original")
-    for i, ax in enumerate(axes[0, 1:], start=1):
-        ax.set_title(f"augmented {i}")
-    return fig
 
 
 # Notebook 2: the training
@@ -182,82 +189,146 @@ def draw_learning_curves(
     score: str = "accuracy",
     best_by: str = "val_loss",
 ) -> FigureBase:
-    """Draw loss (left) and `score` (right) by epoch, a colour a network, training dashed, validation solid.
+    """Draw loss (left) and `score`, "accuracy" or "auc" (right), by epoch, a colour a network, training
+    dashed, validation solid.
 
     Histories have columns epoch, train_loss, val_loss, train_<score>, val_<score>. The star marks each
-    network's best epoch: the first with the highest `best_by`, or the lowest if that is a loss.
+    network's best epoch: the first with the highest `best_by`, or the lowest if that is a loss. Where a
+    `phase` column changes, a thin vertical line stands between the epochs.
     """
     axes = fig.subplots(1, 2)
-    colors = palette(list(histories))
-    for name, history in histories.items():
-        column = history[best_by]
-        best = history.loc[column.idxmin() if best_by.endswith("loss") else column.idxmax()]
-        for ax, figure in zip(axes, ("loss", score), strict=True):
-            ax.plot(history["epoch"], history[f"train_{figure}"], "--", color=colors[name], linewidth=1.2)
-            ax.plot(
-                history["epoch"], history[f"val_{figure}"], "-", color=colors[name], linewidth=2, label=name
-            )
-            ax.plot(
-                best["epoch"],
-                best[f"val_{figure}"],
-                "*",
-                color=colors[name],
-                markersize=15,
-                markeredgecolor="black",
-            )
-    for ax, label in zip(axes, ("loss (cross-entropy)", score), strict=True):
-        ax.set(xlabel="epoch", ylabel=label)
+    titles = {"accuracy": "accuracy", "auc": "mean area under the ROC curve"}
+    for ax, figure, title in zip(axes, ("loss", score), ("loss", titles[score]), strict=True):
+        for name, color in palette(list(histories)).items():
+            _learning_curve(histories[name], figure, ax, color=color, best_by=best_by)
+        ax.set(xlabel="epoch", ylabel=title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
-    handles = [Line2D([], [], color=color, linewidth=2, label=name) for name, color in colors.items()]
+    changes = set().union(*(_phase_changes(history) for history in histories.values()))
+    for ax in axes:
+        for change in sorted(changes):
+            ax.axvline(change, **PHASE, zorder=0)
+    handles = _learning_curve_handles(list(histories), phases=bool(changes))
+    # Under the panels: inside, it would hide the curves' ends.
+    fig.legend(handles=handles, loc="outside lower center", ncols=_columns(handles, fig), frameon=False)
+    return fig
+
+
+def _learning_curve(history: pd.DataFrame, figure: str, ax: Axes, *, color: tuple, best_by: str) -> None:
+    epochs = history["epoch"]
+    ax.plot(epochs, history[f"train_{figure}"], "--", color=color, linewidth=1.2)
+    ax.plot(epochs, history[f"val_{figure}"], "-", color=color, linewidth=2)
+    column = history[best_by].dropna()
+    if len(column):
+        best = history.loc[column.idxmin() if best_by.endswith("loss") else column.idxmax()]
+        star = {"markersize": 15, "markeredgecolor": "black"}
+        ax.plot(best["epoch"], best[f"val_{figure}"], "*", color=color, **star)
+
+
+def _phase_changes(history: pd.DataFrame) -> set[float]:
+    """Return the places between two epochs where the phase changes."""
+    if "phase" not in history:
+        return set()
+    changed = history["phase"].ne(history["phase"].shift()).to_numpy()[1:]
+    epochs = history["epoch"].to_numpy(float)
+    return set(((epochs[:-1] + epochs[1:]) / 2)[changed].tolist())
+
+
+def _learning_curve_handles(networks: Sequence[str], *, phases: bool) -> list[Line2D]:
+    star = {"marker": "*", "markersize": 13, "markeredgecolor": "black", "linestyle": ""}
+    handles = [
+        Line2D([], [], color=color, linewidth=2, label=name) for name, color in palette(networks).items()
+    ]
     handles += [
         Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="training"),
         Line2D([], [], color="0.3", linewidth=2, label="validation"),
-        Line2D(
-            [],
-            [],
-            color="0.8",
-            marker="*",
-            markersize=13,
-            markeredgecolor="black",
-            linestyle="",
-            label="best epoch",
-        ),
+        Line2D([], [], color="0.8", label="best epoch", **star),
     ]
-    # Under the panels: inside, it would hide the curves' ends.
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    if phases:
+        handles.append(Line2D([], [], **PHASE, label="change of phase"))
+    return handles
+
+
+def _columns(handles: Sequence[Line2D], fig: FigureBase) -> int:
+    """Return how many columns of a legend fit a figure, six at most."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    # In points: a letter is about 6 wide, the line before the name and the space after it six letters.
+    fit = fig.bbox.width / fig.dpi * 72 / (6 * (longest + 6))
+    return max(1, min(int(fit), 6, len(handles)))
+
+
+def draw_accuracy_and_minutes(fig: FigureBase, table: pd.DataFrame) -> FigureBase:
+    """Draw horizontal bars, a row a network in the table's order: its accuracy with the interval (left) and
+    the minutes that its training took (right).
+
+    `table` has columns network, accuracy, low, high, minutes; accuracy and its ends in 0..1. NaN ends: no
+    whiskers; NaN minutes: not known.
+    """
+    left, right = fig.subplots(1, 2, sharey=True)
+    rows = np.arange(len(table))
+    colors = list(palette(list(table["network"])).values())
+    accuracy = table["accuracy"]
+    reach = np.maximum([accuracy - table["low"], table["high"] - accuracy], 0)
+    left.barh(rows, accuracy, color=colors, height=0.65)
+    left.errorbar(accuracy, rows, xerr=reach, fmt="none", ecolor="black", capsize=3, linewidth=1.2)
+    right.barh(rows, table["minutes"].fillna(0), color=colors, height=0.65)
+    ends = np.fmax(accuracy, table["high"])
+    for ax, at, texts in (
+        (left, ends, [f"{value:.1%}" for value in accuracy]),
+        (right, table["minutes"].fillna(0), [_minutes(value) for value in table["minutes"]]),
+    ):
+        for row, (end, text) in enumerate(zip(at, texts, strict=True)):
+            _note(text, (end, row), ax)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
+    left.set_yticks(rows, list(table["network"]))
+    left.set_ylim(len(table) - 0.4, -0.6)
+    # To 100 % and room for the number of a network that is always right.
+    left.set(xlabel="accuracy and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
+    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.set_xlabel("minutes of training")
+    right.set_xlim(0, max(1e-3, 1.25 * np.nanmax([0, *table["minutes"]])))
     return fig
+
+
+def _minutes(value: float) -> str:
+    if np.isnan(value):
+        return "not known"
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
 # Notebook 3: the results
 
 
 def plot_confusion(counts: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes:
-    """Draw (C, C) counts, row = true class, column = predicted; in small print and as shade, the share of the
-    row (of the true class).
+    """Draw (C, C) counts, row = true class, column = predicted; as shade and, up to eight classes, in small
+    print, the share of the row (of the true class).
     """
     counts = np.asarray(counts)
     support = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    many = len(classes) > FEW
+    crowded = len(classes) > 8
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if share[row, column] > 0.55 else "black"
         percent = f"{share[row, column]:.1%}" if support[row, 0] else "–"
-        for text, size, rise in ((f"{count}", 12, 5), (percent, SMALL, -10)):
-            ax.annotate(
-                text,
-                (column, row),
-                xytext=(0, rise),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=size,
-            )
+        lines = [(f"{count}", SMALL, 0)] if crowded else [(f"{count}", 12, 5), (percent, SMALL, -10)]
+        for text, size, rise in lines:
+            place = {"xytext": (0, rise), "textcoords": "offset points", "ha": "center", "va": "center"}
+            ax.annotate(text, (column, row), **place, color=color, fontsize=size)
     ticks = np.arange(len(classes))
-    # Broken at blanks, so that long names need neither slant nor small print.
-    ax.set_xticks(ticks, [name.replace(" ", "\n") for name in classes])
-    ax.set_yticks(ticks, [f"{name}\n(n = {n})" for name, n in zip(classes, support[:, 0], strict=True)])
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    # Broken at blanks, so that few long names need neither slant nor small print.
+    ax.set_xticks(
+        ticks, [name.replace(" ", " " if many else "\n") for name in classes], **slanted if many else {}
+    )
+    between = " " if many else "\n"
+    ax.set_yticks(
+        ticks, [f"{name}{between}(n = {n})" for name, n in zip(classes, support[:, 0], strict=True)]
+    )
     ax.set_xticks(ticks[:-1] + 0.5, minor=True)
     ax.set_yticks(ticks[:-1] + 0.5, minor=True)
     ax.grid(which="minor", color="0.85", linewidth=0.8)
@@ -266,17 +337,28 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes
     return ax
 
 
-def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
-    """Draw (false positive rate, true positive rate, area) by class, with the diagonal of chance."""
+def plot_roc(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axes, *, mean: bool = False
+) -> Axes:
+    """Draw (false positive rate, true positive rate, area) by class, with the diagonal of chance; areas are
+    in the legend, which stands beside the axes where there are many classes.
+
+    With `mean` also the mean of the curves at each false positive rate (vertical averaging: Fawcett 2006,
+    Pattern Recognition Letters 27:861), in black; its area is the mean of theirs.
+    """
     ax.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="chance (0.500)", zorder=1)
-    for (name, color), style in zip(
-        palette(list(curves)).items(), cycle(["-", "--", "-.", (0, (1, 1))]), strict=False
-    ):
+    many = len(curves) > FEW
+    for name, style in _styles(list(curves)).items():
         false_positive_rate, true_positive_rate, area = curves[name]
         label = f"{name} (no images)" if np.isnan(area) else f"{name} ({area:.3f})"
-        ax.plot(
-            false_positive_rate, true_positive_rate, color=color, linestyle=style, linewidth=2, label=label
-        )
+        line = {"color": style.color, "linestyle": style.line, "linewidth": 1.4 if many else 2}
+        ax.plot(false_positive_rate, true_positive_rate, **line, label=label)
+    known = [curve for curve in curves.values() if len(curve[0])]
+    if mean and known:
+        rates = np.linspace(0, 1, 501)
+        heights = np.mean([np.interp(rates, x, y) for x, y, _ in known], axis=0)
+        label = f"mean ({np.mean([area for *_, area in known]):.3f})"
+        ax.plot(rates, heights, color="black", linewidth=2.5, label=label)
     ax.set(
         xlim=(-0.01, 1.01),
         ylim=(-0.01, 1.01),
@@ -284,15 +366,99 @@ def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axe
         xlabel="false positive rate (1 − specificity)",
         ylabel="true positive rate (recall)",
     )
+    title = "class (area)"
+    if many:
+        _legend_beside(ax, title=title, last="chance (0.500)")
+        return ax
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(
-        handles[1:] + handles[:1],
-        labels[1:] + labels[:1],
-        title="class (area)",
-        loc="lower right",
-        framealpha=0.9,
-    )
+    order = [*range(1, len(labels)), 0]
+    listed = [handles[i] for i in order], [labels[i] for i in order]
+    ax.legend(*listed, title=title, loc="lower right", framealpha=0.9)
     return ax
+
+
+def plot_auc_by_label(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the area under the ROC curve as dots with whiskers, a row a label, the largest on top.
+
+    `table` is one of `metrics.bootstrap_scores`: columns class, metric, estimate, low, high; of it the
+    roc_auc are drawn. The dashed line at 0.5 is chance; the macro row is the mean, a line with the band of
+    its interval. Labels without an area stand below, without a dot.
+    """
+    areas = table[table["metric"] == "roc_auc"].set_index("class")[["estimate", "low", "high"]]
+    mean = areas.loc[MACRO]
+    areas = areas.drop(index=MACRO).sort_values("estimate", ascending=False, kind="stable")
+    rows = np.arange(len(areas))
+    color, mean_color = COLORS[0], COLORS[3]
+    reach = np.maximum([areas["estimate"] - areas["low"], areas["high"] - areas["estimate"]], 0)
+    ax.axvline(0.5, color="0.4", linestyle="--", linewidth=1.2, label="chance (0.500)")
+    ax.axvspan(mean["low"], mean["high"], color=mean_color, alpha=0.15, linewidth=0)
+    ax.axvline(mean["estimate"], color=mean_color, linewidth=1.5, label=f"mean ({mean['estimate']:.3f})")
+    ax.errorbar(areas["estimate"], rows, xerr=reach, fmt="o", color=color, capsize=3, markersize=6)
+    for row, area in enumerate(areas.itertuples()):
+        known = not np.isnan(area.estimate)
+        _note(
+            f"{area.estimate:.3f}" if known else "no area",
+            (np.fmax(area.estimate, area.high) if known else 0.5, row),
+            ax,
+        )
+    ax.set_yticks(rows, list(areas.index))
+    ax.set_ylim(len(areas) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", alpha=0.3)
+    ax.margins(x=0.1)
+    ax.set_xlabel("area under the ROC curve (dot) and its interval (whiskers)")
+    _legend_beside(ax)
+    return ax
+
+
+def plot_threshold_tradeoff(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]],
+    ax: Axes,
+    *,
+    chosen: float | None = None,
+) -> Axes:
+    """Draw precision (solid) and recall (dashed) over the decision threshold.
+
+    `points` are by label those of `metrics.precision_recall_points`: thresholds, precision, recall, average
+    precision. Several labels are thin lines, and thick is their mean: at thresholds above every probability
+    of a label its recall is 0, and its precision, of nothing, is left out. `chosen` is marked by a vertical
+    line.
+    """
+    known = {name: each for name, each in points.items() if len(each[0])}
+    grid = np.linspace(0, 1, 501)
+    precision = np.array([_at_thresholds(grid, t, p, beyond=np.nan) for t, p, *_ in known.values()])
+    recall = np.array([_at_thresholds(grid, t, r, beyond=0.0) for t, _, r, _ in known.values()])
+    several = len(points) > 1
+    for values, style, color, name in (
+        (precision, "-", COLORS[0], "precision"),
+        (recall, "--", COLORS[3], "recall"),
+    ):
+        if several:
+            ax.plot(grid, values.T, style, color=color, linewidth=0.7, alpha=0.45)
+        some = ~np.isnan(values).all(axis=0) if len(values) else np.zeros(len(grid), bool)
+        label = f"{name}, mean of {len(known)} labels" if several else name
+        ax.plot(
+            grid[some], np.nanmean(values[:, some], axis=0), style, color=color, linewidth=2.8, label=label
+        )
+    if several:
+        ax.plot([], [], color="0.5", linewidth=0.7, label="a label")
+    if chosen is not None:
+        ax.axvline(
+            chosen, color="black", linestyle="-.", linewidth=1.3, label=f"chosen threshold ({chosen:.2f})"
+        )
+    ax.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="decision threshold", ylabel="precision, recall")
+    ax.grid(alpha=0.3)
+    _legend_beside(ax)
+    return ax
+
+
+def _at_thresholds(
+    grid: np.ndarray, thresholds: np.ndarray, values: np.ndarray, *, beyond: float
+) -> np.ndarray:
+    """Return what holds at each threshold of a grid: the value of the next one at which a decision changes,
+    `beyond` above the last.
+    """
+    return np.append(values, beyond)[np.searchsorted(thresholds, grid, side="left")]
 
 
 def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
@@ -303,27 +469,17 @@ def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
     """
     metrics, networks = (list(dict.fromkeys(table[column])) for column in ("metric", "network"))
     step = 0.7 / len(networks)
-    for i, (name, color) in enumerate(palette(networks).items()):
+    for i, (name, style) in enumerate(_styles(networks).items()):
         own = table[table["network"] == name]
-        y = (
-            np.array([metrics.index(metric) for metric in own["metric"]])
-            + (i - (len(networks) - 1) / 2) * step
-        )
+        offset = (i - (len(networks) - 1) / 2) * step
+        y = np.array([metrics.index(metric) for metric in own["metric"]]) + offset
         # A percentile interval may, rarely, lie beside its estimate: no negative whiskers.
         reach = np.maximum([own["estimate"] - own["low"], own["high"] - own["estimate"]], 0)
-        marker = MARKERS[i % len(MARKERS)]
-        ax.errorbar(
-            own["estimate"], y, xerr=reach, fmt=marker, color=color, capsize=3, markersize=6, label=name
-        )
+        dots = {"fmt": style.marker, "color": style.color, "markersize": 6}
+        ax.errorbar(own["estimate"], y, xerr=reach, **dots, capsize=3, label=name)
         for at, estimate, high in zip(y, own["estimate"], own["high"], strict=True):
-            ax.annotate(
-                f"{estimate:.3f}",
-                (np.nanmax([estimate, high]), at),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=SMALL,
-            )
+            if not np.isnan(estimate):
+                _note(f"{estimate:.3f}", (np.fmax(estimate, high), at), ax)
     for between in range(1, len(metrics)):
         ax.axhline(between - 0.5, color="0.85", linewidth=0.8)
     ax.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
@@ -345,19 +501,13 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     ax.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, zorder=1)
     ax.annotate("over-confident", (0.97, 0.04), ha="right", color="0.35", style="italic")
     ax.annotate("under-confident", (0.03, 0.93), ha="left", color="0.35", style="italic")
-    for (name, color), marker in zip(palette(list(tables)).items(), cycle(MARKERS), strict=False):
+    for name, style in _styles(list(tables)).items():
         filled = tables[name][tables[name]["count"] > 0]
         areas = np.maximum(250 * filled["count"] / filled["count"].sum(), 10)
-        ax.plot(filled["confidence"], filled["accuracy"], color=color, linewidth=1.5)
-        ax.scatter(
-            filled["confidence"],
-            filled["accuracy"],
-            s=areas,
-            marker=marker,
-            color=color,
-            alpha=0.65,
-            label=name,
-        )
+        confidence, accuracy = filled["confidence"], filled["accuracy"]
+        dots = {"marker": style.marker, "color": style.color, "alpha": 0.65, "label": name}
+        ax.plot(confidence, accuracy, color=style.color, linewidth=1.5)
+        ax.scatter(confidence, accuracy, s=areas, **dots)
     ax.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
     ax.set(
         xlabel="confidence (probability of the predicted class)", ylabel="accuracy (share of them correct)"
@@ -368,112 +518,61 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     return ax
 
 
-def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
-    """Draw a row an image: the original with its true class, then a network's overlay a column.
+def plot_embedding(points: np.ndarray, labels: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes:
+    """Draw (N, 2) points of `metrics.tsne` by their (N,) class indices, a colour and a marker a class.
 
-    Over each overlay what the network predicted and how probable, green with ✓ or red with ✗. Outlines:
-    lesion white, lung blue dashed.
+    No numbers at the axes: only who is near whom means something.
     """
-    networks = list(rows[0].panels)
-    axes = fig.subplots(len(rows), 1 + len(networks), squeeze=False)
-    for row, row_axes in zip(rows, axes, strict=True):
-        _row_label(row.truth, row_axes[0])
-        _image(row.image, row_axes[0])
-        row_axes[0].xaxis.set_label_position("top")
-        row_axes[0].set_xlabel(" ", fontsize=10)  # holds the place, so that the column titles line up
-        for name, ax in zip(networks, row_axes[1:], strict=True):
-            panel = row.panels[name]
-            _image(overlay(row.image, panel.map), ax)
-            correct = panel.predicted == row.truth
-            text = f"{panel.predicted} {panel.probability:.2f} {'✓' if correct else '✗'}"
-            # On top of the panel and under the title, which in the first row names the network.
-            ax.xaxis.set_label_position("top")
-            ax.set_xlabel(text, color=RIGHT if correct else WRONG, fontsize=10)
-            if not np.any(panel.map):
-                box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}
-                ax.text(
-                    0.5,
-                    0.05,
-                    "no positive evidence",
-                    transform=ax.transAxes,
-                    ha="center",
-                    color="white",
-                    bbox=box,
-                )
-        for ax in row_axes:
-            _outline(row.lung, ax, color=LUNG, style="dashed")
-            _outline(row.lesion, ax, color=LESION, style="solid")
-    for title, ax in zip(["original", *networks], axes[0], strict=True):
-        ax.set_title(title, fontweight="bold")
-    # The bar shows the blended colours, over mid grey: those that the panels show.
-    ramp = overlay(np.full((1, 256), 127, np.uint8), np.linspace(0, 1, 256)[None])[0] / 255
-    label = "Grad-CAM (1 = the map's maximum)"
-    fig.colorbar(
-        ScalarMappable(cmap=ListedColormap(ramp)), ax=axes, label=label, shrink=0.9, aspect=40, pad=0.02
-    )
-    _outline_legend(fig, rows)
-    return fig
+    labels = np.asarray(labels)
+    for i, (name, style) in enumerate(_styles(list(classes)).items()):
+        own = points[labels == i]
+        ax.scatter(
+            *own.T,
+            s=24,
+            marker=style.marker,
+            color=style.color,
+            alpha=0.75,
+            edgecolor="white",
+            linewidth=0.4,
+            label=f"{name} (n = {len(own):,})",
+        )
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    legend = _legend_beside(ax)
+    for handle in legend.legend_handles:
+        handle.set(sizes=[45], alpha=1)
+    return ax
 
 
-def _grouped_bars(table: pd.DataFrame, ax: Axes, *, label: str) -> None:
-    """Draw a group a row and a bar a column, each with its number."""
+def _grouped_bars(table: pd.DataFrame, ax: Axes, *, label: str, title: str) -> Axis:
+    """Draw a group a row and a bar a column, each with its number; return the axis of the values.
+
+    Bars stand for few rows with short names, else they lie, the first row on top.
+    """
+    names = [str(name) for name in table.index]
+    lying = len(names) > FEW or sum(map(len, names)) > 70
     width = 0.84 / len(table.columns)
     for i, (name, color) in enumerate(palette(list(table.columns)).items()):
-        x = np.arange(len(table)) + (i - (len(table.columns) - 1) / 2) * width
-        bars = ax.bar(x, table[name], width=0.94 * width, color=color, label=name)
+        at = np.arange(len(table)) + (i - (len(table.columns) - 1) / 2) * width
+        bar = ax.barh if lying else ax.bar
+        bars = bar(at, table[name], 0.94 * width, color=color, label=name)
         ax.bar_label(bars, labels=[label.format(value) for value in table[name]], padding=2, fontsize=SMALL)
-    ax.set_xticks(range(len(table)), table.index)
-    ax.tick_params(axis="x", length=0)
-    ax.margins(y=0.12)
+    if lying:
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+    else:
+        ax.set_xticks(range(len(names)), names)
+    ax.tick_params(axis="y" if lying else "x", length=0)
+    ax.margins(**{"x" if lying else "y": 0.12})
     ax.spines[["top", "right"]].set_visible(False)
+    value_axis = ax.xaxis if lying else ax.yaxis
+    value_axis.set_label_text(title)
+    return value_axis
 
 
-def _image(image: np.ndarray | None, ax: Axes, *, low: float = 0, high: float = 255) -> None:
-    """Draw an image without ticks, grey values from low to high; None leaves the place empty."""
-    ax.set(xticks=[], yticks=[], aspect="equal")
-    ax.spines[:].set_visible(False)
-    if image is not None:
-        ax.imshow(image, cmap="gray", vmin=low, vmax=high)
-
-
-def _row_label(text: str, ax: Axes) -> None:
-    ax.set_ylabel(text.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=11)
-
-
-def _outline(mask: np.ndarray | None, ax: Axes, *, color: str, style: str) -> None:
-    """Draw the edge of an (H, W) mask, closed also where the mask meets the image's edge."""
-    if mask is None or not np.any(mask):
-        return
-    height, width = mask.shape
-    padded = np.pad(np.asarray(mask) != 0, 1).astype(float)
-    limits = ax.get_xlim(), ax.get_ylim()
-    edge = ax.contour(
-        np.arange(-1, width + 1),
-        np.arange(-1, height + 1),
-        padded,
-        [0.5],
-        colors=color,
-        linewidths=1.1,
-        linestyles=style,
-    )
-    edge.set_clip_on(False)
-    # Thin lines in light colours, on black rims: seen on bone, on air and on the overlay.
-    edge.set_path_effects([withStroke(linewidth=2.4, foreground="black")])
-    ax.set(xlim=limits[0], ylim=limits[1])
-
-
-def _outline_legend(fig: FigureBase, rows: Sequence[CamRow]) -> None:
-    """Name the outlines that are drawn, if any."""
-    handles = []
-    if any(row.lesion is not None for row in rows):
-        handles.append(Line2D([], [], color=LESION, label="lesion"))
-    if any(row.lung is not None for row in rows):
-        handles.append(Line2D([], [], color=LUNG, linestyle="--", label="lung"))
-    if handles:
-        where = {"loc": "outside lower center", "ncols": 2}
-        fig.legend(
-            handles=handles, **where, facecolor="0.3", framealpha=1, edgecolor="none", labelcolor="white"
-        )
+def _note(text: str, at: tuple[float, float], ax: Axes) -> None:
+    """Write in small print to the right of a point."""
+    place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    ax.annotate(text, at, **place, fontsize=SMALL)
 
 
 def _legend_beside(ax: Axes, *, title: str | None = None, last: str | None = None) -> Legend:

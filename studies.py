@@ -8,14 +8,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datasets import XrayTable, read_dataset
 from datasets.phantom import write_phantom
-from datasets.splits import split_by_patient
+from datasets.splits import split_by_patient, split_into_folds, thinned
+from datasets.table import merged, relabelled
 
 PROJECT = Path(__file__).resolve().parent
 STUDIES = PROJECT / "studies"
@@ -44,12 +44,17 @@ class Phantom(Settings):
 
 
 class Data(Settings):
-    """Where the images are and how they are read."""
+    """Where the images are and how they are read.
+
+    `labels` maps classes of the source onto those of the study; a class that is not in it keeps its name.
+    """
 
     reader: str
     root: Path
     classes: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
     patient_pattern: str | None = None
+    official_split: bool = False
     phantom: Phantom | None = None
 
     @field_validator("patient_pattern")
@@ -63,17 +68,38 @@ class Data(Settings):
         return pattern
 
     @model_validator(mode="after")
-    def _patients_only_in_names(self) -> "Data":
+    def _options_of_the_reader(self) -> "Data":
         if self.patient_pattern is not None and self.reader != "folder":
             raise ValueError("patient_pattern is for the reader 'folder' only")
+        if self.official_split and self.reader != "chestxray14":
+            raise ValueError("official_split is for the reader 'chestxray14' only")
         return self
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The reader's options that this source sets."""
+        given = {"patient_pattern": self.patient_pattern, "official_split": self.official_split or None}
+        return {"classes": self.classes} | {key: value for key, value in given.items() if value is not None}
 
 
 class Split(Settings):
-    """How much of the data is held out; see `datasets.splits.split_by_patient`."""
+    """How much of the data is held out; see `datasets.splits`.
+
+    With `folds`, part `fold` of all that is not the test is the validation set, and `val` is not used.
+    `keep_without_finding` thins, in the training split of a multi-label study, the images without any.
+    """
 
     val: SplitSize = 0.1
     test: SplitSize = 0.1
+    folds: Annotated[int, Field(ge=2)] | None = None
+    fold: Positive | None = None
+    keep_without_finding: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fold_of_folds(self) -> "Split":
+        if self.fold is not None and not (self.folds and self.fold <= self.folds):
+            raise ValueError(f"fold {self.fold} needs `folds` in [split] of the study, and at least as many")
+        return self
 
     @field_validator("val", "test")
     @classmethod
@@ -84,36 +110,78 @@ class Split(Settings):
 
 
 class Preprocessing(Settings):
-    """What is done to every image, in training and at inference alike."""
+    """What is done to every image, in training and at inference alike.
+
+    `lung_model` names a folder below `runs/` with a trained lung segmentation: all but the lungs is blackened
+    (see `lung_segmentation.LungMasking`). Where the folder is missing, one is trained on the phantom.
+    """
 
     image_size: Annotated[int, Field(ge=32)] = 224
+    lung_model: str | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
 
 class Augmentation(Settings):
-    """What is done to training images only."""
+    """What is done to training images only; see `utils.augmentation`."""
 
     horizontal_flip: bool = False
     smallest_crop: float = Field(default=1.0, gt=0, le=1)
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    translation: float = Field(default=0.0, ge=0, lt=1)
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Phase(Settings):
+    """A stretch of a training: which parameters learn ("head": the new layers alone), and how."""
+
+    trainable: Literal["all", "head"] = "all"
+    epochs: Positive = 25
+    learning_rate: float = Field(default=3e-5, gt=0)
 
 
 class Training(Settings):
-    """How one network is fine-tuned; `[networks.NAME]` in a study overrides any of it for that network."""
+    """How one network is fine-tuned; `[networks.NAME]` in a study overrides any of it for that network.
+
+    `phases` follow one another, each from the best weights so far; without them there is one, made of
+    `trainable`, `epochs` and `learning_rate`. `hidden_units` asks for a new head of that many layers in place
+    of the network's own, see `networks.build_network`. `patience` epochs without a better `select` on
+    validation end a phase. `threshold` is the rule by which decision thresholds are chosen on validation.
+    """
 
     weights: str = "imagenet"
+    phases: tuple[Phase, ...] = ()
+    trainable: Literal["all", "head"] = "all"
     epochs: Positive = 25
-    batch_size: Positive = 32
     learning_rate: float = Field(default=3e-5, gt=0)
-    schedule: Literal["constant", "one_cycle"] = "constant"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "one_cycle", "plateau"] = "constant"
+    plateau_patience: Positive = 2
     patience: Positive = 5
+    select: Literal["loss", "auc"] = "loss"
+    keep_checkpoints: bool = False
+    batch_size: Positive = 32
     balance: Literal["oversample", "loss", "none"] = "oversample"
+    head: Literal["softmax", "sigmoid"] = "softmax"
+    hidden_units: tuple[Positive, ...] | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
+    frozen_batch_norm: bool = False
+    cache_features: bool = True
+    threshold: Literal["none", "youden", "f1", "accuracy"] = "none"
     image_size: Annotated[int, Field(ge=32)] | None = None
     temporary_batch_norm: bool = False
     residual_gain: float = Field(default=1.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     num_workers: int = Field(default=0, ge=0)
+
+    @property
+    def stretches(self) -> tuple[Phase, ...]:
+        """The phases, one where none are given."""
+        one = Phase(trainable=self.trainable, epochs=self.epochs, learning_rate=self.learning_rate)
+        return self.phases or (one,)
 
 
 class Quick(Settings):
@@ -125,7 +193,11 @@ class Quick(Settings):
 
 
 class Study(Settings):
-    """A validated study. `name` is that of its file and of its folder below `runs/`."""
+    """A validated study. `name` is that of its file and of its folder below `runs/`.
+
+    Its images are those of `data`, or of several `datasets` together. `compare` names studies on the same test
+    images whose results notebook 3 shows beside this one's.
+    """
 
     name: str
     title: str
@@ -133,7 +205,9 @@ class Study(Settings):
     source: str = ""
     seed: Seed = 0
     limit: Positive | None = None
-    data: Data
+    compare: tuple[str, ...] = ()
+    data: Data | None = None
+    datasets: tuple[Data, ...] = ()
     split: Split = Split()
     preprocessing: Preprocessing = Preprocessing()
     augmentation: Augmentation = Augmentation()
@@ -147,6 +221,20 @@ class Study(Settings):
         if not networks:
             raise ValueError("a study needs at least one table [networks.NAME]")
         return networks
+
+    @model_validator(mode="after")
+    def _one_or_several_sources(self) -> "Study":
+        if (self.data is None) == (not self.datasets):
+            raise ValueError("a study needs either [data] or [[datasets]]")
+        names = [source.root.name for source in self.datasets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the roots of [[datasets]] need different names: {', '.join(names)}")
+        return self
+
+    @property
+    def sources(self) -> tuple[Data, ...]:
+        """The data of the study, one or several."""
+        return self.datasets or (self.data,)
 
     def training_of(self, network: str) -> Training:
         """Return the training settings of one network: the study's, with the network's own on top."""
@@ -165,14 +253,16 @@ class Study(Settings):
         image_size: int | None = None,
         data_root: str | Path | None = None,
         limit: int | None = None,
+        fold: int | None = None,
         seed: int | None = None,
         **training: object,
     ) -> "Study":
         """Return the study with some settings replaced; None leaves one as it is.
 
         `training` are fields of `Training`; given here they hold for every network, over the file's own
-        `[networks.NAME]`. Networks that the file does not name are trained with the study's settings. A
-        limited study has a name, and so a folder of results, of its own: it never replaces the real one's.
+        `[networks.NAME]`, and `epochs` for every phase. Networks that the file does not name are trained with
+        the study's settings. A limited study and a fold have a name, and so a folder of results, of their own:
+        they never replace the real one's.
         """
         given = {key: value for key, value in training.items() if value is not None}
         fields = self.model_dump()
@@ -183,13 +273,19 @@ class Study(Settings):
             name: {k: v for k, v in self.networks.get(name, {}).items() if k not in replaced}
             for name in names
         }
+        if "epochs" in given:
+            for phase in _all_phases(fields):
+                phase["epochs"] = given["epochs"]
         if image_size is not None:
             fields["preprocessing"]["image_size"] = image_size
         if data_root is not None:
-            fields["data"]["root"] = data_root
+            _move(fields, Path(data_root))
         fields |= {key: value for key, value in (("limit", limit), ("seed", seed)) if value is not None}
         if limit is not None:
-            fields["name"] = f"{self.name}-limit{limit}"
+            _rename(fields, f"-limit{limit}")
+        if fold is not None:
+            fields["split"]["fold"] = fold
+            _rename(fields, f"-fold{fold}")
         return _validated(fields, self.name)
 
     def quickened(self) -> "Study":
@@ -198,17 +294,56 @@ class Study(Settings):
         """
         quick = self.quick
         study = self.overridden(limit=quick.limit, epochs=quick.epochs, image_size=quick.image_size)
-        return study.model_copy(update={"name": f"{self.name}-quick"})
+        names = {"name": f"{self.name}-quick", "compare": tuple(f"{name}-quick" for name in self.compare)}
+        return study.model_copy(update=names)
+
+
+def _all_phases(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for training in (fields["training"], *fields["networks"].values()):
+        if "phases" in training:  # a network without its own has those of the study
+            training["phases"] = [dict(phase) for phase in training["phases"]]
+            yield from training["phases"]
+
+
+def _rename(fields: dict[str, Any], suffix: str) -> None:
+    fields["name"] += suffix
+    fields["compare"] = tuple(name + suffix for name in fields["compare"])
+
+
+def _move(fields: dict[str, Any], root: Path) -> None:
+    """Set the data root; of several datasets it is the folder that holds them all."""
+    if fields["data"] is not None:
+        fields["data"]["root"] = root
+    for source in fields["datasets"]:
+        source["root"] = root / Path(source["root"]).name
 
 
 def load_study(
-    study: str | Path, *, data_root: str | Path | None = None, seed: int | None = None, quick: bool = False
+    study: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    seed: int | None = None,
+    quick: bool = False,
+    limit: int | None = None,
 ) -> Study:
     """Read the study of that name in `studies/`, or the TOML file at that path; an empty or None override
     leaves the file's own value.
 
+    A study that `extends = "ANOTHER"` has that one's settings but for those that it gives itself; a table
+    (`[training]`) is merged key by key, anything else replaced.
+
     Raises FileNotFoundError where there is none, ValueError with the key at fault where one is wrong.
     """
+    path, fields = _read_file(study)
+    loaded = _validated({"name": path.stem, **fields}, path.name)
+    if data_root:
+        loaded = loaded.overridden(data_root=Path(data_root).expanduser().absolute())
+    loaded = loaded.overridden(seed=seed, limit=None if quick else limit)
+    return loaded.quickened() if quick else loaded
+
+
+def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """Return the path of a study's file, and its settings on top of those that it extends."""
     path = Path(study)
     if path.suffix != ".toml":
         path = STUDIES / f"{study}.toml"
@@ -221,12 +356,42 @@ def load_study(
         raise ValueError(f"{path.name} is not valid TOML: {error}") from None
     if "name" in fields:
         raise ValueError(f"study {path.name}: leave 'name' out, a study has the name of its file")
-    loaded = _validated({"name": path.stem, **fields}, path.name)
+    _anchor(fields, path)
+    base = fields.pop("extends", None)
+    if base is None:
+        return path, fields
+    if path.resolve() in extended_by:
+        raise ValueError(f"study {path.name} extends itself: break the circle")
+    sibling = path.parent / f"{base}.toml"
+    start = sibling if sibling.is_file() else base
+    _, below = _read_file(start, extended_by=(*extended_by, path.resolve()))
+    for own, other in (("data", "datasets"), ("datasets", "data")):
+        if own in fields:
+            below.pop(other, None)  # a study has one or the other
+    return path, _on_top(below, fields)
+
+
+def _anchor(fields: dict[str, Any], path: Path) -> None:
     # A relative root in a file must not depend on where Python was started; one that is given by hand does.
     base = PROJECT if path.parent == STUDIES else path.absolute().parent
-    root = Path(data_root).expanduser().absolute() if data_root else base / loaded.data.root.expanduser()
-    loaded = loaded.overridden(data_root=root, seed=seed)
-    return loaded.quickened() if quick else loaded
+    tables = [fields.get("data"), *_as_list(fields.get("datasets"))]
+    for table in (
+        table for table in tables if isinstance(table, dict) and isinstance(table.get("root"), str)
+    ):
+        table["root"] = base / Path(table["root"]).expanduser()
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _on_top(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _on_top(below[key], value) for key, value in above.items() if _tables(below.get(key), value)}
+    return {**below, **above, **both}
+
+
+def _tables(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def read_images(study: Study) -> XrayTable:
@@ -234,21 +399,43 @@ def read_images(study: Study) -> XrayTable:
 
     Raises FileNotFoundError, with the way to get the data, where the data root does not hold it.
     """
-    root = study.data.root
-    if study.data.phantom is not None:
-        write_phantom(root, **study.data.phantom.model_dump())
-    options: dict[str, object] = {"classes": study.data.classes}
-    if study.data.patient_pattern is not None:
-        options["patient_pattern"] = study.data.patient_pattern
-    return read_dataset(study.data.reader, root, **options)
+    return _together([_read_source(source) for source in study.sources], study)
 
 
 def load_table(study: Study) -> XrayTable:
-    """Read the study's images (see `read_images`), as many as it wants, and split them by patient."""
-    table = read_images(study)
+    """Read the study's images (see `read_images`), as many as it wants, and split them by patient.
+
+    Of several sources each is limited and split by itself: all have images in every split.
+    """
+    tables = [_read_source(source) for source in study.sources]
     if study.limit is not None:
-        table = table.limited(study.limit, seed=study.seed)
-    return split_by_patient(table, val=study.split.val, test=study.split.test, seed=study.seed)
+        total = sum(len(table) for table in tables)
+        shares = [max(1, round(study.limit * len(table) / total)) for table in tables]
+        tables = [t.limited(share, seed=study.seed) for t, share in zip(tables, shares, strict=True)]
+    return _together([_split(table, study) for table in tables], study)
+
+
+def _read_source(source: Data) -> XrayTable:
+    if source.phantom is not None:
+        write_phantom(source.root, **source.phantom.model_dump())
+    table = read_dataset(source.reader, source.root, **source.options)
+    return relabelled(table, source.labels) if source.labels else table
+
+
+def _split(table: XrayTable, study: Study) -> XrayTable:
+    split = study.split
+    if split.fold is not None:
+        table = split_into_folds(table, folds=split.folds, fold=split.fold, test=split.test, seed=study.seed)
+    else:
+        table = split_by_patient(table, val=split.val, test=split.test, seed=study.seed)
+    if split.keep_without_finding < 1:
+        table = thinned(table, keep=split.keep_without_finding, seed=study.seed)
+    return table
+
+
+def _together(tables: list[XrayTable], study: Study) -> XrayTable:
+    names = [source.root.name for source in study.sources]
+    return tables[0] if len(tables) == 1 else merged(dict(zip(names, tables, strict=True)))
 
 
 def _validated(fields: Mapping[str, Any], where: str) -> Study:
@@ -276,6 +463,6 @@ def _known_keys(title: str, groups: list[str]) -> list[str]:
     model: type[BaseModel] = {"Study": Study, "Training": Training}[title]
     for group in groups:
         annotation = model.model_fields[group].annotation if group in model.model_fields else None
-        options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        options = get_args(annotation) or (annotation,)  # of `Data | None`, `tuple[Data, ...]`
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
     return list(model.model_fields)

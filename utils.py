@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler, default_collate
 
 # Bits that X-ray detectors and their converters store in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
@@ -74,19 +74,23 @@ def _scaled_integers(values: np.ndarray) -> np.ndarray:
 class Preprocessing:
     """What an X-ray goes through before a network sees it, in training and at inference alike.
 
-    The image is resized to a square of `image_size` pixels (bilinear, anti-aliased; the aspect is not kept,
-    as in the published projects), repeated over three channels and normalised by `mean` and `std`, which
-    are in units of the 0–1 range.
+    `lungs`, where given, returns an (H, W) uint8 X-ray with all but its lungs blackened (see
+    `lung_segmentation.LungMasking`). Then the image is resized to a square of `image_size` pixels (bilinear,
+    anti-aliased; the aspect is not kept, as in the published projects), repeated over three channels and
+    normalised by `mean` and `std`, which are in units of the 0–1 range.
     """
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    lungs: Callable[[np.ndarray], np.ndarray] | None = None
 
     def resize(self, image: np.ndarray) -> Tensor:
-        """Return an (H, W) uint8 image as a (1, S, S) uint8 tensor."""
+        """Return an (H, W) uint8 image, or what `lungs` leaves of it, as a (1, S, S) uint8 tensor."""
         from torchvision.transforms.v2 import functional
 
+        if self.lungs is not None:
+            image = self.lungs(image)
         size = [self.image_size, self.image_size]
         return functional.resize(torch.from_numpy(image)[None], size, antialias=True)
 
@@ -122,43 +126,83 @@ def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
 
 
 def augmentation(
-    image_size: int, *, horizontal_flip: bool = False, smallest_crop: float = 1.0
+    image_size: int,
+    *,
+    horizontal_flip: bool = False,
+    smallest_crop: float = 1.0,
+    rotation: float = 0.0,
+    translation: float = 0.0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    brightness: float = 0.0,
+    contrast: float = 0.0,
 ) -> Callable[[Tensor], Tensor] | None:
     """Return the random transform of (1, S, S) uint8 training images, or None where there is nothing to do.
 
     `smallest_crop`: a window with this share of the image's area, or any up to the whole, is enlarged to
-    S = `image_size` (aspect kept within 10 %). Draws from torch's global generator: seed it
-    (`seed_everything`) for the same images again.
+    S = `image_size` (aspect kept within 10 %). `rotation`: up to so many degrees to either side.
+    `translation`: up to this share of the side, along either axis. `scale`: a factor from the first to the
+    second. What these three uncover is black. `brightness`, `contrast`: factors from 1 - b to 1 + b. Draws
+    from torch's global generator: seed it (`seed_everything`) for the same images again.
     """
     from torchvision.transforms import v2
 
     steps: list[torch.nn.Module] = []
     if smallest_crop < 1:
         steps.append(v2.RandomResizedCrop(image_size, scale=(smallest_crop, 1), ratio=(0.9, 1.1)))
+    if rotation or translation or scale != (1.0, 1.0):
+        shift = (translation, translation) if translation else None
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandomAffine(rotation, translate=shift, scale=scale, interpolation=bilinear, fill=0))
+    if brightness or contrast:
+        steps.append(v2.ColorJitter(brightness=brightness, contrast=contrast))
     if horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(p=0.5))
-    return v2.Compose(steps) if steps else None
+        steps.append(RandomFlip())
+    if not steps:
+        return None
+    return steps[0] if len(steps) == 1 else v2.Compose(steps)
+
+
+class RandomFlip(torch.nn.Module):
+    """A horizontal flip of every second image, at random. It has two views only, so what a frozen network
+    makes of each need be computed only once.
+    """
+
+    views = 2
+
+    def draw(self) -> int:
+        """Return which view is next, from torch's global generator."""
+        return int(torch.rand(()) < 0.5)
+
+    def view(self, image: Tensor, number: int) -> Tensor:
+        """Return (…, H, W) as it is for view 0, flipped for view 1."""
+        return image.flip(-1) if number else image
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return a view at random."""
+        return self.view(image, self.draw())
 
 
 class XrayDataset(Dataset):
-    """Images and labels for a DataLoader: item i is ((3, S, S) float32, label).
+    """Images and targets for a DataLoader: item i is ((1, S, S) uint8, target); give the loader `collate`, which
+    normalises whole batches (image by image takes as long as a small network does).
 
-    Each file is decoded and resized once a process; the (1, S, S) uint8 result is kept in memory until
-    `cache_bytes` are used, after which further images are read anew each time.
+    `targets` are (N,) class indices, or (N, C) of 0 and 1, which become (C,) float32. Each file is decoded
+    and resized once a process; the (1, S, S) uint8 result is kept in memory until `cache_bytes` are used,
+    after which further images are read anew each time.
     """
 
     def __init__(
         self,
         paths: Sequence[str],
-        labels: Sequence[int],
+        targets: Sequence[int] | np.ndarray,
         preprocessing: Preprocessing,
         *,
         augment: Callable[[Tensor], Tensor] | None = None,
         cache_bytes: int = 2 * 1024**3,
     ) -> None:
-        if len(paths) != len(labels):
-            raise ValueError(f"{len(paths)} images but {len(labels)} labels")
-        self.paths, self.labels = list(paths), [int(label) for label in labels]
+        if len(paths) != len(targets):
+            raise ValueError(f"{len(paths)} images but {len(targets)} labels")
+        self.paths, self.targets = list(paths), np.asarray(targets)
         self.preprocessing, self.augment = preprocessing, augment
         self._cached: dict[int, Tensor] = {}
         self._cache_length = cache_bytes // preprocessing.image_size**2
@@ -166,15 +210,30 @@ class XrayDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        image = self.resized(index)
+        if self.augment is not None:
+            image = self.augment(image)
+        return image, self.target(index)
+
+    def collate(self, samples: Sequence[tuple[Tensor, int | Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return (B, 3, S, S) float32 normalised images and (B,) or (B, C) targets of B items."""
+        images, targets = zip(*samples, strict=True)
+        return self.preprocessing.normalise(torch.stack(images)), default_collate(targets)
+
+    def resized(self, index: int) -> Tensor:
+        """Return (1, S, S) uint8, the image before augmentation and normalisation."""
         image = self._cached.get(index)
         if image is None:
             image = self.preprocessing.resize(read_xray(self.paths[index]))
             if len(self._cached) < self._cache_length:
                 self._cached[index] = image
-        if self.augment is not None:
-            image = self.augment(image)
-        return self.preprocessing.normalise(image), self.labels[index]
+        return image
+
+    def target(self, index: int) -> int | Tensor:
+        """Return the class index, or (C,) float32 of 0 and 1."""
+        target = self.targets[index]
+        return int(target) if target.ndim == 0 else torch.from_numpy(target.astype(np.float32))
 
     def plain(self) -> "XrayDataset":
         """Return the same images without augmentation; decoded images are shared, not kept twice."""
@@ -210,8 +269,18 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     return (counts.sum() / (num_classes * counts)).float()
 
 
+def label_weights(targets: np.ndarray) -> Tensor:
+    """Return (2, C) weights for a multi-label loss over (N, C) of 0 and 1: row 0 for the negatives of each
+    label, its share of positives; row 1 for its positives, its share of negatives.
+
+    So both sides of every label weigh the same in sum (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1).
+    """
+    share = torch.from_numpy(np.asarray(targets)).double().mean(dim=0)
+    return torch.stack([share, 1 - share]).float()
+
+
 def make_loaders(
-    rows: Mapping[str, Mapping[str, Sequence]],
+    rows: Mapping[str, tuple[Sequence[str], Sequence[int] | np.ndarray]],
     preprocessing: Preprocessing,
     *,
     num_classes: int,
@@ -221,19 +290,20 @@ def make_loaders(
     num_workers: int,
     generator: torch.Generator,
 ) -> dict[str, DataLoader]:
-    """Return loaders of (images (B, 3, S, S), labels (B,)): "train", "train_plain", "val" and "test".
+    """Return loaders of (images (B, 3, S, S), targets (B,) or (B, C)): "train", "train_plain", "val", "test".
 
-    `rows` has the columns `path` and `label` of each split. "train" is augmented and either shuffled or
+    `rows` has the paths and the targets of each split (see `XrayDataset`). "train" is augmented and either shuffled or
     drawn by `balanced_sampler`; the others keep their order and show images as at inference.
     """
-    sets = {split: XrayDataset(r["path"], r["label"], preprocessing) for split, r in rows.items()}
+    sets = {split: XrayDataset(paths, targets, preprocessing) for split, (paths, targets) in rows.items()}
     train = sets["train"]
     train.augment = augment
-    sampler = balanced_sampler(train.labels, num_classes, generator) if oversample else None
+    sampler = balanced_sampler(train.targets, num_classes, generator) if oversample else None
     loaders = {
         "train": DataLoader(
             train,
             batch_size=batch_size,
+            collate_fn=train.collate,
             sampler=sampler,
             shuffle=sampler is None,
             generator=generator,
@@ -244,7 +314,8 @@ def make_loaders(
     }
     for name, dataset in (sets | {"train_plain": train.plain()}).items():
         if name != "train":
-            loaders[name] = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+            options = {"batch_size": batch_size, "num_workers": num_workers}
+            loaders[name] = DataLoader(dataset, collate_fn=dataset.collate, **options)
     return loaders
 
 

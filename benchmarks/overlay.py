@@ -19,7 +19,7 @@ FORWARD = """
 import time, sys, torch
 sys.path.insert(0, {project!r})
 from networks import load_network, run_folder
-network, card = load_network(run_folder({model!r}))
+network, card, _ = load_network(run_folder({model!r}))
 images = torch.randn(1, 3, card.image_size, card.image_size)
 with torch.inference_mode():
     started = time.perf_counter()

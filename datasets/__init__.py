@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import covid_radiography, folder
+from datasets import chestxray14, covid_radiography, folder, kermany
 from datasets.table import SPLITS, XrayTable, data_fingerprint
 
 Reader = Callable[..., XrayTable]
 
 READERS: dict[str, Reader] = {
+    "chestxray14": chestxray14.read_chestxray14,
     "covid_radiography": covid_radiography.read_covid_radiography,
     "folder": folder.read_folder,
+    "kermany": kermany.read_kermany,
 }
 
 

@@ -1,63 +1,34 @@
-"""One synthetic chest radiograph (PA view): anatomy, disease and X-ray physics; `draw_chest` puts them together.
+"""One synthetic chest radiograph (PA view): anatomy and X-ray physics; `draw_chest` puts them and a disease together.
 
 Every picture is computed, none is derived from a patient. Tissue is laid out in centimetres along the ray; the
 thicknesses are weighted by attenuation and summed (Beer-Lambert); the detector counts the photons that are
-left; the display shows the negative logarithm of the count, so that air is dark and bone is light. Orientation
-is the radiologist's: the patient's right is on the image's left. Lengths in the image plane are fractions of
-the image; `t` runs from the lung apex (0) to the costophrenic angle (1). `sign` is -1 for the lung on the
-image's left, 1 for the other. (S, S) pictures have row 0 at the top.
-
-How the diseases look follows the Fleischner Society's glossary (Hansell et al., Radiology 2008;246:697-722:
-air bronchogram, consolidation, ground-glass opacity, reticulation). The numbers are plausible, not measured.
+left; the display shows the negative logarithm of the count, so that air is dark and bone is light. Coordinates
+are those of `datasets/phantom_body.py`, diseases those of `datasets/phantom_lesions.py`. The numbers are
+plausible, not measured.
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import ArrayLike
+
+from datasets.phantom_body import (
+    CAGE_T,
+    CAGE_WIDTH,
+    Film,
+    developed,
+    draw_patient,
+    hilum,
+    mediastinum,
+    rounded,
+    thorax,
+    tree,
+)
+from datasets.phantom_lesions import LESIONS, Lesion, no_lesion
 
 # Attenuation, 1/cm, of the order that diagnostic X-rays meet; bone is what it adds to the tissue round it.
 SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # the last one: the share of an aerated lung that is air
-
-# What varies between patients and exposures: independent, uniform between two limits, blind to the class.
-VARIATION = {
-    "zoom": (0.95, 1.14),
-    "tilt": (-0.06, 0.06),  # radians
-    "shift_x": (-0.03, 0.03),
-    "shift_y": (-0.02, 0.03),
-    "apex": (0.09, 0.14),
-    "lung_length": (0.66, 0.78),  # inspiration depth
-    "cage_aspect": (0.49, 0.60),  # half width of the rib cage / lung length
-    "turn": (-0.02, 0.02),  # patient turned about the long axis: mediastinum against spine
-    "heart": (0.85, 1.2),
-    "knob": (0.75, 1.15),
-    "right_dome": (0.78, 0.86),  # t
-    "left_dome_below": (0.02, 0.05),
-    "depth": (18.0, 27.0),  # cm, front to back
-    "chest_wall": (0.035, 0.12),
-    "breast": (-2.0, 3.0),  # cm; negative: no shadow
-    "breast_drop": (0.70, 0.92),  # t of the lower edge
-    "bubble": (-0.05, 0.07),  # gastric bubble's half width; negative: none
-    "arm_angle": (0.3, 0.85),
-    "rib_slope": (0.85, 1.15),
-    "rib_mass": (0.7, 1.3),
-    "spine_mass": (0.6, 1.2),
-    "vessel_mass": (0.8, 1.3),
-    "photons": (8.3, 9.8),  # log of the photons a pixel of a 224 px image gets in air
-    "blur": (0.0005, 0.0022),
-    "scatter": (0.01, 0.05),
-    "window_low": (0.7, 1.5),
-    "window_high": (0.3, 1.7),
-    "gamma": (0.75, 1.3),
-    "fog": (0.0, 0.09),  # what the display adds to black
-}
-
-# Half width of the rib cage (1 = widest) at t; lungs and ribs both follow it.
-CAGE_T = (-0.06, -0.02, 0.0, 0.03, 0.08, 0.15, 0.25, 0.38, 0.55, 0.75, 1.0, 1.3)
-CAGE_WIDTH = (0.30, 0.40, 0.46, 0.55, 0.66, 0.76, 0.86, 0.94, 0.99, 1.0, 0.98, 0.92)
 
 # Mediastinum and heart (x in cage half widths, t): the image-left border downwards, the image-right one upwards.
 VENA_CAVA = ((-0.11, -0.2), (-0.11, 0.0), (-0.12, 0.18), (-0.14, 0.36), (-0.16, 0.48))
@@ -65,108 +36,6 @@ RIGHT_ATRIUM = ((-0.24, 0.6), (-0.27, 0.75), (-0.2, 0.95))
 LEFT_VENTRICLE = ((0.40, 0.97), (0.53, 0.88), (0.53, 0.78), (0.46, 0.66), (0.34, 0.54))
 PULMONARY_TRUNK = ((0.23, 0.43), (0.20, 0.38))
 AORTIC_KNOB = ((0.175, 0.335), (0.21, 0.29), (0.215, 0.23), (0.15, 0.17), (0.11, 0.08), (0.12, -0.2))
-
-
-def developed(canvas: np.ndarray) -> np.ndarray:
-    """(S, S) float32 0-1 of a (2S, 2S) uint8 canvas."""
-    size = len(canvas) // 2
-    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-
-
-class Film:
-    """A square film with the patient's pose on it: draws shapes that are given in body coordinates.
-
-    Body coordinates: x from the midline, positive towards the image's right; y from 0 (top) to 1 (bottom).
-    """
-
-    def __init__(self, size: int, patient: SimpleNamespace):
-        self.size, self.zoom = size, patient.zoom
-        cos, sin = np.cos(patient.tilt) * patient.zoom, np.sin(patient.tilt) * patient.zoom
-        self._turn = np.array([[cos, -sin], [sin, cos]])
-        self._centre = np.array([0.5 + patient.shift_x, 0.5 + patient.shift_y])
-        steps = (np.arange(size) + 0.5) / size
-        across = np.stack(np.meshgrid(steps, steps), axis=-1) - self._centre
-        body = across @ np.linalg.inv(self._turn).T
-        self.x = np.ascontiguousarray(body[..., 0], dtype=np.float32)
-        self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
-
-    def _pixels(self, points: ArrayLike) -> np.ndarray:
-        """Body points (..., 2) as int32, in OpenCV's 1/16 pixels of a canvas twice as large, against jagged edges."""
-        places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
-        return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
-
-    def fill(self, *outlines: ArrayLike) -> np.ndarray:
-        """(S, S) float32 0-1, the share of each pixel that the closed outlines, each (M, 2), cover."""
-        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
-        for outline in outlines:
-            cv2.fillPoly(canvas, [self._pixels(outline)], 255, cv2.LINE_AA, 4)
-        return developed(canvas)
-
-    def stroke(self, *layers: tuple[ArrayLike, float, float]) -> np.ndarray:
-        """(S, S) float32 0-1 of lines; a layer is (paths (M, K, 2), width, value 0-1) and covers earlier ones."""
-        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
-        for paths, width, value in layers:
-            exact = width * self.zoom * 2 * self.size
-            drawn = max(1, round(exact))
-            # A line thinner than the thinnest one that can be drawn is drawn fainter instead.
-            shade = int(255 * value * min(1.0, exact / drawn))
-            cv2.polylines(canvas, list(self._pixels(paths)), False, shade, drawn, cv2.LINE_8, 4)
-        return developed(canvas)
-
-    def rod(self, start: ArrayLike, end: ArrayLike, radius: float) -> np.ndarray:
-        """(S, S) float32 path length through a round rod between two body points: 1 on its axis, 0 outside."""
-        ends = np.array([start, end])
-        pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
-        left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
-        right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
-        near = slice(top, bottom), slice(left, right)  # most rods are small: the rest of the film stays empty
-        (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
-        x, y = self.x[near] - x, self.y[near] - y
-        along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
-        depth = np.zeros_like(self.x)
-        depth[near] = np.sqrt(np.maximum(1 - ((x - along * dx) ** 2 + (y - along * dy) ** 2) / radius**2, 0))
-        return depth
-
-    def soften(self, picture: np.ndarray, radius: float) -> np.ndarray:
-        """The (S, S) `picture` blurred by a Gaussian whose sigma is `radius` image widths."""
-        sigma = max(radius * self.size, 0.05)
-        if sigma < 4:
-            return cv2.GaussianBlur(picture, (0, 0), sigma)
-        # A wide blur leaves nothing that a quarter of the pixels could not hold.
-        small = cv2.resize(picture, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
-        small = cv2.GaussianBlur(small, (0, 0), sigma / 4)
-        return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
-
-    def clouds(self, rng: np.random.Generator, cells: int) -> np.ndarray:
-        """(S, S) smooth noise, mean about 0, deviation below 1, `cells` lumps across the film."""
-        grain = rng.standard_normal((cells, cells), dtype=np.float32)
-        return cv2.resize(grain, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
-
-
-def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
-    """One patient and exposure: a value for every name in VARIATION, and what follows from them."""
-    low, high = np.array(list(VARIATION.values())).T
-    patient = SimpleNamespace(**dict(zip(VARIATION, rng.uniform(low, high).tolist(), strict=True)))
-    patient.cage = patient.cage_aspect * patient.lung_length
-    return patient
-
-
-def thorax(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
-    """Body coordinates (..., 2) of points (..., 2) given as (x in cage half widths, t)."""
-    return np.asarray(points) * (patient.cage, patient.lung_length) + (0, patient.apex)
-
-
-def mediastinum(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
-    """As thorax, moved sideways as the patient's turn moves what lies before the spine."""
-    return thorax(patient, points) + np.array([patient.turn, 0])
-
-
-def rounded(points: ArrayLike) -> np.ndarray:
-    """A smooth closed outline (8 M, 2) through (M, 2) points: a Catmull-Rom spline, eight steps a point."""
-    before, here, after, beyond = (np.roll(points, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
-    s = np.linspace(0, 1, 8, endpoint=False)[:, None]
-    bend = s * (after - before) + s**2 * (2 * before - 5 * here + 4 * after - beyond)
-    return (here + 0.5 * (bend + s**3 * (3 * here - before - 3 * after + beyond))).reshape(-1, 2)
 
 
 def arm_reach(patient: SimpleNamespace) -> np.ndarray:
@@ -303,37 +172,6 @@ def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
     return 7 * np.sqrt(np.maximum(1 - ((film.x - x) / wide) ** 2 - ((film.y - y) / tall) ** 2, 0))
 
 
-def hilum(patient: SimpleNamespace, sign: int) -> np.ndarray:
-    """Body coordinates (2,) of a lung root; the left one sits slightly higher."""
-    return mediastinum(patient, (sign * 0.24, 0.45 if sign < 0 else 0.42))
-
-
-def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> list[np.ndarray]:
-    """Segments (M, 2, 2) of one lung's vessel (or airway) tree, one array a step, stem first."""
-    # From straight up round the outside to straight down; the lower lobes get more.
-    heading = np.array([-1.3, -0.8, -0.2, 0.3, 0.75, 1.15, 1.5]) + rng.normal(0, 0.15, 7)
-    at = np.repeat(hilum(patient, sign)[None], len(heading), 0) + rng.normal(0, 0.008, (len(heading), 2))
-    length, steps = 0.035 * patient.lung_length / 0.72, []
-    for step in range(10):
-        if step in (2, 4, 6, 8):
-            heading, at = np.repeat(heading, 2), np.repeat(at, 2, axis=0)
-            heading = heading + rng.uniform(0.2, 0.6, len(heading)) * np.tile((-1, 1), len(heading) // 2)
-        heading = heading + rng.normal(0, 0.25, len(heading))
-        stride = length * rng.uniform(0.7, 1.3, len(heading))[:, None]
-        reached = at + stride * np.stack([sign * np.cos(heading) * 0.8, np.sin(heading) * 1.15], axis=1)
-        steps.append(np.stack([at, reached], axis=1))
-        at = reached
-    return steps
-
-
-def tree(film: Film, patient: SimpleNamespace, rng: np.random.Generator, stem: float) -> np.ndarray:
-    """(S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, tapering."""
-    right, left = (branches(patient, rng, sign) for sign in (-1, 1))
-    both = [np.concatenate(pair) for pair in zip(right, left, strict=True)]
-    layers = [(paths, stem * 0.82**step, 0.82**step) for step, paths in enumerate(both)]
-    return film.soften(film.stroke(*layers[::-1]), 0.0015)
-
-
 def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
     """(S, S) 0-1: the great vessels of both hila, each a comma that thins downwards (interlobar artery)."""
     comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)])
@@ -341,105 +179,6 @@ def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
     paths = np.stack([hilum(patient, sign) + comma * (sign, 1) for sign in (-1, 1)])
     layers = [(paths, 0.018, 0.5), (paths[:, :3], 0.026, 0.8), (paths[:, :2], 0.036, 1.0)]
     return film.soften(film.stroke(*layers), 0.007)
-
-
-class Lesion(NamedTuple):
-    """What a disease puts into the lungs."""
-
-    mask: np.ndarray  # (S, S) bool, what a radiologist would outline
-    filled: np.ndarray | float  # (S, S) share 0-1 of the air that is replaced
-    streaks: np.ndarray | float = 0.0  # (S, S) cm of thickened tissue that lies in the lung as lines
-
-
-def no_lesion(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """A healthy chest."""
-    return Lesion(np.zeros_like(mask), 0.0)
-
-
-def ground_glass(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Both lungs, peripheral and basal: hazy patches along the pleura that leave the vessels visible."""
-    haze = np.zeros_like(film.x)
-    for sign in (-1, 1):
-        for t in rng.uniform(0.42, 0.9, rng.integers(3, 6)):
-            reach = np.interp(t, CAGE_T, CAGE_WIDTH)
-            x, y = thorax(patient, (sign * reach * rng.uniform(0.74, 0.94), t)).tolist()
-            wide, tall = rng.uniform(0.05, 0.09), rng.uniform(0.07, 0.12)
-            patch = np.exp(-0.5 * (((film.x - x) / wide) ** 2 + ((film.y - y) / tall) ** 2) ** 2)
-            haze = np.maximum(haze, patch * rng.uniform(0.75, 1.0))
-    ragged = np.clip(haze + 0.28 * film.clouds(rng, 14) * haze, 0, 1)
-    region = mask & (film.soften(ragged, 0.006) > 0.4)
-    filled = film.soften(ragged, 0.008) * rng.uniform(0.36, 0.56) * (1 + 0.15 * film.clouds(rng, 40))
-    return Lesion(region, np.clip(filled, 0, 0.8))
-
-
-def consolidation(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Part of one lobe filled: dense, sharp where a fissure bounds it, often with air bronchograms."""
-    sign = int(rng.choice((-1, 1)))
-    upper = rng.random() < 0.45
-    # Nearly level at mid height, or, as the upper edge of a lower segment, down and outwards.
-    fissure_t = rng.uniform(0.40, 0.50) if upper else rng.uniform(0.52, 0.62)
-    slope = rng.uniform(-0.1, 0.05) if upper else rng.uniform(0.0, 0.35)
-    across = film.x * sign / patient.cage
-    t = (film.y - patient.apex) / patient.lung_length
-    fissure = fissure_t + slope * (across - 0.5) + rng.uniform(-0.12, 0.12) * (across - 0.5) ** 2
-    side = (fissure - t) if upper else (t - fissure)
-    # Only the right lung has a minor fissure, which the rays meet edge-on.
-    sharp = np.clip(side * patient.lung_length / (0.011 if sign < 0 else 0.03) + 0.5, 0, 1)
-    centre, wide = rng.uniform(0.35, 0.8), rng.uniform(0.3, 0.55)
-    tall = rng.uniform(0.2, 0.45)
-    lobe = np.exp(-0.5 * (((across - centre) / wide) ** 2 + (side / tall) ** 2) ** 1.5)
-    lobe = np.clip(1.3 * lobe * (1 + 0.25 * film.clouds(rng, 12)), 0, 1) * sharp * (across > 0)
-    filled = lobe * rng.uniform(0.55, 0.9)
-    if rng.random() < 0.6:
-        filled = filled * (1 - 0.6 * tree(film, patient, rng, 0.014))
-    return Lesion(mask & (film.soften(lobe, 0.004) > 0.5), filled)
-
-
-def interstitial_lines(
-    film: Film, root: np.ndarray, sign: int, extent: float, rng: np.random.Generator
-) -> np.ndarray:
-    """(S, S) 0-1 of one lung's thickened interstitium within about `extent` of its root (body coordinates)."""
-    heading, length = rng.uniform(-np.pi / 2, np.pi / 2, 170), rng.uniform(0.02, 0.08, (170, 1))
-    outwards = np.stack([sign * np.cos(heading) * 0.9, np.sin(heading) * 1.25], axis=1)
-    first = root + outwards * np.abs(rng.normal(0, 0.8 * extent, (170, 1)))
-    bent = heading + rng.normal(0, 0.55, 170)
-    second = first + length * np.stack([sign * np.cos(bent), np.sin(bent)], axis=1)
-    streaks = np.stack([first, second], axis=1)
-    knots = root + rng.normal(0, extent, (380, 2)) * (0.9, 1.25)
-    net = np.stack([knots, knots + rng.normal(0, 0.014, (380, 2))], axis=1)
-    # Peribronchial cuffing: bronchi that the rays meet end-on show as rings.
-    angle = np.linspace(0, 2 * np.pi, 12)
-    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) * rng.uniform(0.006, 0.011, (8, 1, 1))
-    cuffs = ring + (root + rng.normal(0, 0.05, (8, 2)) * (1, 1.4))[:, None]
-    return film.stroke((net, 0.0035, 0.7), (streaks, 0.0045, 0.9), (cuffs, 0.0045, 1.0))
-
-
-def interstitial(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Both lungs, from the hila outwards: streaks, a fine net, thickened bronchial walls; little haze."""
-    extent, strength = rng.uniform(0.16, 0.25), rng.uniform(0.9, 1.4)
-    envelope, lines = np.zeros_like(film.x), np.zeros_like(film.x)
-    for sign in (-1, 1):
-        root = hilum(patient, sign) + np.array([sign * 0.03, 0.03])
-        x, y = root.tolist()
-        far = np.hypot((film.x - x) / 0.8, (film.y - y) / 1.25) / (extent * rng.uniform(0.85, 1.15))
-        envelope = np.maximum(envelope, np.exp(-0.5 * (far * far) ** 2))
-        lines = np.maximum(lines, interstitial_lines(film, root, sign, extent, rng))
-    envelope = np.clip(envelope * (1 + 0.15 * film.clouds(rng, 8)), 0, 1)
-    uneven = np.clip(1 + 0.4 * film.clouds(rng, 11), 0.2, 2)
-    lines = 2.0 * strength * film.soften(lines, 0.0012) * envelope * uneven
-    # What can be outlined is where the lines really lie dense, not where they might.
-    lung = mask.astype(np.float32)
-    density = film.soften(lines * lung, 0.04) / np.maximum(film.soften(lung, 0.04), 0.05)
-    region = mask & (density > 0.27 * density[mask].max())
-    return Lesion(region, 0.1 * strength * film.soften(envelope, 0.01), lines)
-
-
-LESIONS: dict[str, Callable[..., Lesion]] = {
-    "COVID-19": ground_glass,
-    "Lung Opacity": consolidation,
-    "Normal": no_lesion,
-    "Viral Pneumonia": interstitial,
-}
 
 
 def side_marker(size: int, rng: np.random.Generator) -> np.ndarray:

@@ -3,12 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from layouts import data_root as real_data  # noqa: F401 (a fixture)
+from layouts import write_chestxray14, write_covid_radiography, write_kermany
 from PIL import Image
 
 from datasets import XrayTable, data_fingerprint, read_dataset
+from datasets.chestxray14 import FINDINGS
 from datasets.phantom import FOLDERS
 from datasets.splits import apply_splits, split_by_patient, splits_frame
 from datasets.table import patients_of
@@ -283,3 +287,269 @@ def test_fingerprint_changes_with_labels_splits_and_files(phantom_root):
     prints = [data_fingerprint(t) for t in (table, divided, fewer, relabelled)]
     assert len(set(prints)) == 4
     assert data_fingerprint(divided) == prints[1]
+
+
+# --- Kermany et al. ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kermany_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kermany")
+    write_kermany(root, size=32)
+    return root
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def touch_kermany(root: Path) -> Path:
+    """Every form of name that the source has, with the patients that they are in `KERMANY_PATIENTS`."""
+    top = root / "chest_xray"
+    touch(top / "train/NORMAL", "IM-0115-0001.jpeg", "IM-0117-0001-0002.jpeg", "NORMAL2-IM-0117-0001.jpeg")
+    touch(
+        top / "train/PNEUMONIA",
+        "person1_bacteria_1.jpeg",
+        "person1_virus_6.jpeg",
+        "person447_virus_921_1.jpeg",
+    )
+    touch(top / "val/NORMAL", "NORMAL2-IM-1427-0001.jpeg")
+    touch(top / "val/PNEUMONIA", "person1946_bacteria_4874.jpeg")
+    touch(top / "test/NORMAL", "IM-0001-0001.jpeg", "NORMAL2-IM-0381-0001.jpeg")
+    touch(top / "test/PNEUMONIA", "person1_virus_6.jpeg", "person100_bacteria_475.jpeg")
+    return top
+
+
+KERMANY_PATIENTS = {
+    "train/NORMAL/IM-0115-0001.jpeg": "train/IM-0115",
+    "train/NORMAL/IM-0117-0001-0002.jpeg": "train/IM-0117",
+    "train/NORMAL/NORMAL2-IM-0117-0001.jpeg": "train/NORMAL2-IM-0117",
+    "train/PNEUMONIA/person1_bacteria_1.jpeg": "train/person1",
+    "train/PNEUMONIA/person1_virus_6.jpeg": "train/person1",
+    "train/PNEUMONIA/person447_virus_921_1.jpeg": "train/person447",
+    "val/NORMAL/NORMAL2-IM-1427-0001.jpeg": "train/NORMAL2-IM-1427",
+    "val/PNEUMONIA/person1946_bacteria_4874.jpeg": "train/person1946",
+    "test/NORMAL/IM-0001-0001.jpeg": "test/IM-0001",
+    "test/NORMAL/NORMAL2-IM-0381-0001.jpeg": "test/NORMAL2-IM-0381",
+    "test/PNEUMONIA/person1_virus_6.jpeg": "test/person1",
+    "test/PNEUMONIA/person100_bacteria_475.jpeg": "test/person100",
+}
+
+
+def test_kermany_patients_are_told_by_name_and_begin_again_in_the_test_set(tmp_path):
+    table = read_dataset("kermany", touch_kermany(tmp_path))
+    assert dict(zip(table.relative_paths(), table.frame["patient"], strict=True)) == KERMANY_PATIENTS
+    assert table.has_patient_ids
+    assert "1 patient numbers occur in both train and test" in " ".join(table.notes)
+    assert "2 official validation images count as train" in " ".join(table.notes)
+
+
+def test_kermany_kinds_make_the_classes_that_are_asked_for(tmp_path):
+    root = touch_kermany(tmp_path)
+    assert read_dataset("kermany", root).counts().to_dict("index") == {
+        "Normal": {"train": 4, "test": 2},
+        "Pneumonia": {"train": 4, "test": 2},
+    }
+    two = read_dataset("kermany", root, classes=["Viral", "Bacterial"])
+    assert two.counts().to_dict("index") == {
+        "Viral": {"train": 2, "test": 1},
+        "Bacterial": {"train": 2, "test": 1},
+    }
+    assert "6 images that are not Viral or Bacterial are left out" in two.notes
+    assert len(read_dataset("kermany", root, classes=["Normal", "Viral", "Bacterial"])) == 12
+
+
+def test_kermany_classes_that_share_images_or_are_unknown_are_refused(tmp_path):
+    root = touch_kermany(tmp_path)
+    with pytest.raises(ValueError, match="Pneumonia and Viral share images"):
+        read_dataset("kermany", root, classes=["Normal", "Pneumonia", "Viral"])
+    with pytest.raises(ValueError, match=r"unknown classes \['Covid'\]: choose from Normal"):
+        read_dataset("kermany", root, classes=["Normal", "Covid"])
+
+
+def test_kermany_is_found_from_the_folder_above_and_what_archives_leave_is_ignored(kermany_root):
+    above, inside = (read_dataset("kermany", root) for root in (kermany_root, kermany_root / "chest_xray"))
+    assert above.relative_paths().tolist() == inside.relative_paths().tolist()
+    assert above.counts().to_numpy().tolist() == [[26, 9], [50, 18]]
+    assert not above.frame["path"].str.contains("MACOSX|IM-9999").any()
+
+
+def test_kermany_validation_is_drawn_from_train_by_patient(kermany_root):
+    table = split_by_patient(read_dataset("kermany", kermany_root), val=0.2, test=0.2, seed=0)
+    assert table.counts()["test"].tolist() == [9, 18]
+    assert table.counts()["val"].tolist() == pytest.approx([0.2 * 26, 0.2 * 50], abs=1.5)
+
+
+def test_kermany_names_that_tell_nothing_and_missing_data_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="paultimothymooney/chest-xray-pneumonia"):
+        read_dataset("kermany", tmp_path)
+    root = touch_kermany(tmp_path)
+    touch(root / "train/PNEUMONIA", "scan7.jpeg")
+    with pytest.raises(ValueError, match=r"scan7.jpeg tells no patient and kind"):
+        read_dataset("kermany", root)
+
+
+def test_real_kermany_has_the_official_numbers(data_root):
+    table = read_dataset("kermany", data_root)
+    assert table.counts().to_dict("index") == {
+        "Normal": {"train": 1349, "test": 234},
+        "Pneumonia": {"train": 3883, "test": 390},
+    }
+    assert "170 patient numbers occur in both train and test" in " ".join(table.notes)
+    two = read_dataset("kermany", data_root / "chest_xray", classes=["Bacterial", "Viral"])
+    assert two.counts()["test"].tolist() == [242, 148]
+    assert two.counts()["train"].tolist() == [2538, 1345]
+
+
+# --- ChestX-ray14 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nih_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("nih")
+    write_chestxray14(root, size=32)
+    return root
+
+
+def published(root: Path) -> pd.DataFrame:
+    """The table of labels as it is on disk, by file name."""
+    return pd.read_csv(next(root.glob("Data_Entry_2017*"))).set_index("Image Index")
+
+
+def test_findings_are_those_of_the_published_table(nih_root):
+    table = read_dataset("chestxray14", nih_root)
+    assert table.multilabel
+    assert table.classes == FINDINGS
+    assert len(FINDINGS) == 14
+    names = table.frame["path"].map(lambda path: Path(path).name)
+    rows = published(nih_root).loc[names]
+    expected = rows["Finding Labels"].str.get_dummies("|")[list(FINDINGS)]
+    assert table.frame[list(FINDINGS)].to_numpy().tolist() == expected.to_numpy().tolist()
+    assert table.frame["patient"].astype(int).tolist() == rows["Patient ID"].tolist()
+    assert table.frame["split"].isna().all()
+
+
+def test_rows_without_a_file_are_counted_and_left_out(nih_root):
+    table = read_dataset("chestxray14", nih_root)
+    assert len(table) == 240
+    assert table.notes == ("5 of 245 listed images have no file and are left out",)
+    assert table.frame["path"].map(lambda path: Path(path).is_file()).all()
+
+
+def test_archives_and_a_compressed_table_are_read_alike(nih_root, tmp_path):
+    write_chestxray14(tmp_path, size=32, archives=True, compressed=True)
+    plain, packed = read_dataset("chestxray14", nih_root), read_dataset("chestxray14", tmp_path)
+    columns = ["patient", "label", *FINDINGS]
+    pd.testing.assert_frame_equal(plain.frame[columns], packed.frame[columns])
+    assert {path.split("/")[0] for path in packed.relative_paths()} == {
+        "images_001",
+        "images_002",
+        "images_003",
+    }
+    pd.testing.assert_frame_equal(plain.boxes.drop(columns="path"), packed.boxes.drop(columns="path"))
+
+
+def test_chosen_findings_are_columns_in_their_order_and_the_others_count_as_none(nih_root):
+    table = read_dataset("chestxray14", nih_root, classes=["Mass", "Edema"])
+    everything = read_dataset("chestxray14", nih_root)
+    assert table.classes == ("Mass", "Edema")
+    assert table.frame[["Mass", "Edema"]].equals(everything.frame[["Mass", "Edema"]])
+    neither = int((everything.frame[["Mass", "Edema"]].sum(axis=1) == 0).sum())
+    without = int((everything.frame[list(FINDINGS)].sum(axis=1) == 0).sum())
+    assert f"{neither - without} images have other findings only" in table.notes[-1]
+    assert set(table.boxes["label"]) == {0, 1}
+    with pytest.raises(ValueError, match=r"unknown findings \['Cough'\]"):
+        read_dataset("chestxray14", nih_root, classes=["Cough", "Mass"])
+
+
+def test_official_lists_make_train_and_test(nih_root, tmp_path):
+    table = read_dataset("chestxray14", nih_root, official_split=True)
+    listed = set((nih_root / "test_list.txt").read_text().split())
+    names = table.frame["path"].map(lambda path: Path(path).name)
+    assert (names.isin(listed) == (table.frame["split"] == "test")).all()
+    assert set(table.frame["split"]) == {"train", "test"}
+    assert (table.counts() >= 2).all(axis=None)
+    write_chestxray14(tmp_path, size=32, images=30, lists=False)
+    with pytest.raises(FileNotFoundError, match="set official_split = false"):
+        read_dataset("chestxray14", tmp_path, official_split=True)
+    (tmp_path / "train_val_list.txt").write_text(published(tmp_path).index[0])
+    (tmp_path / "test_list.txt").write_text("")
+    with pytest.raises(ValueError, match="29 images, for example"):
+        read_dataset("chestxray14", tmp_path, official_split=True)
+
+
+def test_boxes_are_fractions_whatever_the_size_of_the_files(nih_root):
+    table = read_dataset("chestxray14", nih_root)
+    written = pd.read_csv(nih_root / "BBox_List_2017.csv", header=None, skiprows=1)
+    assert "Infiltrate" in set(written[1])
+    assert len(table.boxes) == len(written)
+    assert table.boxes[["x", "y", "width", "height"]].to_numpy() == pytest.approx(
+        written[[2, 3, 4, 5]].to_numpy() / 1024
+    )
+    labels = table.boxes["label"].map(dict(enumerate(FINDINGS)))
+    assert labels.tolist() == written[1].replace("Infiltrate", "Infiltration").tolist()
+    has = table.frame.set_index("path")
+    assert all(has.loc[path, name] == 1 for path, name in zip(table.boxes["path"], labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    "header", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", "Image Index,Finding Label,Bbox [x,y,w,h]"]
+)
+@pytest.mark.parametrize("end", ["", ",,,"])
+def test_every_known_form_of_the_list_of_boxes_is_read(tmp_path, header, end):
+    write_chestxray14(tmp_path, size=32, images=6)
+    name = published(tmp_path).index[0]
+    (tmp_path / "BBox_List_2017.csv").write_text(f"{header}\n{name},Infiltrate,256,512,128,64{end}\n")
+    boxes = read_dataset("chestxray14", tmp_path).boxes
+    assert boxes.drop(columns="path").to_numpy().tolist() == [
+        [FINDINGS.index("Infiltration"), 0.25, 0.5, 0.125, 0.0625]
+    ]
+
+
+def test_flaws_of_the_published_tables_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nih-chest-xrays/data"):
+        read_dataset("chestxray14", tmp_path)
+    write_chestxray14(tmp_path, size=32, images=6)
+    path = tmp_path / "Data_Entry_2017.csv"
+    text = path.read_text()
+    path.write_text(text.replace("|", "|Cough|", 1))
+    with pytest.raises(ValueError, match=r"unknown findings \['Cough'\]"):
+        read_dataset("chestxray14", tmp_path)
+    path.write_text(text.replace(".png,", "_.png,").replace("00000002_", "00000012_"))
+    with pytest.raises(ValueError, match=r"00000012_000_.png to patient 2, 1 such rows"):
+        read_dataset("chestxray14", tmp_path)
+    path.write_text(text.replace(".png,", "_.png,"))
+    with pytest.raises(FileNotFoundError, match="no images of ChestX-ray14"):
+        read_dataset("chestxray14", tmp_path)
+
+
+def test_real_chestxray14_is_read_with_its_boxes(data_root):
+    table = read_dataset("chestxray14", data_root / "ChestX-ray14")
+    assert len(table) == 892
+    assert table.notes == ("111228 of 112120 listed images have no file and are left out",)
+    assert table.boxes["path"].nunique() == 20
+    # The files are smaller than the 1024 px of the boxes, which must not matter.
+    shape = cv2.imread(table.boxes["path"].iloc[0], cv2.IMREAD_GRAYSCALE).shape
+    assert shape == (320, 320)
+    assert table.boxes[["x", "y"]].ge(0).all(axis=None)
+    assert (table.boxes["x"] + table.boxes["width"]).le(1).all()
+    assert (table.boxes["y"] + table.boxes["height"]).le(1).all()
+
+
+# --- the COVID-19 Radiography Database ---------------------------------------------------------------------
+
+
+def test_public_layout_is_read_without_what_the_phantom_adds(tmp_path):
+    write_covid_radiography(tmp_path, size=32, per_class=3)
+    table = read_dataset("covid_radiography", tmp_path)
+    assert table.counts()["not split"].tolist() == [3, 3, 3, 3]
+    assert table.frame["mask"].notna().all()
+    assert table.frame["lesion"].isna().all()
+    assert table.boxes.empty
+
+
+def test_real_covid_images_are_read(data_root):
+    table = read_dataset("covid_radiography", data_root)
+    assert table.counts()["not split"].to_dict() == {"COVID-19": 500, "Normal": 700}

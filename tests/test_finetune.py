@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, stops, keeps the best, repeats itself to the byte and loses nothing."""
+"""Fine-tuning a study: all settings arrive, it repeats itself to the byte and loses nothing."""
 
 import hashlib
 import json
@@ -8,136 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import finetune
-from finetune import fine_tune, fine_tune_study, main, predict_logits, resolve_precision
+from finetune import fine_tune_study, main
 from networks import load_network
 from studies import load_study, load_table
 from utils import read_xray
-
-
-class Linear(nn.Module):
-    """A softmax regression on the mean grey value: small enough for closed-form expectations."""
-
-    def __init__(self, classes=2):
-        super().__init__()
-        self.head = nn.Linear(1, classes)
-
-    def forward(self, images):
-        return self.head(images.mean((1, 2, 3))[:, None])
-
-
-def loader(values, labels, **options):
-    images = torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
-    return DataLoader(TensorDataset(images, torch.tensor(labels)), batch_size=4, **options)
-
-
-def run(model, loaders, **options):
-    settings = {"epochs": 5, "learning_rate": 0.05, "patience": 5, "device": "cpu", "precision": "fp32"}
-    return fine_tune(model, loaders, **(settings | options))
-
-
-SEPARABLE = ([-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0], [0, 0, 0, 0, 1, 1, 1, 1])
-
-
-def test_a_separable_problem_is_learnt():
-    torch.manual_seed(0)
-    model = Linear()
-    done = run(model, {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}, epochs=60, patience=60)
-    assert done.history["val_accuracy"].iloc[-1] == 1
-    assert done.history["val_loss"].iloc[-1] < 0.5 * done.history["val_loss"].iloc[0]
-    assert (predict_logits(model, loader(*SEPARABLE)).argmax(1) == torch.tensor(SEPARABLE[1])).all()
-
-
-def test_training_stops_and_keeps_the_weights_of_the_lowest_validation_loss():
-    # Validation labels are the opposite: every step that helps in training harms here.
-    torch.manual_seed(0)
-    model = Linear()
-    opposite = (SEPARABLE[0], [1 - label for label in SEPARABLE[1]])
-    loaders = {"train": loader(*SEPARABLE), "val": loader(*opposite)}
-    done = run(model, loaders, epochs=50, patience=3)
-    assert len(done.history) == done.best_epoch + 3 < 50
-    assert done.best_epoch == int(done.history["val_loss"].idxmin()) + 1
-    logits = predict_logits(model, loader(*opposite))
-    kept = nn.functional.cross_entropy(logits, torch.tensor(opposite[1])).item()
-    assert kept == pytest.approx(done.history["val_loss"].min(), rel=1e-5)
-    assert not model.training
-
-
-def test_history_has_a_row_an_epoch_with_the_contracted_columns():
-    seen = []
-    done = run(
-        Linear(),
-        {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)},
-        epochs=3,
-        on_epoch=lambda history: seen.append(len(history)),
-    )
-    assert seen == [1, 2, 3]
-    assert done.history.columns.tolist() == [
-        "epoch",
-        "phase",
-        "learning_rate",
-        "train_loss",
-        "train_accuracy",
-        "val_loss",
-        "val_accuracy",
-        "seconds",
-        "images_per_second",
-    ]
-
-
-def test_one_cycle_rises_and_falls_and_constant_stays():
-    loaders = {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}
-    rates = {
-        s: run(Linear(), loaders, epochs=10, schedule=s).history["learning_rate"]
-        for s in ("constant", "one_cycle")
-    }
-    assert rates["constant"].eq(0.05).all()
-    assert rates["one_cycle"].idxmax() in (2, 3, 4)
-    assert rates["one_cycle"].iloc[-1] < 0.2 * rates["one_cycle"].max() <= 0.2 * 0.05 + 1e-9
-
-
-def test_loss_weights_shift_the_decision_to_the_rare_class():
-    # The same grey value for both classes, 3 : 1. Unweighted the rare class gets p = 1/4, balanced 1/2.
-    data = ([1.0] * 8, [0, 0, 0, 1, 0, 0, 0, 1])
-    found = {}
-    for name, weights in (("plain", None), ("balanced", torch.tensor([8 / 12, 8 / 4]))):
-        torch.manual_seed(0)
-        model = Linear()
-        loaders = {"train": loader(*data), "val": loader(*data)}
-        run(model, loaders, epochs=300, patience=300, learning_rate=0.05, loss_weights=weights)
-        # The loss of the last epoch is what is trained; the best by unweighted validation loss is kept.
-        found[name] = predict_logits(model, loader(*data)).softmax(1)[0, 1].item()
-    assert found["plain"] == pytest.approx(0.25, abs=0.02)
-    assert found["balanced"] > found["plain"]
-
-
-def test_a_loss_that_is_not_finite_is_named():
-    loaders = {"train": loader([float("nan")] * 8, SEPARABLE[1]), "val": loader(*SEPARABLE)}
-    with pytest.raises(FloatingPointError, match="the loss is not finite"):
-        run(Linear(), loaders)
-
-
-def test_bf16_is_chosen_only_where_the_processor_has_units_for_it(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
-    assert resolve_precision("auto", cpu) == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": True})
-    assert resolve_precision("auto", cpu) == "bf16"
-    assert resolve_precision("fp32", cpu) == "fp32"
-
-
-def test_bf16_training_learns_too():
-    torch.manual_seed(0)
-    done = run(
-        Linear(),
-        {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)},
-        epochs=40,
-        patience=40,
-        precision="bf16",
-    )
-    assert done.history["val_accuracy"].iloc[-1] == 1
 
 
 def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
@@ -160,7 +36,7 @@ def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
 
 
 def test_saved_predictions_are_what_the_saved_model_says(trained_run, tiny_study):
-    network, card = load_network(trained_run)
+    network, card, _ = load_network(trained_run)
     predictions = pd.read_csv(trained_run / "predictions_test.csv")
     images = torch.stack(
         [card.preprocessing(read_xray(tiny_study.data.root / path)) for path in predictions["path"]]
@@ -217,7 +93,9 @@ def test_temperature_is_fitted_on_the_validation_images(tiny_study, tmp_path, mo
         finetune, "fit_temperature", lambda logits, targets: seen.append((logits, targets)) or 2.5
     )
     table = load_table(tiny_study)
-    network, card = load_network(fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path, device="cpu"))
+    network, card, _ = load_network(
+        fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path, device="cpu")
+    )
     ((logits, targets),) = seen
     rows = table.subset("val")
     images = torch.stack([card.preprocessing(read_xray(path)) for path in rows["path"]])
@@ -251,12 +129,13 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
     weighted = settings(balance="loss", schedule="one_cycle", patience=7, learning_rate=0.5, batch_size=3)
     counts = table.counts()["train"].to_numpy()
     np.testing.assert_allclose(weighted["loss_weights"], counts.sum() / (4 * counts), rtol=1e-6)
-    assert (weighted["schedule"], weighted["patience"], weighted["learning_rate"]) == ("one_cycle", 7, 0.5)
+    training = weighted["training"]
+    assert (training.schedule, training.patience, training.learning_rate) == ("one_cycle", 7, 0.5)
     assert weighted["loaders"]["train"].batch_size == 3
     sampled = settings(balance="oversample", temporary_batch_norm=True, residual_gain=0.25, epochs=9)
     assert isinstance(sampled["loaders"]["train"].sampler, torch.utils.data.WeightedRandomSampler)
     assert sampled["loss_weights"] is None
-    assert sampled["epochs"] == 9
+    assert sampled["training"].epochs == 9
     norms = [module for module in sampled["network"].modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 40  # the 20 of a ResNet-18 and one more behind each of its 20 convolutions
     assert (sampled["network"].layer4[1].bn2.weight == 0.25).all()

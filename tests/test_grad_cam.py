@@ -7,13 +7,15 @@ from pytorch_grad_cam import GradCAM as ReferenceGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from grad_cam import Axis, GradCAM, overlay, scaled
-from networks import ARCHITECTURES, build_network
+from grad_cam import Axis, GradCAM, explain, overlay, scaled
+from networks import ModelCard, TrainedNetwork, build_network
 
 SIZE = 96
+# A network of each way of building: pools, shortcuts, concatenation, squeeze-and-excitation, pre-activation.
+FAMILIES = ("vgg16", "resnet18", "densenet121", "mobilenet_v3", "convnext_tiny", "resnet56v2")
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def network(request):
     torch.manual_seed(0)
     return build_network(request.param, 4).eval()
@@ -292,17 +294,25 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
         assert grid.columns.start + cell * grid.columns.step == pytest.approx(expected, abs=0.6)
 
 
-def test_cells_of_the_three_networks_lie_where_arithmetic_says():
-    found = {}
-    for name in ARCHITECTURES:
-        with GradCAM(build_network(name, 2)) as cam:
-            found[name] = cam(torch.zeros(1, 3, 64, 64)).grid.rows
-    # Strided convolutions of ResNet look at even pixels; 2 x 2 pooling looks between two.
-    assert found == {
-        "vgg16": Axis(7.5, 16, 64),
-        "resnet18": Axis(0, 32, 64),
-        "densenet121": Axis(14, 32, 64),
-    }
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        # Strided 3 x 3 convolutions look at even pixels; 2 x 2 pooling looks between two.
+        ("vgg16", Axis(7.5, 16, 64)),
+        ("small_cnn", Axis(7.5, 16, 64)),
+        ("resnet18", Axis(0, 32, 64)),
+        ("resnet50", Axis(0, 32, 64)),
+        ("resnet56v2", Axis(0, 8, 64)),
+        ("efficientnet_b0", Axis(0, 32, 64)),
+        ("mobilenet_v3", Axis(0, 32, 64)),
+        ("densenet121", Axis(14, 32, 64)),
+        ("convnext_tiny", Axis(15.5, 32, 64)),  # 4 x 4 and 2 x 2 patches that do not overlap
+        ("lenet5", Axis(6.5, 2, 64)),  # no padding: 2 + 0.5 + 2 * 2
+    ],
+)
+def test_cells_lie_where_arithmetic_says(name, axis):
+    with GradCAM(build_network(name, 2)) as cam:
+        assert cam(torch.zeros(1, 3, 64, 64)).grid.rows == axis
 
 
 def test_aligned_map_peaks_at_the_centre_of_its_cell(resnet, images):
@@ -358,3 +368,95 @@ def test_overlay_refuses_what_does_not_fit():
             overlay(xray, np.full((8, 8), bad))
     with pytest.raises(ValueError, match="choose from autumn"):
         overlay(xray, np.zeros((8, 8)), colormap="rainbows")
+
+
+def test_single_logit_has_the_maps_of_the_two_class_network_that_it_is(images):
+    # A softmax over the pair (-z/2, z/2) is that network: same trunk, last layer (-w/2, w/2).
+    torch.manual_seed(0)
+    single = build_network("small_cnn", 1).eval()
+    pair = build_network("small_cnn", 2).eval()
+    pair.load_state_dict(
+        single.state_dict()
+        | {
+            f"classifier.fc.{name}": torch.cat([-value, value]) / 2
+            for name, value in single.classifier.fc.named_parameters()
+        }
+    )
+    with GradCAM(single) as one, GradCAM(pair) as two:
+        found, expected = one(images, "all"), two(images, "all")
+        torch.testing.assert_close(one(images).classes, two(images).classes)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.raw, expected.raw)
+    assert (found.raw[:, 0] - found.raw[:, 1]).abs().max() > 0  # the negative class has its own
+    with GradCAM(single) as cam, pytest.raises(ValueError, match="classes 0 to 1"):
+        cam(images, 2)
+    with GradCAM(single, multilabel=True) as cam:  # one finding: its logit is as it is
+        alone = cam(images, "all")
+    torch.testing.assert_close(alone.raw[:, 0], 2 * expected.raw[:, 1])
+
+
+def trained(seed, *, name="small_cnn", outputs=3, **fields):
+    torch.manual_seed(seed)
+    values = {
+        "architecture": name,
+        "classes": ("a", "b", "c"),
+        "image_size": 32 + 16 * seed,  # the members of an ensemble need not agree on it
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "cam_layer": "features.4.relu",
+    }
+    return TrainedNetwork(build_network(name, outputs).eval(), ModelCard(**(values | fields)))
+
+
+@pytest.fixture
+def xray():
+    return np.random.default_rng(0).integers(0, 256, (50, 40), dtype=np.uint8)
+
+
+def test_explanation_of_an_ensemble_is_the_mean_of_its_members(xray):
+    members = [trained(seed) for seed in range(3)]
+    together = explain(members, xray)
+    alone = [explain(member, xray, "all") for member in members]
+    mean = np.mean([one.probabilities for one in alone], axis=0)
+    np.testing.assert_allclose(together.probabilities, mean, rtol=1e-5)
+    assert together.classes.tolist() == [mean.argmax()]
+    maps = np.mean([one.maps[mean.argmax()] for one in alone], axis=0)
+    np.testing.assert_allclose(together.maps[0], maps / maps.max(), atol=1e-5)
+    assert together.maps.shape == (1, 50, 40)
+    for found, expected in zip(explain(members[:1], xray, "all"), alone[0], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_top_of_an_ensemble_is_not_the_top_of_its_first_member(xray):
+    biases = ((0.0, 0.1, -9.0), (4.0, 0.0, -9.0))  # the first hardly prefers b, the second a by far
+    members = [trained(seed) for seed in range(2)]
+    for member, bias in zip(members, biases, strict=True):
+        with torch.no_grad():
+            member.network.classifier.fc.weight.mul_(1e-4)
+            member.network.classifier.fc.bias.copy_(torch.tensor(bias))
+    assert explain(members[0], xray).classes.tolist() == [1]
+    assert explain(members, xray).classes.tolist() == [0]
+
+
+def test_ensemble_of_different_classes_is_refused(xray):
+    with pytest.raises(ValueError, match="small_cnn has a, b, c; small_cnn has a, c, b"):
+        explain([trained(0), trained(1, classes=("a", "c", "b"))], xray)
+
+
+def test_multilabel_networks_explain_the_likeliest_finding(xray):
+    one = trained(1, multilabel=True, head="sigmoid")
+    said = explain(one, xray)
+    with torch.no_grad():
+        logits = one.network(one.preprocessing(xray)[None])[0]
+    np.testing.assert_allclose(said.probabilities, logits.sigmoid().numpy(), rtol=1e-4)
+    assert said.classes.tolist() == [int(logits.argmax())]
+
+
+def test_masked_lungs_are_what_the_network_sees(xray):
+    masked = trained(1, lung_masking=True)._replace(lungs=lambda image: np.zeros_like(image))
+    whole = trained(1)
+    found, blank = explain(masked, xray, "all"), explain(whole, np.zeros_like(xray), "all")
+    np.testing.assert_array_equal(found.probabilities, blank.probabilities)
+    assert not np.array_equal(found.probabilities, explain(whole, xray).probabilities)
+    with pytest.raises(ValueError, match="masked lungs"):
+        explain(trained(1, lung_masking=True), xray)

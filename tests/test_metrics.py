@@ -3,8 +3,12 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics as sk
+from sklearn.datasets import make_blobs
+from sklearn.manifold import trustworthiness
+from sklearn.preprocessing import StandardScaler
 
 import metrics
 
@@ -302,64 +306,13 @@ def test_an_interval_reads_as_text():
     assert str(metrics.Interval(1.0, math.nan, math.nan)) == "1.000 (no interval)"
 
 
-# Calibration and ROC
-
-
-def test_temperature_is_recovered_from_labels_drawn_at_a_known_one():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(scale=3, size=(20000, 4))
-    chances = metrics.softmax(logits, 2.5)
-    targets = (chances.cumsum(axis=1) < rng.random((20000, 1))).sum(axis=1)
-    temperature = metrics.fit_temperature(logits, targets)
-    assert temperature == pytest.approx(2.5, rel=0.04)
-    assert metrics.fit_temperature(3 * logits, targets) == pytest.approx(3 * temperature, rel=1e-4)
-    # At the optimum, mean logit of the true class = mean logit expected under the scaled probabilities.
-    scaled = metrics.softmax(logits, temperature)
-    true = logits[np.arange(20000), targets].mean()
-    assert (scaled * logits).sum(axis=1).mean() == pytest.approx(true, abs=1e-4)
-    assert metrics.expected_calibration_error(targets, scaled) < 0.02
-    assert metrics.expected_calibration_error(targets, metrics.softmax(logits)) > 0.1
-
-
-def test_temperature_is_left_alone_where_the_likelihood_has_no_maximum():
-    # All right: ever more confident is ever better. All wrong: ever less.
-    targets = np.array([0, 1, 2] * 10)
-    logits = 5.0 * np.eye(3)[targets]
-    assert metrics.fit_temperature(logits, targets) == 1
-    assert metrics.fit_temperature(-logits, targets) == 1
-    assert np.isfinite(metrics.softmax(logits * 1e4, 0.05)).all()
+# Softmax and ROC
 
 
 def test_softmax_is_stable_and_shift_invariant():
     logits = np.array([[1000.0, 1000.0], [-1000.0, 0.0]])
     np.testing.assert_allclose(metrics.softmax(logits), [[0.5, 0.5], [0, 1]])
     np.testing.assert_allclose(metrics.softmax(np.array([[0.0, math.log(9)]]), 2), [[0.25, 0.75]])
-
-
-def test_negative_log_likelihood_matches_sklearn_and_is_finite_at_zero():
-    targets, probabilities = skewed()
-    assert metrics.negative_log_likelihood(targets, probabilities) == pytest.approx(
-        sk.log_loss(targets, probabilities), abs=1e-9
-    )
-    assert np.isfinite(metrics.negative_log_likelihood(np.array([0]), np.array([[0.0, 1.0]])))
-
-
-def test_calibration_error_of_a_hand_made_example():
-    # 10 images at 0.9, 6 of them right; 10 at 0.6, all right: 0.5 * 0.3 + 0.5 * 0.4.
-    top = np.repeat([0.9, 0.6], 10)
-    targets = np.array([0] * 6 + [1] * 4 + [0] * 10)
-    probabilities = np.stack([top, 1 - top], axis=1)
-    assert metrics.expected_calibration_error(targets, probabilities, bins=10) == pytest.approx(0.35)
-    table = metrics.reliability_table(targets, probabilities, bins=10)
-    assert table["count"].sum() == 20
-    filled = table[table["count"] > 0]
-    assert filled["accuracy"].to_list() == pytest.approx([1.0, 0.6])
-    assert filled["confidence"].to_list() == pytest.approx([0.6, 0.9])
-
-
-def test_certain_predictions_fall_into_the_last_bin():
-    table = metrics.reliability_table(np.array([0, 1]), np.array([[1.0, 0.0], [0.0, 1.0]]))
-    assert table["count"].iloc[-1] == 2
 
 
 def test_roc_points_have_the_area_of_the_score_table():
@@ -376,3 +329,437 @@ def test_a_class_without_images_has_no_roc_curve():
     curve = metrics.roc_points(np.array([0, 1]), certain([0, 1], 3), 2)
     assert curve.false_positive_rate.size == 0
     assert math.isnan(curve.auc)
+
+
+def test_precision_recall_points_are_sklearns_at_every_threshold():
+    targets, probabilities = skewed()
+    curve = metrics.precision_recall_points(targets, probabilities, 1)
+    truth = targets == 1
+    assert curve.average_precision == pytest.approx(sk.average_precision_score(truth, probabilities[:, 1]))
+    for threshold, precision, recall in list(zip(*curve[:3], strict=True))[::7]:
+        called = probabilities[:, 1] >= threshold
+        assert precision == pytest.approx(sk.precision_score(truth, called))
+        assert recall == pytest.approx(sk.recall_score(truth, called))
+    nothing = metrics.precision_recall_points(np.array([0, 1]), certain([0, 1], 3), 2)
+    assert nothing.thresholds.size == 0
+    assert math.isnan(nothing.average_precision)
+
+
+# Decisions and thresholds
+
+
+def test_two_classes_are_decided_by_whether_class_one_is_above_its_threshold():
+    p = np.array([0.1, 0.29, 0.31, 0.5, 0.9])
+    probabilities = np.stack([1 - p, p], axis=1)
+    assert metrics.decide(probabilities, (0.7, 0.3)).tolist() == [0, 0, 1, 1, 1]
+    assert metrics.decide(probabilities).tolist() == [0, 0, 0, 0, 1]
+    grid = np.random.default_rng(0).random(500)
+    for t in (0.02, 0.4, 0.97):
+        decided = metrics.decide(np.stack([1 - grid, grid], axis=1), (1 - t, t))
+        assert np.array_equal(decided, grid > t)
+
+
+def test_labels_are_decided_one_by_one():
+    probabilities = np.array([[0.5, 0.2, 0.9], [0.49, 0.1, 0.95]])
+    assert metrics.decide(probabilities, multilabel=True).tolist() == [
+        [True, False, True],
+        [False, False, True],
+    ]
+    decided = metrics.decide(probabilities, (0.5, 0.15, 0.92), multilabel=True)
+    assert decided.tolist() == [[True, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("thresholds", [(0.5,), (0.5, 0.0), (0.2, 0.3, 0.5), (np.nan, 0.5)])
+def test_thresholds_that_do_not_fit_the_classes_are_refused(thresholds):
+    with pytest.raises(ValueError, match="one above 0 for each class"):
+        metrics.decide(np.full((3, 2), 0.5), thresholds)
+
+
+def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_alone():
+    targets, probabilities = skewed()
+    thresholds = (0.2, 0.1, 0.3, 0.5)
+    table = metrics.classification_scores(targets, probabilities, CLASSES, thresholds=thresholds)
+    decided = (probabilities / thresholds).argmax(axis=1)
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(targets, decided, zero_division=0)
+    for name, values in {"precision": precision, "recall": recall, "f1": f1}.items():
+        np.testing.assert_allclose(table[name].to_numpy()[:-1], values, atol=1e-12)
+    assert table.loc["macro", "accuracy"] == pytest.approx(sk.accuracy_score(targets, decided))
+    plain = metrics.classification_scores(targets, probabilities, CLASSES)
+    assert plain.loc["macro", "accuracy"] != table.loc["macro", "accuracy"]
+    assert (plain["roc_auc"] == table["roc_auc"]).all()
+    rng = np.random.default_rng(0)
+    resampled = metrics.bootstrap_scores(
+        targets, probabilities, np.arange(300), CLASSES, thresholds=thresholds, resamples=5, rng=rng
+    )
+    assert resampled["estimate"].to_list() == table[list(metrics.METRICS)].to_numpy().ravel().tolist()
+    gain = metrics.paired_difference(
+        targets,
+        probabilities,
+        probabilities,
+        np.arange(300),
+        CLASSES,
+        thresholds_a=thresholds,
+        resamples=5,
+        rng=rng,
+    )
+    expected = table.loc["macro", "accuracy"] - plain.loc["macro", "accuracy"]
+    assert gain.estimate == pytest.approx(expected, abs=1e-12)
+
+
+BY_RULE = {
+    "youden": lambda truth, called: (
+        sk.recall_score(truth, called) + sk.recall_score(truth, called, pos_label=0)
+    ),
+    "f1": lambda truth, called: sk.f1_score(truth, called, zero_division=0),
+    "accuracy": sk.accuracy_score,
+}
+
+
+@pytest.mark.parametrize("rule", metrics.THRESHOLD_RULES)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_threshold_is_better_by_sklearn_than_the_chosen_one(rule, seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.random(80) < (0.15, 0.4, 0.6, 0.9)[seed]
+    p = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1).round(2 if seed % 2 else 6)
+    probabilities = np.stack([1 - p, p], axis=1)
+    thresholds = metrics.choose_thresholds(truth.astype(int), probabilities, rule)
+    assert thresholds.sum() == pytest.approx(1)
+    assert ((thresholds > 0) & (thresholds < 1)).all()
+    chosen = BY_RULE[rule](truth, metrics.decide(probabilities, thresholds) == 1)
+    best = max(BY_RULE[rule](truth, p > t) for t in [-1, *np.unique(p)])
+    assert chosen == pytest.approx(best, abs=1e-12)
+
+
+def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
+    rng = np.random.default_rng(0)
+    truth = np.arange(100) % 2
+    p = np.clip(rng.normal(0.4 + 0.2 * truth, 0.15), 0, 1)
+    # Every negative image nine times: the same rates of both classes at every threshold.
+    index = np.repeat(np.arange(100), np.where(truth, 1, 9))
+    balanced, skew = (
+        {
+            rule: metrics.choose_thresholds(truth[i], np.stack([1 - p[i], p[i]], 1), rule)[1]
+            for rule in BY_RULE
+        }
+        for i in (np.arange(100), index)
+    )
+    assert balanced["youden"] == skew["youden"]
+    assert balanced["accuracy"] < skew["accuracy"]
+
+
+def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
+    def chosen(truth, p, rule="youden"):
+        p = np.array(p)
+        return metrics.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule)[1]
+
+    assert chosen([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
+    # Two cuts get three of four right: between 0.1 and 0.2, and between 0.3 and 0.9.
+    assert chosen([0, 1, 0, 1], [0.1, 0.2, 0.3, 0.9], "accuracy") == pytest.approx(0.6)
+    # Nothing to choose from.
+    assert chosen([0, 0], [0.1, 0.8]) == chosen([1, 1], [0.1, 0.8]) == 0.5
+    # All are best called positive, or negative, although a score lies at the end of the scale.
+    assert 0 < chosen([1, 1, 0], [0.0, 0.4, 0.3], "accuracy") < 1
+    assert 0 < chosen([0, 0, 1], [0.6, 1.0, 0.7], "accuracy") < 1
+
+
+def test_each_label_has_the_threshold_that_it_has_alone():
+    targets, probabilities = findings()
+    thresholds = metrics.choose_thresholds(targets, probabilities, "f1")
+    for c in range(4):
+        p = probabilities[:, c]
+        alone = metrics.choose_thresholds(targets[:, c], np.stack([1 - p, p], 1), "f1")
+        assert thresholds[c] == alone[1]
+    targets[:, 2] = 0
+    assert metrics.choose_thresholds(targets, probabilities, "f1")[2] == 0.5
+
+
+def test_thresholds_of_three_classes_and_unknown_rules_are_refused():
+    targets, probabilities = skewed(num_classes=3)
+    with pytest.raises(ValueError, match="leave the rule out"):
+        metrics.choose_thresholds(targets, probabilities, "youden")
+    with pytest.raises(ValueError, match="youden, f1, accuracy"):
+        metrics.choose_thresholds(targets, probabilities, "j")
+
+
+# Multi-label
+
+
+LABELS = ["Effusion", "Mass", "Hernia", "Edema"]
+
+
+def findings(n=300, seed=0):
+    """Return (n, 4) multi-label targets, and coarse probabilities that tell something."""
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((n, 4)) < (0.5, 0.2, 0.1, 0.3)).astype(np.uint8)
+    logits = rng.normal(loc=-1, size=(n, 4)).round(1) + 1.5 * targets
+    return targets, 1 / (1 + np.exp(-logits))
+
+
+def multilabel_scores(targets, probabilities, thresholds=0.5):
+    """Return (C + 1, 6) scores in the order of metrics.METRICS by scikit-learn, a label at a time."""
+    rows = []
+    for truth, p, threshold in zip(
+        targets.T, probabilities.T, np.broadcast_to(thresholds, targets.shape[1]), strict=True
+    ):
+        called = p >= threshold
+        row = [sk.accuracy_score(truth, called), sk.precision_score(truth, called, zero_division=0)]
+        row += [sk.recall_score(truth, called), sk.recall_score(truth, called, pos_label=0)]
+        rows.append([*row, sk.f1_score(truth, called), sk.roc_auc_score(truth, p)])
+    return np.array([*rows, np.mean(rows, axis=0)])
+
+
+@pytest.mark.parametrize("thresholds", [None, (0.3, 0.2, 0.15, 0.25)])
+def test_multilabel_scores_match_sklearn_label_by_label(thresholds):
+    targets, probabilities = findings()
+    table = metrics.classification_scores(targets, probabilities, LABELS, thresholds=thresholds)
+    expected = multilabel_scores(targets, probabilities, 0.5 if thresholds is None else thresholds)
+    np.testing.assert_allclose(table[list(metrics.METRICS)], expected, atol=1e-9)
+    assert table["support"].to_list() == [*targets.sum(axis=0), 300]
+    assert table.index.to_list() == [*LABELS, "macro"]
+
+
+def test_multilabel_bootstrap_equals_a_plain_loop_over_sklearn():
+    targets, probabilities = findings()
+    patients = np.random.default_rng(1).integers(120, size=300)
+    table = metrics.bootstrap_scores(
+        targets, probabilities, patients, LABELS, resamples=15, rng=np.random.default_rng(2)
+    )
+    weights = metrics.patient_weights(patients, resamples=15, rng=np.random.default_rng(2))
+    indices = [np.repeat(np.arange(300), row.astype(int)) for row in np.concatenate(list(weights))]
+    looped = [multilabel_scores(targets[i], probabilities[i]) for i in indices]
+    ends = np.quantile(looped, [0.025, 0.975], axis=0).reshape(2, -1)
+    np.testing.assert_allclose(table[["low", "high"]].to_numpy().T, ends, atol=1e-9)
+
+
+def test_labels_that_no_image_has_or_every_one_are_left_out_of_the_macro_means():
+    targets, probabilities = findings()
+    targets[:, 2], targets[:, 3] = 0, 1
+    table = metrics.classification_scores(targets, probabilities, LABELS)
+    assert table.loc["Hernia", ["precision", "recall", "f1", "roc_auc"]].isna().all()
+    assert table.loc["Edema", ["specificity", "roc_auc"]].isna().all()
+    expected = multilabel_scores(targets[:, :2], probabilities[:, :2])[-1]
+    np.testing.assert_allclose(table.loc["macro", list(metrics.METRICS)].to_numpy(float), expected, atol=1e-9)
+    empty = metrics.classification_scores(np.zeros((5, 2), int), np.full((5, 2), 0.1), LABELS[:2])
+    assert empty.loc["macro", list(metrics.METRICS)].isna().all()
+
+
+def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_areas():
+    targets, a = findings()
+    b = np.clip(a + np.random.default_rng(3).normal(scale=0.2, size=a.shape), 0, 1)
+    difference = metrics.paired_difference(
+        targets, a, b, np.arange(300), LABELS, metric="roc_auc", resamples=200, rng=np.random.default_rng(0)
+    )
+    assert difference.estimate == pytest.approx(
+        sk.roc_auc_score(targets, a) - sk.roc_auc_score(targets, b), abs=1e-9
+    )
+    assert 0 < difference.low < difference.estimate < difference.high
+
+
+@pytest.mark.parametrize(
+    ("targets", "probabilities", "message"),
+    [
+        ([[0, 2]], [[0.1, 0.2]], "0 or 1"),
+        ([[0, 1]], [[0.1, 1.2]], "sigmoid"),
+        ([[0, 1]], [[np.nan, 0.2]], "sigmoid"),
+        ([[0, 1, 1]], [[0.1, 0.2]], "one column for each of 2 labels"),
+        ([[0, 1]], [[0.1, 0.2], [0.1, 0.2]], "1 images"),
+    ],
+)
+def test_multilabel_arrays_that_do_not_fit_are_refused(targets, probabilities, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.classification_scores(np.array(targets), np.array(probabilities), LABELS[:2])
+
+
+def test_roc_points_of_a_label_are_sklearns():
+    targets, probabilities = findings()
+    curve = metrics.roc_points(targets, probabilities, 1)
+    false_positive_rate, true_positive_rate, _ = sk.roc_curve(targets[:, 1], probabilities[:, 1])
+    np.testing.assert_allclose(curve.false_positive_rate, false_positive_rate)
+    np.testing.assert_allclose(curve.true_positive_rate, true_positive_rate)
+
+
+# Areas at a glance
+
+
+def test_the_quick_mean_area_is_sklearns_macro_area():
+    targets, probabilities = skewed()
+    macro = sk.roc_auc_score(targets, probabilities, multi_class="ovr", average="macro")
+    assert metrics.mean_auc(targets, probabilities) == pytest.approx(macro, abs=1e-12)
+    two, p = skewed(num_classes=2)
+    # Scores that tie in one column may not quite in the other.
+    areas = [sk.roc_auc_score(two == c, p[:, c]) for c in range(2)]
+    assert metrics.mean_auc(two, p) == pytest.approx(np.mean(areas), abs=1e-12)
+    many, p = findings()
+    assert metrics.mean_auc(many, p) == pytest.approx(sk.roc_auc_score(many, p), abs=1e-12)
+
+
+def test_the_quick_mean_area_leaves_out_what_has_none_and_survives_a_diverged_network():
+    targets, probabilities = findings()
+    targets[:, 2], targets[:, 3] = 0, 1
+    expected = sk.roc_auc_score(targets[:, :2], probabilities[:, :2])
+    assert metrics.mean_auc(targets, probabilities) == pytest.approx(expected, abs=1e-12)
+    assert math.isnan(metrics.mean_auc(np.zeros(3, int), certain([0, 0, 1], 2)))
+    assert math.isnan(metrics.mean_auc(np.array([0, 1]), np.full((2, 2), np.nan)))
+
+
+def test_the_summary_of_areas_is_over_labels_without_the_macro_row():
+    targets, probabilities = findings()
+    targets[:, 3] = 0
+    scores = metrics.bootstrap_scores(
+        targets, probabilities, np.arange(300), LABELS, resamples=2, rng=np.random.default_rng(0)
+    )
+    areas = [sk.roc_auc_score(targets[:, c], probabilities[:, c]) for c in range(3)]
+    expected = {"min": min(areas), "max": max(areas), "mean": np.mean(areas), "median": np.median(areas)}
+    assert metrics.auc_summary(scores).to_dict() == pytest.approx(expected, abs=1e-9)
+
+
+# The field's report
+
+
+def test_the_report_is_sklearns():
+    targets, probabilities = skewed()
+    table = metrics.classification_report_table(targets, probabilities, CLASSES)
+    decided = probabilities.argmax(axis=1)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(targets, decided)
+    np.testing.assert_allclose(table.iloc[:4].to_numpy(float), np.stack([precision, recall, f1, support], 1))
+    assert table.index.to_list() == [*CLASSES, "accuracy", "macro avg", "weighted avg"]
+    assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, decided))
+    for average in ("macro", "weighted"):
+        expected = sk.precision_recall_fscore_support(targets, decided, average=average)[:3]
+        row = table.loc[f"{average} avg", ["precision", "recall", "f1"]]
+        assert row.to_list() == pytest.approx(list(expected), abs=1e-12)
+    assert table["support"].to_list() == [*support, 300, 300, 300]
+
+
+def test_the_report_follows_thresholds_and_keeps_classes_without_images():
+    targets, probabilities = skewed(num_classes=3)
+    table = metrics.classification_report_table(
+        targets, np.hstack([probabilities, np.zeros((300, 1))]), CLASSES, thresholds=(0.6, 0.2, 0.2, 1)
+    )
+    decided = (probabilities / (0.6, 0.2, 0.2)).argmax(axis=1)
+    assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, decided))
+    assert table.loc[CLASSES[3]].to_list() == [0, 0, 0, 0]
+
+
+def test_the_report_of_labels_has_the_mean_over_decisions():
+    targets, probabilities = findings()
+    table = metrics.classification_report_table(targets, probabilities, LABELS)
+    assert table.index.to_list() == [*LABELS, "micro avg", "macro avg", "weighted avg", "samples avg"]
+    assert table.loc["micro avg", "f1"] == pytest.approx(
+        sk.f1_score(targets, probabilities >= 0.5, average="micro")
+    )
+
+
+# Predictions files and ensembles
+
+
+def write_predictions(path, targets, probabilities, classes):
+    frame = pd.DataFrame(probabilities, columns=classes)
+    frame.insert(0, "path", [f"{i:03}.png" for i in range(len(frame))])
+    frame.insert(1, "patient", "7")
+    frame.insert(2, "target", targets)
+    frame.to_csv(path, index=False)
+
+
+def test_single_label_predictions_are_read_with_their_thresholds(tmp_path):
+    write_predictions(
+        tmp_path / "p.csv", ["NA", "Viral", "NA"], [[0.8, 0.2], [0.4, 0.6], [0.45, 0.55]], ["NA", "Viral"]
+    )
+    said = metrics.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
+    assert said.targets.tolist() == [0, 1, 0]
+    assert not said.multilabel
+    assert said.patients.tolist() == ["7"] * 3
+    assert said.predicted.tolist() == [0, 0, 0]
+    assert said._replace(thresholds=None).predicted.tolist() == [0, 1, 1]
+
+
+def test_multilabel_predictions_are_read_finding_by_finding(tmp_path):
+    targets = ["Mass|Effusion", "No Finding", "Edema"]
+    write_predictions(tmp_path / "p.csv", targets, np.full((3, 4), 0.4), LABELS)
+    said = metrics.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True)
+    assert said.targets.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert said.multilabel
+    assert said.predicted.tolist() == [[False] * 4] * 3
+    assert said._replace(thresholds=np.full(4, 0.3)).predicted.all()
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_predictions_about_other_classes_are_refused(tmp_path, multilabel):
+    write_predictions(tmp_path / "p.csv", ["Mass", "Pneumonia"], np.full((2, 4), 0.25), LABELS)
+    for classes in (LABELS, [*LABELS, "Pneumonia"]):
+        with pytest.raises(ValueError, match="not about the classes Effusion, Mass"):
+            metrics.read_predictions(tmp_path / "p.csv", classes, multilabel=multilabel)
+    with pytest.raises(FileNotFoundError, match="run notebook 2"):
+        metrics.read_predictions(tmp_path / "q.csv", LABELS, multilabel=multilabel)
+
+
+def said(targets, probabilities, thresholds=None):
+    paths = np.array([f"{i:03}.png" for i in range(len(targets))])
+    return metrics.Predictions(targets, probabilities, np.arange(len(targets)), paths, thresholds)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_an_ensemble_is_the_mean_of_probabilities_matched_by_path(multilabel):
+    targets, a = findings() if multilabel else skewed()
+    _, b = findings(seed=1) if multilabel else skewed(seed=1)
+    one, two = said(targets, a, np.full(4, 0.2)), said(targets, b, np.full(4, 0.4))
+    order = np.random.default_rng(0).permutation(300)
+    shuffled = metrics.Predictions(*(field[order] for field in two[:4]), two.thresholds)
+    both = metrics.ensemble([one, shuffled])
+    np.testing.assert_allclose(both.probabilities, (a + b) / 2)
+    assert np.array_equal(both.targets, targets)
+    assert np.array_equal(both.paths, one.paths)
+    np.testing.assert_allclose(both.thresholds, 0.3)
+    assert metrics.ensemble([one, shuffled._replace(thresholds=None)]).thresholds is None
+
+
+def test_an_ensemble_of_different_images_targets_or_classes_says_what_differs():
+    targets, p = skewed(n=20)
+    one = said(targets, p)
+    fewer = said(targets[:-1], p[:-1])
+    for members in ([one, fewer], [fewer, one]):
+        with pytest.raises(ValueError, match=r"differ in 019\.png"):
+            metrics.ensemble(members)
+    with pytest.raises(ValueError, match="occurs twice"):
+        metrics.ensemble([one._replace(paths=np.repeat(one.paths[::2], 2))] * 2)
+    with pytest.raises(ValueError, match="different targets"):
+        metrics.ensemble([one, one._replace(targets=(targets + 1) % 4)])
+    with pytest.raises(ValueError, match="4 and 3 classes"):
+        metrics.ensemble([one, one._replace(probabilities=metrics.softmax(p[:, :3]))])
+
+
+# Embeddings
+
+
+def test_silhouette_is_sklearns_on_standardised_embeddings():
+    points, labels = make_blobs(80, 5, centers=3, random_state=0)
+    expected = sk.silhouette_score(StandardScaler().fit_transform(points), labels)
+    assert metrics.silhouette(points, labels) == pytest.approx(expected)
+    assert metrics.silhouette(points * [1, 10, 100, 1e3, 1e4], labels) == pytest.approx(expected)
+    assert math.isnan(metrics.silhouette(points, np.zeros(80)))
+    assert math.isnan(metrics.silhouette(points[:3], np.arange(3)))
+
+
+def test_tsne_keeps_neighbours_together_and_repeats_with_the_seed():
+    points, labels = make_blobs(60, 6, centers=3, random_state=0)
+    arranged = metrics.tsne(points, seed=0)
+    assert arranged.shape == (60, 2)
+    assert sk.silhouette_score(arranged, labels) > 0.5
+    assert trustworthiness(points, arranged) > 0.9
+    assert np.array_equal(arranged, metrics.tsne(points, seed=0))
+    assert np.isfinite(metrics.tsne(points[:4], seed=0)).all()
+    assert not metrics.tsne(np.full((8, 5), 0.1), seed=0).any()
+    with pytest.raises(ValueError, match="4 or more"):
+        metrics.tsne(points[:3], seed=0)
+
+
+def test_paired_difference_of_one_class_is_the_difference_of_its_scores():
+    rng = np.random.default_rng(4)
+    targets = rng.integers(0, 2, 60)
+    a, b = (metrics.softmax(rng.normal(size=(60, 2)) + np.eye(2)[targets]) for _ in range(2))
+    found = metrics.paired_difference(
+        targets, a, b, range(60), ("no", "yes"), metric="recall", of="yes", resamples=50, rng=rng
+    )
+    expected = sk.recall_score(targets, a.argmax(1)) - sk.recall_score(targets, b.argmax(1))
+    assert found.estimate == pytest.approx(expected)
+    assert found.low <= found.estimate <= found.high

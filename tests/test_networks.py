@@ -1,30 +1,51 @@
 """Networks: built right, started right, saved and loaded without a change."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
 from torchvision import models
 
+from grad_cam import GradCAM
 from networks import (
     ARCHITECTURES,
     ModelCard,
+    TrainedNetwork,
     add_batch_norm,
     build_network,
+    class_logits,
+    embeddings,
+    ensemble_card,
     fold_batch_norm,
     load_network,
     parameter_count,
     resolve_device,
     run_folder,
     save_network,
+    set_training_mode,
+    trunk_features,
 )
-from studies import IMAGENET_MEAN, IMAGENET_STD
+from small_networks import LeNet5, ResNetV2
 
 # Parameters for 1,000 classes as torchvision documents them, and the input width of the last layer.
-PUBLISHED = {"vgg16": (138_357_544, 4096), "resnet18": (11_689_512, 512), "densenet121": (7_978_856, 1024)}
+PUBLISHED = {
+    "vgg16": (138_357_544, 4096),
+    "vgg19": (143_667_240, 4096),
+    "resnet18": (11_689_512, 512),
+    "resnet50": (25_557_032, 2048),
+    "resnet101": (44_549_160, 2048),
+    "densenet121": (7_978_856, 1024),
+    "densenet169": (14_149_480, 1664),
+    "densenet201": (20_013_928, 1920),
+    "efficientnet_b0": (5_288_548, 1280),
+    "convnext_tiny": (28_589_128, 768),
+    "mobilenet_v3": (5_483_032, 1280),
+}
 
 
 def card(architecture="resnet18", **fields):
@@ -32,14 +53,14 @@ def card(architecture="resnet18", **fields):
         "architecture": architecture,
         "classes": ("a", "b", "c"),
         "image_size": 32,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
         "cam_layer": ARCHITECTURES[architecture].cam_layer,
     }
     return ModelCard(**(values | fields))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count_is_the_published_one_less_the_old_head_plus_the_new(name):
     with torch.device("meta"):
         network = build_network(name, 4)
@@ -58,7 +79,7 @@ def test_network_computes_what_torchvisions_computes(name):
         torch.testing.assert_close(network(images), theirs(images), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "resnet56v2"])
 def test_layer_for_grad_cam_comes_after_the_last_relu(name):
     network = build_network(name, 4).eval()
     kept = {}
@@ -70,11 +91,160 @@ def test_layer_for_grad_cam_comes_after_the_last_relu(name):
     assert kept["o"].min() >= 0
 
 
-def test_cam_layer_of_vgg16_is_its_last_relu():
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_cam_layer_of_vgg_is_its_last_relu(name):
     with torch.device("meta"):
-        network = build_network("vgg16", 4)
+        network = build_network(name, 4)
     relus = [name for name, m in network.features.named_modules() if isinstance(m, nn.ReLU)]
-    assert network.cam_layer == f"features.{relus[-1]}" == "features.29"
+    assert network.cam_layer == f"features.{relus[-1]}"
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def single_logit(request, tmp_path_factory):
+    """Each network with a new head that has one hidden layer and one output, and a folder for it."""
+    torch.manual_seed(0)
+    network = build_network(request.param, 1, hidden_units=(8,), dropout=0.25)
+    folder = tmp_path_factory.mktemp("run")
+    yield request.param, network, folder
+    shutil.rmtree(folder)  # hundreds of megabytes that pytest would keep
+
+
+def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(single_logit):
+    name, network, folder = single_logit
+    kind = ARCHITECTURES[name]
+    images = torch.randn(4, 3, max(kind.smallest, 64), max(kind.smallest, 64))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    set_training_mode(network, trainable="head")
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.1)
+    functional.binary_cross_entropy_with_logits(
+        network(images)[:, 0], torch.tensor([0.0, 1, 1, 1])
+    ).backward()
+    optimizer.step()
+    changed = {key for key, value in network.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed
+    assert all(key.startswith(f"{kind.classifier}.") for key in changed)
+
+    with GradCAM(network) as cam:
+        maps = cam(images[:2], "all")
+    assert maps.raw.shape[:2] == (2, 2)
+    assert maps.raw.shape[2:].numel() > 1
+    assert maps.raw.isfinite().all()
+
+    written = card(name, classes=("a", "b"), head="sigmoid", hidden_units=(8,), dropout=0.25)
+    save_network(folder, network, written)
+    loaded = load_network(folder)
+    assert loaded.card == written
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.network(images), network.eval()(images), rtol=0, atol=1e-6)
+
+
+def test_lenet5_has_the_parameters_of_the_paper_and_at_32_px_pools_nothing_more():
+    # 61,706 of the usual form with one channel and 10 classes; two more channels are 2 · 6 · 25 weights.
+    network = LeNet5(10)
+    assert parameter_count(network) == 61_706 + 300
+    assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 5, 5)
+
+
+def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
+    # He et al. 2016, table 4: ResNet-164 has 1.7 million parameters.
+    network = ResNetV2(10, n=18, stem_stride=1)
+    weighted = [
+        m
+        for key, m in network.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in key
+    ]
+    assert len(weighted) == 164
+    assert round(parameter_count(network) / 1e6, 1) == 1.7
+
+
+def test_identity_mapping_carries_a_pre_activation_block_whose_last_convolution_is_zero():
+    network = ResNetV2(10, n=2).eval()
+    block = network.blocks.stage3_2
+    nn.init.zeros_(block.conv3.weight)
+    x = torch.randn(2, 256, 4, 4)
+    assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize(
+    ("hidden_units", "dropout", "layers"),
+    [
+        ((), None, ["Linear"]),
+        ((), 0.5, ["Dropout", "Linear"]),
+        ((16, 8), 0.5, ["Linear", "ReLU", "Linear", "ReLU", "Dropout", "Linear"]),
+    ],
+)
+def test_new_head_has_the_layers_that_were_asked_for(hidden_units, dropout, layers):
+    with torch.device("meta"):
+        network = build_network("mobilenet_v3", 3, hidden_units=hidden_units, dropout=dropout)
+    head = network.get_submodule(network.head_name)
+    assert [type(layer).__name__ for layer in head] == layers
+    widths = [(layer.in_features, layer.out_features) for layer in head if isinstance(layer, nn.Linear)]
+    assert widths == list(zip((960, *hidden_units), (*hidden_units, 3), strict=True))
+    assert all(layer.p == 0.5 for layer in head if isinstance(layer, nn.Dropout))
+
+
+def test_dropout_without_a_place_for_it_is_refused():
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"ResNet-18 has no dropout.*hidden_units = \[\]"),
+    ):
+        build_network("resnet18", 3, dropout=0.5)
+
+
+@pytest.mark.parametrize(("name", "hidden_units"), [("small_cnn", None), ("lenet5", ()), ("lenet5", (8, 7))])
+def test_head_of_trunk_features_is_the_network(name, hidden_units):
+    torch.manual_seed(0)
+    network = build_network(name, 3, hidden_units=hidden_units).eval()
+    images = torch.randn(2, 3, 64, 64)
+    head = network.get_submodule(network.head_name)
+    last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(head(trunk_features(network, images)), expected)
+        assert torch.equal(last(embeddings(network, images)), expected)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_single_logit_as_a_pair_has_sigmoids_probabilities_and_loss():
+    z = torch.randn(50, 1, dtype=torch.float64) * 10
+    pair, positive = class_logits(z), (torch.rand(50) > 0.5).long()
+    torch.testing.assert_close(pair.softmax(1)[:, 1:], z.sigmoid())
+    torch.testing.assert_close(
+        functional.cross_entropy(pair, positive),
+        functional.binary_cross_entropy_with_logits(z[:, 0], positive.double()),
+    )
+    assert torch.equal(pair.argmax(1), (z[:, 0] > 0).long())
+    assert class_logits(pair) is pair
+
+
+def moved_statistics(network):
+    """Which batch normalisations a pass in the network's present mode moves."""
+    layers = {key: m for key, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    before = {key: layer.running_mean.clone() for key, layer in layers.items()}
+    network(torch.randn(4, 3, 64, 64) + 1)
+    return {key for key, layer in layers.items() if not torch.equal(before[key], layer.running_mean)}
+
+
+def test_training_modes_move_what_they_say():
+    torch.manual_seed(0)
+    network = build_network("small_cnn", 2)
+    every = {f"features.{block}.bn" for block in range(5)}
+    set_training_mode(network, trainable="head", frozen_batch_norm=False)
+    assert moved_statistics(network) == set()
+    assert {key for key, p in network.named_parameters() if p.requires_grad} == {
+        "classifier.fc.weight",
+        "classifier.fc.bias",
+    }
+    assert not network.classifier.dropout.training  # it stands before the head, `classifier.fc`
+    set_training_mode(network, trainable="all", frozen_batch_norm=True)
+    assert moved_statistics(network) == set()
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert network.classifier.dropout.training
+    set_training_mode(network, trainable="all", frozen_batch_norm=False)
+    assert moved_statistics(network) == every
+    with pytest.raises(ValueError, match="'all' or 'head', not 'trunk'"):
+        set_training_mode(network, trainable="trunk")
 
 
 @pytest.fixture
@@ -119,6 +289,26 @@ def test_missing_imagenet_weights_name_file_folder_and_alternatives(torch_home, 
         assert part in str(caught.value)
 
 
+def test_imagenet_weights_go_into_the_trunk_under_a_new_head(torch_home):
+    state = models.get_model("resnet18").state_dict()
+    torch.save(state, torch_home / "resnet18-f37072fd.pth")
+    network = build_network("resnet18", 2, weights="imagenet", hidden_units=(8,), dropout=0.1)
+    assert torch.equal(network.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert [key for key in network.state_dict() if key.startswith("fc.")] == [
+        "fc.hidden1.weight",
+        "fc.hidden1.bias",
+        "fc.last.weight",
+        "fc.last.bias",
+    ]
+
+
+def test_network_without_imagenet_weights_names_those_that_have_them():
+    with pytest.raises(
+        ValueError, match=r"lenet5 has no ImageNet weights.*--weights none.*choose from vgg16"
+    ):
+        build_network("lenet5", 3, weights="imagenet")
+
+
 def test_damaged_cache_is_named_and_pickled_code_is_not_run(torch_home, tmp_path):
     (torch_home / "resnet18-f37072fd.pth").write_bytes(b"half a download")
     with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth is damaged, delete it"):
@@ -146,6 +336,22 @@ def test_weights_file_gives_the_trunk_and_the_head_where_it_fits(tmp_path, suffi
     assert other.fc.out_features == 5
 
 
+def test_weights_file_fits_under_any_head(tmp_path):
+    torch.manual_seed(0)
+    heads = {"plain": {}, "hidden": {"hidden_units": (8,)}, "wide": {"hidden_units": (9,)}}
+    networks = {key: build_network("resnet18", 3, **head) for key, head in heads.items()}
+    for source, network in networks.items():
+        path = tmp_path / f"{source}.safetensors"
+        save_file(network.state_dict(), path)
+        theirs = network.state_dict()
+        for target, head in heads.items():
+            built = build_network("resnet18", 3, weights=str(path), **head).state_dict()
+            assert torch.equal(built["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
+            head_keys = [key for key in built if key.startswith("fc.")]
+            same = [key for key in head_keys if key in theirs and torch.equal(built[key], theirs[key])]
+            assert same == (head_keys if source == target else [])
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(nn.Linear(3, 3).state_dict(), path)
@@ -153,7 +359,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         build_network("resnet18", 3, weights=str(path))
     with pytest.raises(FileNotFoundError, match="no weights file"):
         build_network("resnet18", 3, weights=str(tmp_path / "gone.pth"))
-    with pytest.raises(ValueError, match="choose from vgg16, resnet18, densenet121"):
+    with pytest.raises(ValueError, match="choose from vgg16, vgg19, resnet18"):
         build_network("alexnet", 3)
 
 
@@ -180,15 +386,20 @@ def test_residual_gain_is_the_scale_at_the_end_of_each_residual_block():
         blocks = [module for module in network.modules() if isinstance(module, models.resnet.BasicBlock)]
         assert len(blocks) == 8
         assert all((block.bn2.weight == gain).all() and (block.bn1.weight == 1).all() for block in blocks)
+    network = build_network("resnet50", 3, residual_gain=0.3)
+    blocks = [module for module in network.modules() if isinstance(module, models.resnet.Bottleneck)]
+    assert len(blocks) == 16
+    assert all((block.bn3.weight == 0.3).all() and (block.bn2.weight == 1).all() for block in blocks)
 
 
 def test_saved_network_comes_back_the_same_frozen_and_in_eval_mode(tmp_path):
     torch.manual_seed(0)
     network = build_network("resnet18", 3)
     network(torch.randn(4, 3, 32, 32))  # moves the running statistics, which must be saved too
-    written = card(temperature=1.7, origin={"seed": 5}, validation={"loss": 0.25})
+    written = card(temperature=1.7, thresholds=(0.2, 0.5, 0.3), origin={"seed": 5}, validation={"loss": 0.25})
     save_network(tmp_path / "run", network, written)
-    loaded, read = load_network(tmp_path / "run")
+    loaded, read, lungs = load_network(tmp_path / "run")
+    assert lungs is None
     assert read == written
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), network.eval()(images))
@@ -201,6 +412,88 @@ def test_probabilities_are_softmax_of_logits_over_temperature():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     expected = np.exp([1.0, 0.5, 0.0]) / np.exp([1.0, 0.5, 0.0]).sum()
     np.testing.assert_allclose(card(temperature=2.0).probabilities(logits)[0].numpy(), expected, rtol=1e-6)
+
+
+def test_probabilities_of_one_logit_and_of_findings_are_sigmoids():
+    z = torch.tensor([[2.0], [-1.0]])
+    single = card(classes=("no", "yes"), head="sigmoid", temperature=2.0)
+    assert single.outputs == 1
+    positive = 1 / (1 + np.exp([-1.0, 0.5]))
+    np.testing.assert_allclose(single.probabilities(z), np.stack([1 - positive, positive], 1), rtol=1e-6)
+    findings = card(multilabel=True, head="sigmoid", temperature=2.0)
+    assert findings.outputs == 3
+    logits = torch.tensor([[2.0, 0.0, -4.0]])
+    np.testing.assert_allclose(findings.probabilities(logits)[0], 1 / (1 + np.exp([-1.0, 0, 2])), rtol=1e-6)
+    assert card(classes=("no", "yes")).outputs == 2
+    one = card(classes=("effusion",), multilabel=True)
+    assert one.probabilities(torch.zeros(2, one.outputs)).tolist() == [[0.5], [0.5]]
+
+
+def test_decision_is_the_largest_ratio_to_the_threshold():
+    p1 = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    pairs = torch.stack([1 - p1, p1], 1)
+    for t in (0.0, 0.03, 0.5, 0.8, 1.0):
+        decided = card(classes=("no", "yes"), thresholds=(1 - t, t)).decide(pairs)
+        assert torch.equal(decided.bool(), p1 > t)
+    three = torch.tensor([[0.5, 0.3, 0.2]])
+    assert card().decide(three).tolist() == [0]
+    assert card(thresholds=(0.6, 0.3, 0.1)).decide(three).tolist() == [2]
+
+
+def test_findings_are_there_from_their_thresholds_on():
+    probabilities = torch.tensor([[0.1, 0.5, 0.7], [0.3, 0.2, 0.9]])
+    findings = card(multilabel=True)
+    assert findings.decide(probabilities).tolist() == [[False, True, True], [False, False, True]]
+    own = card(multilabel=True, thresholds=(float(probabilities[0, 0]), 0.6, 0.8))
+    assert own.decide(probabilities).tolist() == [[True, False, False], [True, False, True]]
+
+
+def test_ensemble_has_the_mean_thresholds_where_all_have_some():
+    cards = [card(thresholds=(0.2, 0.4, 0.6)), card("vgg16", thresholds=(0.4, 0.4, 0.2))]
+    np.testing.assert_allclose(ensemble_card(cards).thresholds, (0.3, 0.4, 0.4))
+    assert ensemble_card([*cards, card()]).thresholds is None
+    with pytest.raises(ValueError, match="same order: resnet18 has a, b, c; vgg16 has b, a, c"):
+        ensemble_card([card(), card("vgg16", classes=("b", "a", "c"))])
+
+
+def test_network_for_masked_lungs_never_sees_whole_images_unasked():
+    masked = card(lung_masking=True)
+    with pytest.raises(ValueError, match=r"masked lungs: use TrainedNetwork\.preprocessing"):
+        _ = masked.preprocessing
+    with pytest.raises(ValueError, match="masked lungs: load it with load_network"):
+        _ = TrainedNetwork(nn.Identity(), masked).preprocessing
+
+    def upper_half(xray):
+        return xray * (np.arange(len(xray)) < len(xray) // 2)[:, None].astype(np.uint8)
+
+    preprocessing = TrainedNetwork(nn.Identity(), masked, upper_half).preprocessing
+    resized = preprocessing.resize(np.full((64, 64), 200, np.uint8))
+    assert resized[:, :15].min() == 200
+    assert resized[:, 17:].max() == 0
+
+
+def test_run_with_masked_lungs_comes_back_with_its_segmenter(tmp_path):
+    from lung_segmentation import LungSegmenter, save_segmenter, unet
+
+    torch.manual_seed(0)
+    save_network(tmp_path, build_network("small_cnn", 3), card("small_cnn", lung_masking=True))
+    with pytest.raises(FileNotFoundError, match="no lung model in"):
+        load_network(tmp_path)
+    segmenter = LungSegmenter(unet("mobilenet_v2").eval(), "mobilenet_v2", 64)
+    save_segmenter(tmp_path / "lungs", segmenter)
+    loaded = load_network(tmp_path)
+    assert loaded.lungs.segmenter.fingerprint == segmenter.fingerprint
+    assert loaded.preprocessing.lungs is loaded.lungs
+
+
+def test_cards_from_before_heads_and_thresholds_still_load(tmp_path):
+    torch.manual_seed(0)
+    network = build_network("resnet18", 3)
+    save_network(tmp_path, network, card())
+    fields = json.loads((tmp_path / "model.json").read_text())
+    del fields["hidden_units"], fields["dropout"]
+    (tmp_path / "model.json").write_text(json.dumps(fields))
+    assert load_network(tmp_path).card == card()
 
 
 def test_incomplete_and_damaged_run_folders_are_named(tmp_path):

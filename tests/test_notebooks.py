@@ -88,7 +88,7 @@ def test_small_phantom_from_exploration_to_conclusion(tmp_path):
     assert [len(pictures_of(notebook)) for notebook in (first, second, third)] == [6, 1, 6]
     for network in ("vgg16", "resnet18", "densenet121"):
         assert (tmp_path / "runs" / "small" / network / "model.safetensors").is_file()
-    assert "Imbalance: the largest class has **1.4 times**" in data_of(first, "text/markdown")[-1]
+    assert "Imbalance: of 4 classes the most frequent has **1.4 times**" in data_of(first, "text/markdown")[-1]
     assert "Lowest validation loss" in data_of(second, "text/markdown")[-1]
     conclusion = data_of(third, "text/markdown")[-1]
     assert "test accuracy" in conclusion
@@ -124,7 +124,7 @@ def test_notebook_keeps_to_its_form(name):
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     (parameters,) = tagged
     names = [target.id for node in ast.parse(parameters.source).body for target in node.targets]
-    assert names == ["study", "data_root", "runs", "seed", "quick"]
+    assert names == ["study", "data_root", "runs", "seed", "quick", "limit"]
     assert notebook.cells[0].cell_type == "markdown"
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 from grad_cam import GradCAM, overlay
-from networks import ModelCard, load_network
-from overlay_cam import chosen_labels, main, suffixes
+from networks import ModelCard, TrainedNetwork, build_network, load_network, save_network
+from overlay_cam import answer, chosen_labels, main, suffixes
 from utils import read_xray
 
 PROJECT = Path(__file__).parent.parent
@@ -47,9 +48,10 @@ def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(capsys, x
 
 
 def test_probabilities_are_the_models_own(capsys, xray, trained_run, tmp_path):
-    network, card = load_network(trained_run)
+    trained = load_network(trained_run)
+    network, card = trained.network, trained.card
     with torch.no_grad():
-        expected = card.probabilities(network(card.preprocessing(read_xray(xray))[None]))[0]
+        expected = card.probabilities(network(trained.preprocessing(read_xray(xray))[None]))[0]
     _, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
     found = json.loads(out)[0]["probabilities"]
     assert list(found) == list(card.classes)
@@ -77,9 +79,9 @@ def test_all_labels_give_a_map_each(capsys, xray, trained_run, tmp_path):
 
 def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_path):
     call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "o.png", "--alpha", "0.8")
-    grey, network_card = read_xray(xray), load_network(trained_run)
-    with GradCAM(network_card.network) as cam:
-        maps = cam(network_card.card.preprocessing(grey)[None], 2).upsampled(grey.shape)
+    grey, trained = read_xray(xray), load_network(trained_run)
+    with GradCAM(trained.network) as cam:
+        maps = cam(trained.preprocessing(grey)[None], 2).upsampled(grey.shape)
     zero = maps[0, 0].numpy() == 0
     assert 0 < maps.numpy()[0, 0].min() < 0.9 or zero.any()  # the map says something about places
     picture = np.asarray(Image.open(tmp_path / "o.png"))
@@ -201,6 +203,108 @@ def test_alpha_out_of_range_is_refused(capsys, xray, trained_run):
     assert "not between 0 and 1" in capsys.readouterr().err
 
 
+def untrained(seed, classes, *, outputs=None, **fields):
+    torch.manual_seed(seed)
+    card = ModelCard("small_cnn", classes, 48, (0.5,) * 3, (0.25,) * 3, "features.4.relu", **fields)
+    return TrainedNetwork(build_network("small_cnn", outputs or card.outputs).eval(), card)
+
+
+def run_of(folder, trained):
+    save_network(folder, trained.network, trained.card)
+    return folder
+
+
+@pytest.fixture
+def noise(tmp_path):
+    path = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_several_runs_are_an_ensemble_of_mean_probability(capsys, noise, tmp_path):
+    runs = [
+        run_of(tmp_path / f"run{seed}", untrained(seed, ("no", "yes"), head="sigmoid")) for seed in range(3)
+    ]
+    alone = [json.loads(call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "--json")[1])[0] for run in runs]
+    # A run that is named twice counts once.
+    status, out, _ = call(capsys, "-i", noise, "-m", *runs, runs[0], "-o", tmp_path, "--json")
+    (record,) = json.loads(out)
+    assert status == 0
+    assert record["networks"] == 3
+    assert all("networks" not in one for one in alone)
+    expected = np.mean([list(one["probabilities"].values()) for one in alone], axis=0)
+    np.testing.assert_allclose(list(record["probabilities"].values()), expected, atol=1e-4)
+    assert record["predicted"] == ("no", "yes")[expected.argmax()] == record["maps"][0]["label"]
+    assert "mean of 3 networks" in call(capsys, "-i", noise, "-m", *runs, "-o", tmp_path)[1]
+
+
+def test_runs_of_different_classes_are_no_ensemble(capsys, noise, tmp_path):
+    runs = [
+        run_of(tmp_path / "".join(classes), untrained(0, classes)) for classes in (("a", "b"), ("b", "a"))
+    ]
+    status, out, err = call(capsys, "-i", noise, "-m", *runs, "-o", tmp_path)
+    assert (status, out) == (2, "")
+    assert "an ensemble needs the same classes in the same order" in err
+
+
+def test_prediction_of_an_ensemble_is_by_the_mean_of_the_thresholds(capsys, noise, tmp_path):
+    member = untrained(0, ("no", "yes"), head="sigmoid")
+    with torch.no_grad():
+        p = float(
+            member.card.probabilities(member.network(member.preprocessing(read_xray(noise))[None]))[0, 1]
+        )
+    runs = []
+    for number, threshold in enumerate((p - 0.3, p + 0.1)):  # their mean lies 0.1 below p
+        trained = untrained(0, ("no", "yes"), head="sigmoid", thresholds=(1 - threshold, threshold))
+        runs.append(run_of(tmp_path / f"run{number}", trained))
+    predicted = {}
+    for key, chosen in {"low": runs[:1], "high": runs[1:], "both": runs}.items():
+        out = call(capsys, "-i", noise, "-m", *chosen, "-o", tmp_path, "--json")[1]
+        predicted[key] = json.loads(out)[0]["predicted"]
+    assert predicted == {"low": "yes", "high": "no", "both": "yes"}
+
+
+def test_findings_are_those_from_their_thresholds_on(capsys, noise, tmp_path):
+    names = ("Mass", "Edema", "Hernia")
+    trained = untrained(2, names, head="sigmoid", multilabel=True)
+    with torch.no_grad():
+        said = trained.card.probabilities(trained.network(trained.preprocessing(read_xray(noise))[None]))[0]
+    thresholds = tuple(float(p) + shift for p, shift in zip(said, (-0.01, 0.01, -0.01), strict=True))
+    run = run_of(
+        tmp_path / "run",
+        trained._replace(card=untrained(2, names, multilabel=True, thresholds=thresholds).card),
+    )
+    record = json.loads(call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "--json")[1])[0]
+    np.testing.assert_allclose(list(record["probabilities"].values()), said, atol=1e-4)
+    assert record["findings"] == ["Mass", "Hernia"]
+    assert "predicted" not in record
+    assert record["maps"][0]["label"] == names[int(said.argmax())]
+    status, out, _ = call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "-l", "all")
+    assert status == 0
+    assert "Findings: Mass, Hernia" in out
+    assert out.count("Grad-CAM for") == 3
+
+
+class HalfMask:
+    """Keeps an X-ray's left half; gives up on bright ones."""
+
+    def mask_of(self, xray):
+        return namedtuple("Mask", "mask reason")(xray < 0, "no lung found" if xray.mean() > 200 else None)
+
+    def __call__(self, xray):
+        return xray if self.mask_of(xray).reason else xray * (np.arange(xray.shape[1]) < 25).astype(np.uint8)
+
+
+def test_record_says_whether_the_lungs_were_masked(noise, tmp_path):
+    masked = untrained(0, ("no", "yes"), lung_masking=True)._replace(lungs=HalfMask())
+    bright = tmp_path / "bright.png"
+    Image.fromarray(np.full((40, 50), 250, np.uint8)).save(bright)
+    options = {"alpha": 0.5, "colormap": "plasma"}
+    records = [answer([masked], path, "top", [tmp_path / "out.png"], **options) for path in (noise, bright)]
+    assert [record["lungs"] for record in records] == ["masked", "kept whole: no lung found"]
+    assert "lungs" not in answer([untrained(0, ("no", "yes"))], noise, "top", [tmp_path / "o.png"], **options)
+
+
 def test_command_line_imports_only_what_one_image_needs():
     code = "import sys, overlay_cam; print(*sys.modules)"
     modules = subprocess.run(
@@ -214,6 +318,9 @@ def test_command_line_imports_only_what_one_image_needs():
         "scipy",
         "pydantic",
         "accelerate",
+        "timm",
+        "segmentation_models_pytorch",
+        "lung_segmentation",
         "studies",
         "finetune",
     }

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import plot_utils
 from grad_cam import overlay
+from metrics import precision_recall_points
 
 CLASSES = ["COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"]
 NETWORKS = ["vgg16", "resnet18", "densenet121"]
@@ -35,9 +36,24 @@ def legend_texts(legend):
     return [text.get_text() for text in legend.get_texts()]
 
 
+FINDINGS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"]
+FINDINGS += [
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+]
+EIGHT = [f"a_network_of_long_name_{i}" for i in range(8)]
+
+
 def inside_figure(fig):
     """Return whether, once laid out, no label or legend lies outside of the figure (1 pixel of rounding allowed)."""
     canvas = FigureCanvasAgg(fig)
+    # The second time, since the layout settles axes of a fixed aspect only then.
+    canvas.draw()
     canvas.draw()
     renderer = canvas.get_renderer()
     boxes = [artist.get_tightbbox(renderer) for artist in (*fig.axes, *fig.legends, *fig.texts)]
@@ -55,6 +71,13 @@ def test_a_name_keeps_its_colour_in_every_figure_with_the_same_names():
     assert list(colors) == NETWORKS
     assert len(set(colors.values())) == len(NETWORKS)
     assert colors == plot_utils.palette(NETWORKS)
+
+
+def test_fourteen_names_differ_in_colour_or_line_and_in_colour_or_marker():
+    styles = plot_utils._styles(FINDINGS)
+    assert len({(style.color, style.line) for style in styles.values()}) == 14
+    assert len({(style.color, style.marker) for style in styles.values()}) == 14
+    assert {name: style.color for name, style in styles.items()} == plot_utils.palette(FINDINGS)
 
 
 # Notebook 1
@@ -104,6 +127,23 @@ def test_draws_are_shares_of_each_way_of_sampling(ax):
     assert list(ax.lines[0].get_ydata()) == [50, 50]
 
 
+def test_bars_of_many_classes_lie_with_the_first_on_top():
+    fig = Figure(figsize=(9, 8), layout="constrained")
+    ax = fig.subplots()
+    counts = pd.DataFrame({"train": range(100, 114), "test": range(14)}, index=FINDINGS)
+    plot_utils.plot_class_counts(counts, ax)
+    for split, bars in zip(counts.columns, ax.containers, strict=True):
+        assert [bar.get_width() for bar in bars] == counts[split].to_list()
+    assert [t.get_text() for t in ax.get_yticklabels()] == FINDINGS
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ax.get_xlabel() == "images"
+    assert inside_figure(fig)
+    again = fig.add_subplot()
+    plot_utils.plot_draws(counts, again)
+    equal = [line for line in again.lines if line.get_label() == "equal shares"]
+    assert equal[0].get_xdata() == pytest.approx([100 / 14] * 2)
+
+
 def test_image_sizes_are_drawn_once_each_with_areas_in_proportion(fig, ax):
     sizes = pd.DataFrame(
         [(300, 200, "Normal")] * 40 + [(500, 600, "Normal")] * 10 + [(300, 200, "COVID-19")] * 20,
@@ -138,6 +178,14 @@ def test_intensity_lines_are_means_over_images_and_bands_quartiles(ax):
     assert (at_first.min(), at_first.max()) == pytest.approx((low, high))
 
 
+def test_intensities_of_many_classes_are_lines_without_bands(fig, ax):
+    histograms = {name: np.random.default_rng(0).random((3, 5)) for name in FINDINGS}
+    plot_utils.plot_intensities(histograms, np.linspace(0, 255, 6), ax)
+    assert len(ax.lines) == 14
+    assert not ax.collections
+    assert inside_figure(fig)
+
+
 def test_mean_images_share_one_grey_scale(fig):
     means = {name: np.full((8, 8), 40.0 * i) + np.eye(8) for i, name in enumerate(CLASSES)}
     plot_utils.draw_mean_images(fig, means)
@@ -146,15 +194,34 @@ def test_mean_images_share_one_grey_scale(fig):
     assert {ax.images[0].get_clim() for ax in panels} == {(0, 121)}
 
 
-def test_augmentations_stand_beside_their_original(fig):
-    originals = [grey(0), grey(1)]
-    augmented = [[image[:, ::-1], image[::-1]] for image in originals]
-    plot_utils.draw_augmentations(fig, originals, augmented)
-    axes = np.reshape(fig.axes, (2, 3))
-    for row, original, versions in zip(axes, originals, augmented, strict=True):
-        for ax, image in zip(row, [original, *versions], strict=True):
-            assert np.array_equal(ax.images[0].get_array(), image)
-    assert axes[0, 0].get_title() == "original"
+def test_augmentations_follow_their_original_five_a_row(fig):
+    images = [grey(i) for i in range(8)]
+    plot_utils.draw_augmentations(fig, images[0], images[1:])
+    axes = np.reshape(fig.axes, (2, 5))
+    for ax, image in zip(axes.flat, images, strict=False):
+        assert np.array_equal(ax.images[0].get_array(), image)
+    assert [ax.get_title() for ax in axes[0, :2]] == ["original", "augmented 1"]
+    assert all(not ax.images and not ax.spines["left"].get_visible() for ax in axes[1, 3:])
+    assert inside_figure(fig)
+
+
+def test_lungs_are_outlined_above_what_the_network_sees_and_failures_are_told_in_red(fig):
+    mask = np.zeros((24, 24), dtype=bool)
+    mask[4:20, 3:9] = True
+    images = [grey(i) for i in range(3)]
+    seen = [images[0] * mask, images[1] * mask, images[2]]
+    plot_utils.draw_lung_segmentations(
+        fig, images, [mask, mask, 0 * mask], seen, [None, None, "one lung only"]
+    )
+    above, below = np.reshape(fig.axes, (2, 3))
+    for i in range(3):
+        assert np.array_equal(above[i].images[0].get_array(), images[i])
+        assert np.array_equal(below[i].images[0].get_array(), seen[i])
+    assert [len(ax.collections) for ax in above] == [1, 1, 0]
+    told = [ax.get_xlabel().replace("\n", " ") for ax in below]
+    assert told == ["", "", "kept whole: one lung only"]
+    assert to_hex(below[2].xaxis.label.get_color()) == plot_utils.WRONG
+    assert inside_figure(fig)
 
 
 # Notebook 2
@@ -194,6 +261,56 @@ def test_the_best_epoch_by_loss_is_the_lowest(fig):
     assert star.get_ydata()[0] == tables["vgg16"]["val_loss"].min()
 
 
+def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(fig):
+    history = pd.DataFrame(
+        {
+            "epoch": [1, 2, 3, 4],
+            "phase": [1, 1, 2, 2],
+            "train_loss": [4.0, 3, 2, 1],
+            "val_loss": [4.0, 3, 2, 3],
+            "train_auc": [0.5, 0.6, 0.7, 0.8],
+            "val_auc": [0.5, 0.6, np.nan, 0.7],
+        }
+    )
+    plot_utils.draw_learning_curves(fig, dict.fromkeys(EIGHT, history), score="auc", best_by="val_auc")
+    for ax in fig.axes:
+        stars = [line for line in ax.lines if line.get_marker() == "*"]
+        assert [star.get_xdata()[0] for star in stars] == [4] * 8
+        assert [list(line.get_xdata()) for line in ax.lines[24:]] == [[2.5, 2.5]]
+    assert legend_texts(fig.legends[0])[-1] == "change of phase"
+    assert inside_figure(fig)
+
+
+def test_learning_curves_of_one_phase_have_no_line_of_change(fig):
+    tables = {name: history.assign(phase=1) for name, history in histories().items()}
+    plot_utils.draw_learning_curves(fig, tables)
+    assert len(fig.axes[0].lines) == 9
+    assert "change of phase" not in legend_texts(fig.legends[0])
+
+
+def test_accuracy_and_minutes_are_bars_side_by_side(fig):
+    table = pd.DataFrame(
+        {
+            "network": EIGHT,
+            "accuracy": np.linspace(0.7, 1, 8),
+            "low": [np.nan, *np.linspace(0.65, 0.98, 7)],
+            "high": [np.nan, *np.linspace(0.8, 1, 7)],
+            "minutes": [np.nan, 0.4, 3.25, 12, 45, 130, 700, 1200],
+        }
+    )
+    plot_utils.draw_accuracy_and_minutes(fig, table)
+    left, right = fig.axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx(table["accuracy"].to_list())
+    assert [bar.get_width() for bar in right.patches] == [0, *table["minutes"][1:]]
+    ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments() if len(segment)]
+    np.testing.assert_allclose(ends, table[["low", "high"]].dropna())
+    written = [t.get_text() for t in right.texts]
+    assert written == ["not known", "0.4", "3.2", "12", "45", "130", "700", "1,200"]
+    assert [t.get_text() for t in left.get_yticklabels()] == EIGHT
+    assert left.get_ylim()[0] > left.get_ylim()[1]
+    assert inside_figure(fig)
+
+
 def test_grids_also_fill_a_part_of_a_figure(fig):
     left, right = fig.subfigures(1, 2)
     assert plot_utils.draw_learning_curves(left, histories()) is left
@@ -230,6 +347,16 @@ def test_confusion_texts_equal_the_counts_and_row_i_is_the_true_class(fig, ax):
     assert inside_figure(fig)
 
 
+def test_confusion_of_many_classes_keeps_the_counts_and_slants_the_names():
+    fig = Figure(figsize=(10, 9), layout="constrained")
+    ax = fig.subplots()
+    counts = np.arange(196).reshape(14, 14) ** 2
+    plot_utils.plot_confusion(counts, FINDINGS, ax)
+    assert [text.get_text() for text in ax.texts] == [str(count) for count in counts.ravel()]
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {45}
+    assert inside_figure(fig)
+
+
 def test_roc_curves_have_their_area_in_the_legend_and_chance_beside_them(ax):
     rates = (np.array([0, 0.2, 1]), np.array([0, 0.9, 1]))
     curves = {"Normal": (*rates, 0.8512), "COVID-19": (np.empty(0), np.empty(0), np.nan)}
@@ -240,6 +367,116 @@ def test_roc_curves_have_their_area_in_the_legend_and_chance_beside_them(ax):
     np.testing.assert_array_equal(chance.get_xdata(), chance.get_ydata())
     np.testing.assert_array_equal(normal.get_xdata(), rates[0])
     np.testing.assert_array_equal(normal.get_ydata(), rates[1])
+
+
+def test_roc_curves_of_fourteen_labels_have_their_legend_beside_and_a_mean_between(fig, ax):
+    heights = np.linspace(0.5, 0.95, 13)
+    rates = np.array([0, 0.2, 1])
+    curves = {
+        name: (rates, np.array([0, height, 1]), height)
+        for name, height in zip(FINDINGS, heights, strict=False)
+    }
+    curves["Hernia"] = (np.empty(0), np.empty(0), np.nan)
+    plot_utils.plot_roc(curves, ax, mean=True)
+    mean = ax.lines[-1]
+    at = np.interp(0.2, mean.get_xdata(), mean.get_ydata())
+    assert at == pytest.approx(heights.mean())
+    texts = legend_texts(ax.get_legend())
+    assert texts[-3:] == ["Hernia (no images)", f"mean ({heights.mean():.3f})", "chance (0.500)"]
+    assert len(texts) == 16
+    assert inside_figure(fig)
+    axes_right = ax.get_window_extent().x1
+    assert ax.get_legend().get_window_extent().x0 > axes_right
+
+
+def test_areas_by_label_are_sorted_around_chance_and_their_mean(fig, ax):
+    rows = [
+        ("Mass", "roc_auc", 0.6, 0.45, 0.7),
+        ("Mass", "f1", 0.1, 0.0, 0.2),
+        ("Hernia", "roc_auc", np.nan, np.nan, np.nan),
+        ("Pleural_Thickening", "roc_auc", 0.8, 0.75, 0.85),
+        ("macro", "roc_auc", 0.7, 0.65, 0.74),
+        ("macro", "accuracy", 0.9, 0.9, 0.9),
+    ]
+    table = pd.DataFrame(rows, columns=["class", "metric", "estimate", "low", "high"])
+    plot_utils.plot_auc_by_label(table, ax)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["Pleural_Thickening", "Mass", "Hernia"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    dots, _, (whiskers,) = ax.containers[0]
+    np.testing.assert_allclose(dots.get_xdata().astype(float), [0.8, 0.6, np.nan])
+    drawn = [segment[:, 0].tolist() for segment in whiskers.get_segments() if len(segment)]
+    np.testing.assert_allclose(drawn[:2], [[0.75, 0.85], [0.45, 0.7]])
+    assert [line.get_xdata()[0] for line in ax.lines[:2]] == [0.5, 0.7]
+    assert [t.get_text() for t in ax.texts] == ["0.800", "0.600", "no area"]
+    assert legend_texts(ax.get_legend()) == ["chance (0.500)", "mean (0.700)"]
+    assert inside_figure(fig)
+
+
+def lines_by_label(ax):
+    return {line.get_label(): line for line in ax.lines}
+
+
+def test_precision_and_recall_are_read_off_at_any_threshold(fig, ax):
+    rng = np.random.default_rng(0)
+    truth, p = rng.random(200) < 0.4, rng.random(200)
+    targets = truth.astype(int)
+    points = precision_recall_points(targets, np.stack([1 - p, p], axis=1), 1)
+    plot_utils.plot_threshold_tradeoff({"Pneumonia": points}, ax, chosen=0.31)
+    lines = lines_by_label(ax)
+    for threshold in (0.1, 0.4, 0.73, 0.9):
+        at = round(threshold * 500)
+        called = p >= threshold
+        assert lines["precision"].get_ydata()[at] == pytest.approx(truth[called].mean())
+        assert lines["recall"].get_ydata()[at] == pytest.approx(called[truth].mean())
+    assert (lines["precision"].get_linestyle(), lines["recall"].get_linestyle()) == ("-", "--")
+    assert list(lines["chosen threshold (0.31)"].get_xdata()) == [0.31, 0.31]
+    assert inside_figure(fig)
+
+
+def test_precision_and_recall_of_several_labels_are_thin_and_their_mean_is_thick(fig, ax):
+    points = {
+        "Mass": (np.array([0.2, 0.6]), np.array([0.5, 1.0]), np.array([1.0, 0.5]), 0.75),
+        "Edema": (np.array([0.1, 0.3]), np.array([0.3, 0.4]), np.array([1.0, 0.9]), 0.4),
+        "Hernia": (np.empty(0), np.empty(0), np.empty(0), np.nan),
+    }
+    plot_utils.plot_threshold_tradeoff(points, ax)
+    lines = lines_by_label(ax)
+    precision, recall = (lines[f"{name}, mean of 2 labels"] for name in ("precision", "recall"))
+    assert precision.get_linewidth() > 2 * ax.lines[0].get_linewidth()
+    # At 0.5 Edema is never predicted: its recall is 0, its precision is left out.
+    for line, expected in ((precision, {0.15: 0.45, 0.5: 1.0}), (recall, {0.15: 0.95, 0.5: 0.25})):
+        for threshold, value in expected.items():
+            assert np.interp(threshold, line.get_xdata(), line.get_ydata()) == pytest.approx(value)
+    assert precision.get_xdata()[-1] == pytest.approx(0.6)
+    assert recall.get_xdata()[-1] == 1
+    assert inside_figure(fig)
+
+
+def test_embedding_has_a_colour_and_marker_a_class_and_no_numbers(fig, ax):
+    points = np.random.default_rng(0).normal(size=(140, 2))
+    labels = np.arange(140) % 14
+    plot_utils.plot_embedding(points, labels, FINDINGS, ax)
+    for i, drawn in enumerate(ax.collections):
+        np.testing.assert_array_equal(drawn.get_offsets(), points[labels == i])
+    assert not len(ax.get_xticks())
+    assert not len(ax.get_yticks())
+    assert ax.get_aspect() == 1
+    assert legend_texts(ax.get_legend())[0] == "Atelectasis (n = 10)"
+    assert inside_figure(fig)
+
+
+def test_comparison_of_eight_networks_fits():
+    fig = Figure(figsize=(10, 9), layout="constrained")
+    ax = fig.subplots()
+    rows = [(n, m, 0.8, 0.7, 0.85) for n in EIGHT for m in ("accuracy", "recall", "f1", "roc_auc")]
+    plot_utils.plot_comparison(
+        pd.DataFrame(rows, columns=["network", "metric", "estimate", "low", "high"]), ax
+    )
+    heights = np.sort([text.xy[1] for text in ax.texts])
+    gap = np.diff(heights).min() * ax.get_window_extent().height / 4
+    assert gap > plot_utils.SMALL
+    assert legend_texts(ax.get_legend()) == EIGHT
+    assert inside_figure(fig)
 
 
 def test_whiskers_reach_from_low_to_high_and_a_missing_interval_is_a_bare_dot(fig, ax):
@@ -326,3 +563,69 @@ def test_outlines_follow_the_masks_and_are_named(fig):
 def test_masks_that_are_empty_or_missing_draw_nothing(fig):
     plot_utils.draw_grad_cams(fig, cam_rows(lesion=np.zeros((24, 24))))
     assert all(not ax.collections for ax in fig.axes[:6])
+
+
+def test_a_panel_may_have_a_background_and_a_title_of_its_own(fig):
+    map_ = np.full((24, 24), 0.5)
+    masked = grey(5)
+    panels = {
+        "other class": plot_utils.CamPanel(map_, "Normal", 0.9, title="COVID-19 0.10"),
+        "lungs only": plot_utils.CamPanel(map_, "Normal", 0.8, image=masked),
+    }
+    plot_utils.draw_grad_cams(fig, [plot_utils.CamRow(grey(), "Normal", panels)])
+    _, other, lungs = fig.axes[:3]
+    assert other.get_xlabel() == "COVID-19 0.10"
+    assert to_hex(other.xaxis.label.get_color()) not in (plot_utils.RIGHT, plot_utils.WRONG)
+    np.testing.assert_array_equal(other.images[0].get_array(), overlay(grey(), map_))
+    assert lungs.get_xlabel() == "Normal 0.80 ✓"
+    np.testing.assert_array_equal(lungs.images[0].get_array(), overlay(masked, map_))
+
+
+def cam_sample(predicted="Pneumonia", truth="Pneumonia", **more):
+    map_ = np.zeros((24, 24))
+    map_[6:12, 6:12] = 1
+    return plot_utils.CamSample(grey(), map_, predicted, truth, 0.7, **more)
+
+
+def test_cam_grid_has_a_row_a_group_and_says_where_there_is_nothing():
+    fig = Figure(figsize=(10, 7), layout="constrained")
+    box = (0.25, 0.5, 0.25, 0.125)
+    groups = {
+        "true positive": [cam_sample(boxes=[box])] * 6,
+        "false positive": [cam_sample(truth="Normal")],
+        "false negative": [],
+    }
+    plot_utils.draw_cam_grid(fig, groups)
+    axes = np.reshape(fig.axes[:15], (3, 5))
+    assert [[len(ax.images) for ax in row] for row in axes] == [[1] * 5, [1, 0, 0, 0, 0], [0] * 5]
+    assert [row[0].get_ylabel().replace("\n", " ") for row in axes] == list(groups)
+    np.testing.assert_array_equal(axes[0, 0].images[0].get_array(), overlay(grey(), cam_sample().map))
+    right, wrong = axes[:2, 0]
+    assert (right.get_title(), right.get_xlabel()) == ("Pneumonia 0.70 ✓", "true: Pneumonia")
+    assert (wrong.get_title(), wrong.get_xlabel()) == ("Pneumonia 0.70 ✗", "true: Normal")
+    assert [to_hex(ax.title.get_color()) for ax in (right, wrong)] == [plot_utils.RIGHT, plot_utils.WRONG]
+    assert [t.get_text().replace("\n", " ") for t in axes[2, 0].texts] == ["none in the test images"]
+    (drawn,) = right.patches
+    assert drawn.get_bbox().bounds == pytest.approx((5.5, 11.5, 6, 3))
+    assert legend_texts(fig.legends[0]) == ["annotated box"]
+    assert inside_figure(fig)
+
+
+def test_cam_grid_of_findings_is_told_what_is_correct_and_marks_empty_maps():
+    fig = Figure(figsize=(10, 7), layout="constrained")
+    truth = "Effusion, Infiltration, Pleural_Thickening"
+    found = cam_sample("Pleural_Thickening", truth, correct=True)
+    groups = {
+        "Pleural_Thickening": [found] * 4,
+        "Mass": [cam_sample("Mass", truth)._replace(map=np.zeros((24, 24)))],
+    }
+    plot_utils.draw_cam_grid(fig, groups)
+    assert fig.axes[0].get_title().replace("\n", " ") == "Pleural_Thickening 0.70 ✓"
+    assert [t.get_text() for t in fig.axes[4].texts] == ["no positive evidence"]
+    assert not fig.legends
+    assert inside_figure(fig)
+
+
+def test_a_grid_without_any_sample_is_drawn(fig):
+    plot_utils.draw_cam_grid(fig, {"false positive": [], "false negative": []})
+    assert [ax.texts[0].get_text() for ax in fig.axes[:2]] == ["none in the\ntest images"] * 2

@@ -1,7 +1,9 @@
 """Study files: what they say is what is run, and a slip of the pen is named."""
 
 import pytest
+from PIL import Image
 
+from networks import ARCHITECTURES
 from studies import STUDIES, load_study, load_table
 
 MINIMAL = """
@@ -137,3 +139,143 @@ def test_phantom_of_a_study_is_drawn_where_it_is_missing(tmp_path):
     table = load_table(load_study(path))
     assert table.classes == ("COVID-19", "Normal")
     assert len(table) == 9
+
+
+def write(folder, name, text):
+    (folder / f"{name}.toml").write_text(text)
+    return folder / f"{name}.toml"
+
+
+BASE = """
+title = "Base"
+[data]
+reader = "folder"
+root = "images"
+[preprocessing]
+image_size = 96
+[training]
+epochs = 7
+phases = [{ trainable = "head", epochs = 2 }, { epochs = 3, learning_rate = 1e-5 }]
+[networks.resnet18]
+"""
+
+
+def test_a_study_that_extends_another_differs_in_its_own_lines_only(tmp_path):
+    base = load_study(write(tmp_path, "base", BASE))
+    path = write(tmp_path, "variant", 'extends = "base"\naugmentation = { horizontal_flip = true }\n')
+    variant = load_study(path)
+    assert variant.name == "variant"
+    assert variant.augmentation.horizontal_flip
+    same = {"name", "augmentation"}
+    assert variant.model_dump(exclude=same) == base.model_dump(exclude=same)
+    again = load_study(write(tmp_path, "third", 'extends = "variant"\n[training]\nphases = []\n'))
+    assert again.augmentation.horizontal_flip
+    assert again.training_of("resnet18").stretches[0].epochs == 7
+
+
+def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
+    write(tmp_path, "a", 'extends = "b"')
+    path = write(tmp_path, "b", 'extends = "a"')
+    with pytest.raises(ValueError, match="extends itself"):
+        load_study(path)
+    with pytest.raises(FileNotFoundError, match="no study 'gone'"):
+        load_study(write(tmp_path, "c", 'extends = "gone"'))
+
+
+def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
+    study = load_study(write(tmp_path, "base", BASE)).overridden(epochs=1)
+    assert [phase.epochs for phase in study.training_of("resnet18").stretches] == [1, 1]
+    assert [phase.trainable for phase in study.training_of("resnet18").stretches] == ["head", "all"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('title = "x"\n[networks.resnet18]\n', r"either \[data\] or"),
+        (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
+        (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
+        (BASE + "[split]\nfold = 2\n", "needs `folds`"),
+        (BASE + "[split]\nfolds = 1\n", "'folds'"),
+        (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
+    ],
+)
+def test_contradictions_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(write(tmp_path, "mine", text))
+
+
+def test_folds_and_limits_have_names_of_their_own(tmp_path):
+    study = load_study(write(tmp_path, "base", BASE + "[split]\nfolds = 3\n").resolve())
+    study = study.model_copy(update={"compare": ("other",)})
+    assert study.overridden(fold=2).name == "base-fold2"
+    limited = study.overridden(limit=9, fold=3)
+    assert (limited.name, limited.compare) == ("base-limit9-fold3", ("other-limit9-fold3",))
+    with pytest.raises(ValueError, match="fold 4"):
+        study.overridden(fold=4)
+
+
+TWO_SOURCES = """
+title = "Two hospitals"
+[[datasets]]
+reader = "folder"
+root = "north"
+classes = ["fine", "sick"]
+labels = { fine = "Normal", sick = "Pneumonia" }
+[[datasets]]
+reader = "folder"
+root = "south"
+classes = ["bacteria", "healthy", "virus"]
+labels = { healthy = "Normal", bacteria = "Pneumonia", virus = "Pneumonia" }
+[split]
+val = 0.2
+test = 0.2
+[networks.resnet18]
+"""
+
+
+def test_several_sources_share_classes_and_all_are_in_every_split(tmp_path):
+    for path, number in (("north/fine", 10), ("north/sick", 20), ("south/bacteria", 10), ("south/healthy", 10),
+                         ("south/virus", 10)):  # fmt: skip
+        (tmp_path / path).mkdir(parents=True)
+        for i in range(number):
+            Image.new("L", (32, 32)).save(tmp_path / path / f"{i}.png")
+    table = load_table(load_study(write(tmp_path, "two", TWO_SOURCES)))
+    assert table.classes == ("Normal", "Pneumonia")
+    assert table.counts().sum(axis=1).tolist() == [20, 40]
+    source = table.relative_paths().str.split("/").str[0]
+    counts = table.frame.groupby([source.to_numpy(), "split"]).size()
+    assert counts["north"].to_dict() == {"train": 18, "val": 6, "test": 6}
+    assert counts["south"].to_dict() == {"train": 18, "val": 6, "test": 6}
+    virus = table.frame[table.relative_paths().str.contains("virus").to_numpy()]
+    assert (virus["label"] == 1).all()
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    for name in ("north", "south"):
+        (tmp_path / name).rename(elsewhere / name)
+    moved = load_table(load_study(tmp_path / "two.toml", data_root=elsewhere))
+    assert moved.relative_paths().tolist() == table.relative_paths().tolist()
+    assert moved.frame["split"].tolist() == table.frame["split"].tolist()
+
+
+def test_the_studies_of_the_project_name_studies_and_networks_that_exist():
+    names = {path.stem for path in STUDIES.glob("*.toml")}
+    assert {
+        "covid_radiography",
+        "viral_vs_bacterial",
+        "covid_frozen",
+        "chestxray14",
+        "pneumonia_plain",
+    } <= names
+    for name in names:
+        study = load_study(name)
+        assert set(study.compare) <= names
+        assert set(study.networks) <= set(ARCHITECTURES)
+
+
+def test_the_pneumonia_variants_differ_in_one_line_each():
+    plain, augmented, lungs = (
+        load_study(f"pneumonia_{v}").model_dump() for v in ("plain", "augmented", "lungs")
+    )
+    assert {key for key in plain if plain[key] != augmented[key]} == {"name", "title", "augmentation"}
+    assert {key for key in plain if augmented[key] != lungs[key]} == {"name", "title", "preprocessing"}
+    assert augmented["preprocessing"] | {"lung_model": "lungs"} == lungs["preprocessing"]

@@ -157,12 +157,12 @@ def make_dataset(tmp_path, number=4, **options):
 
 def test_decoded_images_are_kept_only_while_they_fit(tmp_path):
     dataset = make_dataset(tmp_path, cache_bytes=2 * 16 * 16)
-    first = [dataset[i][0].mean().item() * 255 for i in range(4)]
+    first = [dataset[i][0].double().mean().item() for i in range(4)]
     assert first == pytest.approx([0, 10, 20, 30], abs=1e-4)
     for path in dataset.paths:
         with open(path, "wb"):
             pass
-    assert dataset[1][0].mean().item() * 255 == pytest.approx(10, abs=1e-4)
+    assert dataset[1][0].double().mean() == 10
     with pytest.raises(ValueError, match=r"3\.png"):
         dataset[3]
 
@@ -195,9 +195,9 @@ def test_class_weights_are_scikit_learns_balanced():
 def test_loaders_augment_and_resample_the_training_images_only(tmp_path):
     paths = make_dataset(tmp_path, 17).paths
     rows = {
-        "train": {"path": paths[:13], "label": [0] * 10 + [1] * 3},
-        "val": {"path": paths[13:15], "label": [0, 1]},
-        "test": {"path": paths[15:], "label": [1, 0]},
+        "train": (paths[:13], [0] * 10 + [1] * 3),
+        "val": (paths[13:15], [0, 1]),
+        "test": (paths[15:], np.array([1, 0])),
     }
     loaders = make_loaders(
         rows,
@@ -217,3 +217,47 @@ def test_loaders_augment_and_resample_the_training_images_only(tmp_path):
     torch.testing.assert_close(means["train_plain"] * 255, torch.arange(13) * 10.0)
     torch.testing.assert_close(means["val"] * 255, torch.tensor([130.0, 140.0]))
     assert [label for _, labels in loaders["test"] for label in labels.tolist()] == [1, 0]
+
+
+def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
+    paths = make_dataset(tmp_path, 2).paths
+    targets = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.uint8)
+    dataset = XrayDataset(paths, targets, Preprocessing(16, (0, 0, 0), (1, 1, 1)))
+    assert dataset[0][1].dtype == torch.float32
+    assert [dataset[i][1].tolist() for i in (0, 1)] == targets.tolist()
+
+
+def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
+    image = np.full((20, 30), 200, np.uint8)
+    inside = np.zeros((20, 30), bool)
+    inside[:, 15:] = True
+    masked = Preprocessing(
+        16, (0, 0, 0), (1, 1, 1), lungs=lambda xray: np.where(inside, xray, 0).astype(np.uint8)
+    )
+    resized = masked.resize(image)[0]
+    assert not resized[:, :7].any()
+    assert (resized[:, 9:] == 200).all()
+
+
+def test_the_flip_shows_both_views_equally_often_and_nothing_else():
+    torch.manual_seed(0)
+    image = torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3)
+    flip = augmentation(3, horizontal_flip=True)
+    seen = [flip(image)[0, 0].tolist() for _ in range(400)]
+    assert {tuple(row) for row in seen} == {(0, 1, 2), (2, 1, 0)}
+    assert 160 < seen.count([2, 1, 0]) < 240  # four standard deviations
+
+
+def test_what_a_shift_uncovers_is_black_and_grey_values_keep_their_range():
+    torch.manual_seed(0)
+    image = torch.full((1, 64, 64), 120, dtype=torch.uint8)
+    moved = augmentation(64, rotation=10, translation=0.1, scale=(0.8, 0.9))
+    views = torch.stack([moved(image) for _ in range(20)])
+    assert views.dtype == torch.uint8
+    assert views.shape == (20, 1, 64, 64)
+    assert views[:, :, 20:44, 20:44].eq(120).all()  # the middle stays inside
+    assert (views == 0).any(dim=(1, 2, 3)).all()
+    brighter = augmentation(64, brightness=0.5)
+    means = torch.stack([brighter(image).double().mean() for _ in range(200)])
+    assert 60 <= means.min() < 75
+    assert 165 < means.max() <= 180

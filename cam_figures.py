@@ -1,0 +1,121 @@
+"""Choose test images and explain them: what the Grad-CAM figures of notebook 3 show."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from datasets import XrayTable
+from datasets.table import relative_paths
+from grad_cam import explain
+from metrics import NO_FINDING, Predictions
+from networks import TrainedNetwork
+from plot_utils import CamPanel, CamSample
+from utils import read_xray
+
+MOST_FINDINGS = 6  # rows of a figure that can still be read
+
+
+class Outcome(NamedTuple):
+    """Test images of one kind, by path below the data root, and the class whose map they are shown with."""
+
+    paths: list[str]
+    class_index: int
+
+
+def cam_panel(trained: TrainedNetwork, xray: np.ndarray, class_index: int) -> CamPanel:
+    """Return what one network makes of an (H, W) uint8 X-ray, with its map for a class; over the lungs alone
+    where the network sees no more. Of several findings it is titled with the one that the map is for.
+    """
+    said, card = explain(trained, xray, class_index), trained.card
+    seen = None if trained.lungs is None else trained.lungs(xray)
+    shown = class_index if card.multilabel else int(card.decide(torch.from_numpy(said.probabilities[None])))
+    probability = float(said.probabilities[shown])
+    title = f"{card.classes[shown]} {probability:.2f}" if card.multilabel else None
+    return CamPanel(said.maps[0], card.classes[shown], probability, image=seen, title=title)
+
+
+def picked_rows(test: pd.DataFrame, num_classes: int, *, seed: int) -> pd.DataFrame:
+    """Return one test image a class, drawn by `seed`; of many findings those `MOST_FINDINGS` that are most
+    frequent, and none without a finding.
+    """
+    known = test[test["label"] < num_classes]
+    frequent = known["label"].value_counts().index[:MOST_FINDINGS]
+    return known[known["label"].isin(frequent)].groupby("label").sample(1, random_state=seed)
+
+
+def outcomes(said: Predictions, classes: Sequence[str]) -> dict[str, Outcome]:
+    """Return the kinds of test images to look at, by name.
+
+    Of two classes the true and false positives and negatives of the second, with the predicted class; of more
+    the right and the wrong ones of each predicted class; of several findings those that have each of the most
+    frequent ones, with the finding.
+    """
+    if said.multilabel:
+        frequent = np.argsort(-said.targets.sum(axis=0), kind="stable")[:MOST_FINDINGS]
+        has = {classes[i]: Outcome(list(said.paths[said.targets[:, i] == 1]), int(i)) for i in frequent}
+        return {name: outcome for name, outcome in has.items() if outcome.paths}
+    right, predicted = said.predicted == said.targets, said.predicted
+    if len(classes) == 2:
+        cells = {
+            "true positive": (1, 1),
+            "false positive": (1, 0),
+            "true negative": (0, 1),
+            "false negative": (0, 0),
+        }
+    else:
+        cells = {
+            f"{name}, {'right' if ok else 'wrong'}": (i, ok)
+            for i, name in enumerate(classes)
+            for ok in (1, 0)
+        }
+    return {
+        name: Outcome(list(said.paths[(predicted == i) & (right == bool(ok))]), i)
+        for name, (i, ok) in cells.items()
+    }
+
+
+def cam_samples(
+    trained: TrainedNetwork,
+    table: XrayTable,
+    kinds: Mapping[str, Outcome],
+    *,
+    each: int,
+    seed: int,
+) -> dict[str, list[CamSample]]:
+    """Return up to `each` explained test images of each kind, drawn by `seed`, with the boxes of the shown class
+    where the data has them.
+    """
+    test = table.subset("test")
+    rows = test.set_index(relative_paths(test["path"], table.root).to_numpy())
+    rng = np.random.default_rng(seed)
+    return {
+        name: [
+            _sample(trained, table, rows.loc[path], outcome.class_index)
+            for path in rng.permutation(np.array(outcome.paths, dtype=object))[:each]
+        ]
+        for name, outcome in kinds.items()
+    }
+
+
+def _sample(trained: TrainedNetwork, table: XrayTable, row: pd.Series, class_index: int) -> CamSample:
+    xray, classes = read_xray(row["path"]), trained.card.classes
+    said = explain(trained, xray, class_index)
+    decided = trained.card.decide(torch.from_numpy(said.probabilities[None]))[0]
+    if table.multilabel:  # of the finding that is shown, whatever else was found
+        shown, correct = class_index, bool(decided[class_index])
+        truth = ", ".join(name for name in classes if row[name]) or NO_FINDING
+    else:
+        shown, correct, truth = int(decided), None, classes[int(row["label"])]
+    boxes = table.boxes[(table.boxes["path"] == row["path"]) & (table.boxes["label"] == class_index)]
+    return CamSample(
+        image=xray if trained.lungs is None else trained.lungs(xray),
+        map=said.maps[0],
+        predicted=classes[shown],
+        truth=truth,
+        probability=float(said.probabilities[shown]),
+        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
+        correct=correct,
+    )

@@ -1,0 +1,182 @@
+"""The synthetic patient and the film: poses, body coordinates, and the tree of vessels that lungs and lesions share.
+
+Orientation is the radiologist's: the patient's right is on the image's left. Lengths in the image plane are
+fractions of the image; `t` runs from the lung apex (0) to the costophrenic angle (1). `sign` is -1 for the lung
+on the image's left, 1 for the other. (S, S) pictures have row 0 at the top.
+"""
+
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike
+
+# What varies between patients and exposures: independent, uniform between two limits, blind to the class.
+VARIATION = {
+    "zoom": (0.95, 1.14),
+    "tilt": (-0.06, 0.06),  # radians
+    "shift_x": (-0.03, 0.03),
+    "shift_y": (-0.02, 0.03),
+    "apex": (0.09, 0.14),
+    "lung_length": (0.66, 0.78),  # inspiration depth
+    "cage_aspect": (0.49, 0.60),  # half width of the rib cage / lung length
+    "turn": (-0.02, 0.02),  # patient turned about the long axis: mediastinum against spine
+    "heart": (0.85, 1.2),
+    "knob": (0.75, 1.15),
+    "right_dome": (0.78, 0.86),  # t
+    "left_dome_below": (0.02, 0.05),
+    "depth": (18.0, 27.0),  # cm, front to back
+    "chest_wall": (0.035, 0.12),
+    "breast": (-2.0, 3.0),  # cm; negative: no shadow
+    "breast_drop": (0.70, 0.92),  # t of the lower edge
+    "bubble": (-0.05, 0.07),  # gastric bubble's half width; negative: none
+    "arm_angle": (0.3, 0.85),
+    "rib_slope": (0.85, 1.15),
+    "rib_mass": (0.7, 1.3),
+    "spine_mass": (0.6, 1.2),
+    "vessel_mass": (0.8, 1.3),
+    "photons": (8.3, 9.8),  # log of the photons a pixel of a 224 px image gets in air
+    "blur": (0.0005, 0.0022),
+    "scatter": (0.01, 0.05),
+    "window_low": (0.7, 1.5),
+    "window_high": (0.3, 1.7),
+    "gamma": (0.75, 1.3),
+    "fog": (0.0, 0.09),  # what the display adds to black
+}
+
+# Half width of the rib cage (1 = widest) at t; lungs and ribs both follow it.
+CAGE_T = (-0.06, -0.02, 0.0, 0.03, 0.08, 0.15, 0.25, 0.38, 0.55, 0.75, 1.0, 1.3)
+CAGE_WIDTH = (0.30, 0.40, 0.46, 0.55, 0.66, 0.76, 0.86, 0.94, 0.99, 1.0, 0.98, 0.92)
+
+
+def developed(canvas: np.ndarray) -> np.ndarray:
+    """(S, S) float32 0-1 of a (2S, 2S) uint8 canvas."""
+    size = len(canvas) // 2
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+class Film:
+    """A square film with the patient's pose on it: draws shapes that are given in body coordinates.
+
+    Body coordinates: x from the midline, positive towards the image's right; y from 0 (top) to 1 (bottom).
+    """
+
+    def __init__(self, size: int, patient: SimpleNamespace):
+        self.size, self.zoom = size, patient.zoom
+        cos, sin = np.cos(patient.tilt) * patient.zoom, np.sin(patient.tilt) * patient.zoom
+        self._turn = np.array([[cos, -sin], [sin, cos]])
+        self._centre = np.array([0.5 + patient.shift_x, 0.5 + patient.shift_y])
+        steps = (np.arange(size) + 0.5) / size
+        across = np.stack(np.meshgrid(steps, steps), axis=-1) - self._centre
+        body = across @ np.linalg.inv(self._turn).T
+        self.x = np.ascontiguousarray(body[..., 0], dtype=np.float32)
+        self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
+
+    def _pixels(self, points: ArrayLike) -> np.ndarray:
+        """Body points (..., 2) as int32, in OpenCV's 1/16 pixels of a canvas twice as large, against jagged edges."""
+        places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
+        return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
+
+    def fill(self, *outlines: ArrayLike) -> np.ndarray:
+        """(S, S) float32 0-1, the share of each pixel that the closed outlines, each (M, 2), cover."""
+        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
+        for outline in outlines:
+            cv2.fillPoly(canvas, [self._pixels(outline)], 255, cv2.LINE_AA, 4)
+        return developed(canvas)
+
+    def stroke(self, *layers: tuple[ArrayLike, float, float]) -> np.ndarray:
+        """(S, S) float32 0-1 of lines; a layer is (paths (M, K, 2), width, value 0-1) and covers earlier ones."""
+        canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
+        for paths, width, value in layers:
+            exact = width * self.zoom * 2 * self.size
+            drawn = max(1, round(exact))
+            # A line thinner than the thinnest one that can be drawn is drawn fainter instead.
+            shade = int(255 * value * min(1.0, exact / drawn))
+            cv2.polylines(canvas, list(self._pixels(paths)), False, shade, drawn, cv2.LINE_8, 4)
+        return developed(canvas)
+
+    def rod(self, start: ArrayLike, end: ArrayLike, radius: float) -> np.ndarray:
+        """(S, S) float32 path length through a round rod between two body points: 1 on its axis, 0 outside."""
+        ends = np.array([start, end])
+        pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
+        left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
+        right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
+        near = slice(top, bottom), slice(left, right)  # most rods are small: the rest of the film stays empty
+        (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
+        x, y = self.x[near] - x, self.y[near] - y
+        along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
+        depth = np.zeros_like(self.x)
+        depth[near] = np.sqrt(np.maximum(1 - ((x - along * dx) ** 2 + (y - along * dy) ** 2) / radius**2, 0))
+        return depth
+
+    def soften(self, picture: np.ndarray, radius: float) -> np.ndarray:
+        """The (S, S) `picture` blurred by a Gaussian whose sigma is `radius` image widths."""
+        sigma = max(radius * self.size, 0.05)
+        if sigma < 4:
+            return cv2.GaussianBlur(picture, (0, 0), sigma)
+        # A wide blur leaves nothing that a quarter of the pixels could not hold.
+        small = cv2.resize(picture, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        small = cv2.GaussianBlur(small, (0, 0), sigma / 4)
+        return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+
+    def clouds(self, rng: np.random.Generator, cells: int) -> np.ndarray:
+        """(S, S) smooth noise, mean about 0, deviation below 1, `cells` lumps across the film."""
+        grain = rng.standard_normal((cells, cells), dtype=np.float32)
+        return cv2.resize(grain, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
+
+
+def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
+    """One patient and exposure: a value for every name in VARIATION, and what follows from them."""
+    low, high = np.array(list(VARIATION.values())).T
+    patient = SimpleNamespace(**dict(zip(VARIATION, rng.uniform(low, high).tolist(), strict=True)))
+    patient.cage = patient.cage_aspect * patient.lung_length
+    return patient
+
+
+def thorax(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
+    """Body coordinates (..., 2) of points (..., 2) given as (x in cage half widths, t)."""
+    return np.asarray(points) * (patient.cage, patient.lung_length) + (0, patient.apex)
+
+
+def mediastinum(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
+    """As thorax, moved sideways as the patient's turn moves what lies before the spine."""
+    return thorax(patient, points) + np.array([patient.turn, 0])
+
+
+def rounded(points: ArrayLike) -> np.ndarray:
+    """A smooth closed outline (8 M, 2) through (M, 2) points: a Catmull-Rom spline, eight steps a point."""
+    before, here, after, beyond = (np.roll(points, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
+    s = np.linspace(0, 1, 8, endpoint=False)[:, None]
+    bend = s * (after - before) + s**2 * (2 * before - 5 * here + 4 * after - beyond)
+    return (here + 0.5 * (bend + s**3 * (3 * here - before - 3 * after + beyond))).reshape(-1, 2)
+
+
+def hilum(patient: SimpleNamespace, sign: int) -> np.ndarray:
+    """Body coordinates (2,) of a lung root; the left one sits slightly higher."""
+    return mediastinum(patient, (sign * 0.24, 0.45 if sign < 0 else 0.42))
+
+
+def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> list[np.ndarray]:
+    """Segments (M, 2, 2) of one lung's vessel (or airway) tree, one array a step, stem first."""
+    # From straight up round the outside to straight down; the lower lobes get more.
+    heading = np.array([-1.3, -0.8, -0.2, 0.3, 0.75, 1.15, 1.5]) + rng.normal(0, 0.15, 7)
+    at = np.repeat(hilum(patient, sign)[None], len(heading), 0) + rng.normal(0, 0.008, (len(heading), 2))
+    length, steps = 0.035 * patient.lung_length / 0.72, []
+    for step in range(10):
+        if step in (2, 4, 6, 8):
+            heading, at = np.repeat(heading, 2), np.repeat(at, 2, axis=0)
+            heading = heading + rng.uniform(0.2, 0.6, len(heading)) * np.tile((-1, 1), len(heading) // 2)
+        heading = heading + rng.normal(0, 0.25, len(heading))
+        stride = length * rng.uniform(0.7, 1.3, len(heading))[:, None]
+        reached = at + stride * np.stack([sign * np.cos(heading) * 0.8, np.sin(heading) * 1.15], axis=1)
+        steps.append(np.stack([at, reached], axis=1))
+        at = reached
+    return steps
+
+
+def tree(film: Film, patient: SimpleNamespace, rng: np.random.Generator, stem: float) -> np.ndarray:
+    """(S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, tapering."""
+    right, left = (branches(patient, rng, sign) for sign in (-1, 1))
+    both = [np.concatenate(pair) for pair in zip(right, left, strict=True)]
+    layers = [(paths, stem * 0.82**step, 0.82**step) for step, paths in enumerate(both)]
+    return film.soften(film.stroke(*layers[::-1]), 0.0015)

@@ -1,0 +1,164 @@
+"""Small data sets in the layouts of public ones, drawn by the phantom: file names, folders and flaws are the
+public ones', the pictures are synthetic and can be learnt. And the folder of the real ones, where there is one.
+"""
+
+import csv
+import gzip
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from datasets.chestxray14 import BOX_NAMES, BOX_SIZE, FINDINGS
+from datasets.phantom import CLASSES, FOLDERS, draw_phantoms, lesion_boxes
+
+KERMANY_IMAGES = {"train": 24, "val": 2, "test": 9}  # a kind: normal, bacterial, viral
+# Findings of ChestX-ray14 -> the disease that the phantom draws for them.
+DRAWN_AS = {
+    "COVID-19": ("Infiltration", "Atelectasis", "Nodule", "Mass", "Emphysema"),
+    "Lung Opacity": ("Consolidation", "Pneumonia", "Effusion", "Cardiomegaly", "Pleural_Thickening"),
+    "Viral Pneumonia": ("Edema", "Fibrosis", "Hernia", "Pneumothorax"),
+}
+ROWS_WITHOUT_FILE = 5
+
+
+@pytest.fixture(scope="session", name="data_root")
+def data_root() -> Path:
+    """The folder of the real data sets that the environment's DATA_ROOT names."""
+    named = os.environ.get("DATA_ROOT")
+    if not named or not Path(named).is_dir():
+        pytest.skip("no real X-rays: DATA_ROOT names no folder that holds them")
+    return Path(named)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W) uint8 picture in the format of the file's ending, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, picture)[1].tobytes())
+
+
+def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = KERMANY_IMAGES) -> None:
+    """Write `chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}` below `root` with `per_kind` images of each kind.
+
+    As in the source there are two images of some patients, the numbers of patients begin again in the test
+    set, names have more than one form, the few validation images are not viral, and the archive has left
+    folders of its own behind.
+    """
+    top = root / "chest_xray"
+    for split, number in per_kind.items():
+        for kind in ("NORMAL", "bacteria", *(("virus",) if split != "val" else ())):
+            disease = {"NORMAL": "Normal", "bacteria": "Lung Opacity", "virus": "Viral Pneumonia"}[kind]
+            seed = 100 * list(per_kind).index(split)
+            drawn = draw_phantoms([CLASSES.index(disease)] * number, seed=seed + len(kind), size=size)
+            folder = top / split / ("NORMAL" if kind == "NORMAL" else "PNEUMONIA")
+            first = 1000 if split == "val" else 0
+            for k, picture in enumerate(drawn.images):
+                write_picture(folder / _kermany_name(kind, first + k), picture)
+    for left_behind in (
+        root / "__MACOSX/chest_xray/train/NORMAL/._IM-0001-0001.jpeg",
+        top / "train/.DS_Store",
+    ):
+        left_behind.parent.mkdir(parents=True, exist_ok=True)
+        left_behind.write_bytes(b"\0")
+    write_picture(top / "chest_xray/train/NORMAL/IM-9999-0001.jpeg", np.zeros((size, size), np.uint8))
+
+
+def _kermany_name(kind: str, k: int) -> str:
+    # Of every three images the last two are one patient's.
+    patient, view = k - (k % 3 == 2), 1 + (k % 3 == 2)
+    if kind != "NORMAL":
+        # Bacterial and viral numbers share a range, and meet in every fifth patient.
+        number = patient + (1 if kind == "bacteria" or patient % 5 == 0 else 500)
+        return f"person{number}_{kind}_{2 * k}{'_1' if k == 7 else ''}.jpeg"
+    stem = f"{'NORMAL2-' if patient % 2 else ''}IM-{patient + 1:04d}-0001"
+    return f"{stem}.jpeg" if view == 1 else f"{stem}-{view:04d}.jpeg"
+
+
+def write_chestxray14(
+    root: Path,
+    *,
+    size: int = 64,
+    images: int = 240,
+    archives: bool = False,
+    compressed: bool = False,
+    lists: bool = True,
+) -> None:
+    """Write `images` pictures, their labels, boxes and the official lists (unless not `lists`) into `root`.
+
+    A third of the images has no finding, the others have one or two that the phantom draws alike; every
+    fourth patient has two images, every fourth is of the official test. Some rows of the table have no
+    file. `archives` puts the files into `images_001/images` and so on, `compressed` gives the table as `.gz`.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    names, findings, labels = _chestxray14_rows(images)
+    drawn = draw_phantoms(labels, seed=14, size=size)
+    boxes = []
+    for k, name in enumerate(names[:images]):
+        folder = f"images_{1 + k % 3:03d}/images" if archives else "images"
+        write_picture(root / folder / name, drawn.images[k])
+        if k % 4 == 1 and findings[k]:
+            spelt = {new: old for old, new in BOX_NAMES.items()}.get(findings[k][0], findings[k][0])
+            boxes += [
+                (name, spelt, *(BOX_SIZE * side for side in box))
+                for box in lesion_boxes(drawn.lesion_masks[k])
+            ]
+    _write_labels(root, names, findings, compressed=compressed)
+    with open(root / "BBox_List_2017.csv", "w", newline="", encoding="utf-8") as file:
+        file.write("Image Index,Finding Label,Bbox [x,y,w,h],,,\n")  # as it is published
+        csv.writer(file).writerows([(*box, "", "", "") for box in boxes])
+    if lists:
+        tests = [name for name in names if int(name[:8]) % 4 == 0]
+        (root / "test_list.txt").write_text("\n".join(tests))
+        (root / "train_val_list.txt").write_text("\n".join(name for name in names if name not in set(tests)))
+
+
+def _chestxray14_rows(images: int) -> tuple[list[str], list[tuple[str, ...]], list[int]]:
+    """Return each row's file name and findings, and what to draw for those rows that have a file."""
+    diseases = {finding: disease for disease, group in DRAWN_AS.items() for finding in group}
+    names, findings, labels, patient, follow_up = [], [], [], 0, 0
+    for k in range(images + ROWS_WITHOUT_FILE):
+        patient, follow_up = (patient, 1) if follow_up == 0 and patient % 4 == 3 else (patient + 1, 0)
+        names.append(f"{patient:08d}_{follow_up:03d}.png")
+        if k % 3 == 2:
+            findings.append(())
+            labels.append(CLASSES.index("Normal"))
+            continue
+        finding = FINDINGS[(k - k // 3) % len(FINDINGS)]
+        group = DRAWN_AS[diseases[finding]]
+        second = group[(group.index(finding) + 1) % len(group)]
+        findings.append((finding, second) if k % 4 == 0 else (finding,))
+        labels.append(CLASSES.index(diseases[finding]))
+    return names, findings, labels[:images]
+
+
+def _write_labels(
+    root: Path, names: Sequence[str], findings: Sequence[Sequence[str]], *, compressed: bool
+) -> None:
+    header = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+    )
+    lines = [
+        f"{name},{'|'.join(found) or 'No Finding'},{int(name[9:12])},{int(name[:8])},57,M,PA,2682,2749,0.143,0.143,"
+        for name, found in zip(names, findings, strict=True)
+    ]
+    path = root / ("Data_Entry_2017.csv.gz" if compressed else "Data_Entry_2017.csv")
+    with (gzip.open if compressed else open)(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join([header, *lines]) + "\n")
+
+
+def write_covid_radiography(root: Path, *, size: int = 64, per_class: int = 20, masks: bool = True) -> None:
+    """Write `<Class>/images/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`, with lung masks in
+    `<Class>/masks/`, and no more: what the phantom's own writer adds to this layout is not public.
+    """
+    top = root / "COVID-19_Radiography_Dataset"
+    for label, name in enumerate(CLASSES):
+        drawn = draw_phantoms([label] * per_class, seed=label, size=size)
+        for k, (picture, lungs) in enumerate(zip(drawn.images, drawn.lung_masks, strict=True), start=1):
+            file = f"{FOLDERS[name]}-{k}.png"
+            write_picture(top / FOLDERS[name] / "images" / file, picture)
+            if masks:
+                write_picture(top / FOLDERS[name] / "masks" / file, lungs * np.uint8(255))

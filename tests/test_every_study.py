@@ -1,0 +1,70 @@
+"""Every study trains and goes through notebooks 1 and 3, on generated files and, where it is there, on real data."""
+
+from pathlib import Path
+
+import papermill
+import pytest
+from layouts import data_root as real_data  # noqa: F401 - a fixture, by its own name
+from layouts import write_chestxray14, write_covid_radiography, write_kermany
+
+from finetune import main
+from networks import load_network
+from results import read_runs
+from studies import STUDIES, load_study
+
+PROJECT = Path(__file__).parent.parent
+WRITERS = {
+    "kermany": write_kermany,
+    "chestxray14": write_chestxray14,
+    "covid_radiography": write_covid_radiography,
+}
+NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "demo")  # that one draws its data
+REAL = {
+    "kermany": "chest_xray",
+    "chestxray14": "ChestX-ray14",
+    "covid_radiography": "COVID-19_Radiography_Dataset",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of results for all studies: the lung model in it is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run_everything(name: str, root: Path, runs: Path) -> None:
+    """Train a study on a few small images; run notebooks 1 and 3 on the result."""
+    command = f"{name} --weights none --limit 64 --epochs 1 --image-size 64 --device cpu"
+    assert main([*command.split(), "--data-root", str(root), "--runs", str(runs)]) == 0
+    study = load_study(name, limit=64)
+    trained = read_runs(study, runs)
+    for run in trained.values():
+        assert run.card.image_size == 64
+        assert len(run.history) == len(study.training_of(run.card.architecture).stretches)
+        load_network(run.folder)
+    parameters = {"study": name, "data_root": str(root), "runs": str(runs), "limit": 64}
+    for notebook in ("1_data_exploration", "3_evaluate_results"):
+        papermill.execute_notebook(
+            PROJECT / f"{notebook}.ipynb",
+            runs / f"{name}_{notebook}.ipynb",
+            parameters=parameters,
+            cwd=PROJECT,
+            progress_bar=False,
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_study_runs_on_generated_files_in_the_layout_of_its_data(name, tmp_path_factory, runs):
+    reader = load_study(name).sources[0].reader
+    root = tmp_path_factory.getbasetemp() / reader
+    if not root.exists():
+        WRITERS[reader](root)
+    run_everything(name, root, runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_study_runs_on_real_xrays(name, data_root, tmp_path_factory):
+    root = data_root / REAL[load_study(name).sources[0].reader]
+    if not root.is_dir():
+        pytest.skip(f"no {root.name} in DATA_ROOT")
+    run_everything(name, root, tmp_path_factory.getbasetemp() / "real-runs")

@@ -1,0 +1,543 @@
+"""The lungs in an X-ray: pairs found and split, masks learned, believed or not, applied and kept."""
+
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from sklearn.metrics import f1_score, jaccard_score
+from torch.utils.data import DataLoader
+
+import lung_segmentation
+from datasets.phantom import CLASSES, draw_phantoms, write_phantom
+from lung_segmentation import (
+    LungMasking,
+    Pair,
+    default_segmenter,
+    dice,
+    dilated,
+    find_pairs,
+    fit,
+    implausible,
+    iou,
+    load_segmenter,
+    lung_augmentation,
+    main,
+    patient_group,
+    save_segmenter,
+    score_pairs,
+    split_pairs,
+    two_lungs,
+)
+from utils import Preprocessing, XrayDataset, read_mask, read_xray
+
+DATA_ROOT = os.environ.get("DATA_ROOT")
+PROJECT = Path(lung_segmentation.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """48 phantoms of 64 px, none of them in the fixture `unseen`."""
+    root = tmp_path_factory.mktemp("lungs") / "phantom"
+    write_phantom(root, images_per_class=dict.fromkeys(CLASSES, 12), size=64, seed=0)
+    return find_pairs(root)
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    return draw_phantoms(np.arange(16) % len(CLASSES), seed=99, size=64)
+
+
+@pytest.fixture(scope="module")
+def segmenter(pairs):
+    return fit(pairs[:40], [], epochs=8, image_size=64, learning_rate=3e-3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(segmenter, tmp_path_factory):
+    """Where the segmenter is saved; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "lungs"
+    save_segmenter(folder, segmenter)
+    return folder
+
+
+def blobs(seed, shape=(60, 80)):
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 3)
+    return noise > 0.02
+
+
+def put(path, value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((8, 8), value, np.uint8))
+
+
+# --- pairs -----------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_images_and_masks_of_one_stem_in_any_of_the_layouts(tmp_path):
+    for name in ("images/a.jpg", "masks/a.png", "images/no-mask.png", "masks/no-image.png"):
+        put(tmp_path / "flat" / name)
+    for name in ("COVID/images/COVID-1.png", "COVID/masks/COVID-1.png", "Normal/images/Normal-1.png"):
+        put(tmp_path / "classes" / name)
+    for name in ("CXR_png/x.png", "images/CHN_1_0.png", "masks/CHN_1_0_mask.png"):
+        put(tmp_path / "suffix" / name)
+    found = {pair.image.relative_to(tmp_path).as_posix(): pair.mask.name for pair in find_pairs(tmp_path)}
+    assert found == {
+        "flat/images/a.jpg": "a.png",
+        "classes/COVID/images/COVID-1.png": "COVID-1.png",
+        "suffix/images/CHN_1_0.png": "CHN_1_0_mask.png",
+    }
+
+
+def test_phantom_has_a_pair_for_every_image(pairs):
+    assert len(pairs) == len({pair.group for pair in pairs}) == 12 * len(CLASSES)
+    assert all(str(pair.image).replace("/images/", "/masks/") == str(pair.mask) for pair in pairs)
+
+
+def test_folder_without_pairs_is_an_error_that_says_what_to_do(tmp_path):
+    put(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match=r"put files of the same names into images/ and masks/"):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (
+            "covid-19-pneumonia-evolution-over-a-week-1-day0-PA",
+            "covid-19-pneumonia-evolution-over-a-week-1-day3",
+        ),
+        ("x-ards-admission", "x-ards-day-1", "x-ards-day-2"),
+        ("y-rapidly-progressive-12-hours", "y-rapidly-progressive-3-days", "y-rapidly-progressive-admission"),
+        ("auntminnie-a-2020_Vietnam", "auntminnie-b-2020_Vietnam"),
+        ("ryct.2020200034.fig2", "ryct.2020200034.fig5-day0"),
+        ("main.pdf-000-fig1a", "main.pdf-000-fig1b"),
+        ("lancet-case2a", "lancet-case2b"),
+        ("nejmoa2001191_f4", "nejmoa2001191_f5-PA"),
+        ("gr1_lrg-a", "gr1_lrg-b"),
+        ("all14238-fig-0001-m-b", "all14238-fig-0002-m-d"),
+    ],
+)
+def test_images_of_one_patient_are_one_group(names):
+    assert len({patient_group(name) for name in names}) == 1
+
+
+def test_names_that_only_count_are_patients_of_their_own():
+    names = [
+        "COVID-1",
+        "COVID-12",
+        "Normal-1",
+        "covid-19-pneumonia-12",
+        "covid-19-pneumonia-30-PA",
+        "fig1",
+        "a",
+    ]
+    assert len({patient_group(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("test", [1, 4, 6, 11])
+def test_split_keeps_groups_whole_and_is_as_near_as_any_choice_of_groups(seed, test):
+    sizes = (5, 3, 3, 2)
+    made = [Pair(Path(f"{g}{i}"), Path(), g) for g, n in zip("abcd", sizes, strict=True) for i in range(n)]
+    train, held_out = split_pairs(made, test=test, seed=seed)
+    sums = {sum(chosen) for n in (1, 2, 3) for chosen in itertools.combinations(sizes, n)}
+    assert abs(len(held_out) - test) == min(abs(total - test) for total in sums)
+    assert not {p.group for p in train} & {p.group for p in held_out}
+    assert sorted(train + held_out) == sorted(made)
+
+
+def test_split_differs_between_seeds_and_not_within_one(pairs):
+    halves = [split_pairs(pairs, test=12, seed=seed) for seed in (0, 0, 1)]
+    assert halves[0] == halves[1] != halves[2]
+    assert [len(test) for _, test in halves] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("test", [0, 2])
+def test_split_that_leaves_a_side_empty_is_refused(test):
+    with pytest.raises(ValueError, match="give more pairs or another --test"):
+        split_pairs([Pair(Path("a"), Path("a"), "a"), Pair(Path("b"), Path("b"), "b")], test=test, seed=0)
+
+
+# --- masks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dice_and_iou_are_scikit_learns_f1_and_jaccard(seed):
+    first, second = blobs(seed), blobs(seed + 10)
+    assert dice(first, second) == pytest.approx(f1_score(second.ravel(), first.ravel()))
+    assert iou(first, second) == pytest.approx(jaccard_score(second.ravel(), first.ravel()))
+
+
+def test_two_empty_masks_agree_and_an_empty_one_agrees_with_nothing_else():
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    assert (dice(empty, empty), iou(empty, empty)) == (1, 1)
+    assert (dice(empty, full), iou(full, empty)) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_lungs_are_the_largest_two_parts_with_scipys_holes_filled(seed):
+    mask = blobs(seed)
+    parts, count = ndimage.label(mask, np.ones((3, 3)))
+    filled = [ndimage.binary_fill_holes(parts == number) for number in range(1, count + 1)]
+    # What lies within another part is filled over: no part of its own.
+    outer = [f for f in filled if not any((f & g).sum() == f.sum() < g.sum() for g in filled)]
+    outer.sort(key=lambda part: -part.sum())
+    assert count > 2
+    np.testing.assert_array_equal(two_lungs(mask), outer[0] | outer[1])
+
+
+def test_crumbs_are_no_lungs():
+    mask = np.zeros((100, 100), bool)
+    mask[20:80, 10:40] = True
+    mask[50:55, 70:75] = True  # 0.25 % of the image
+    lungs = two_lungs(mask)
+    assert lungs[20:80, 10:40].all()
+    assert lungs.sum() == 60 * 30
+    assert not two_lungs(np.zeros((10, 10), bool)).any()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.03, 0.1])
+def test_dilated_mask_is_what_scipys_distance_says(margin):
+    mask = two_lungs(blobs(1))
+    expected = ndimage.distance_transform_edt(~mask) <= margin * 80
+    assert (dilated(mask, margin) != expected).mean() < 1e-3
+    assert not dilated(np.zeros((5, 5), bool), margin).any()
+
+
+def test_implausible_masks_are_told_apart():
+    mask = np.zeros((100, 100), bool)
+    assert implausible(mask) == "no lung found"
+    mask[10:90, 5:40] = True
+    assert implausible(mask) == "one lung only"
+    assert implausible(mask | mask[:, ::-1]) is None
+    assert implausible(~np.zeros((100, 100), bool)) == "lungs cover 100% of the image"
+    corner = mask | mask[:, ::-1]
+    corner[:12, 90:] = True
+    assert implausible(corner) == implausible(corner[:, ::-1]) == "lungs reach into an upper corner"
+    mask[:] = False
+    mask[40:60, 45:55] = True
+    assert implausible(mask) == "lungs cover only 2.0% of the image"
+
+
+def test_true_lungs_of_phantoms_are_plausible():
+    phantoms = draw_phantoms(np.arange(64) % len(CLASSES), seed=5, size=64)
+    assert [implausible(mask) for mask in phantoms.lung_masks] == [None] * 64
+
+
+@pytest.mark.skipif(DATA_ROOT is None, reason="DATA_ROOT does not name a folder with covid-chestxray in it")
+def test_true_lungs_of_patients_are_plausible_and_split_by_patient():
+    real = find_pairs(Path(DATA_ROOT) / "covid-chestxray")
+    train, test = split_pairs(real, test=19, seed=0)
+    assert (len(train), len(test)) == (40, 19)
+    for pair in real:
+        mask = read_mask(pair.mask, read_xray(pair.image).shape)
+        assert implausible(mask) is None, pair.mask
+        assert dice(two_lungs(mask), mask) > 0.99  # people leave holes, by a pixel or a few
+
+
+# --- learning --------------------------------------------------------------------------------------------
+
+
+def test_segmenter_finds_lungs_of_phantoms_it_has_not_seen_better_than_the_average_mask(
+    segmenter, pairs, unseen
+):
+    predictions = segmenter.predict(unseen.images)
+    scores = [dice(p, mask) for p, mask in zip(predictions, unseen.lung_masks, strict=True)]
+    average = np.mean([read_xray(pair.mask) > 0 for pair in pairs[:40]], axis=0) > 0.5
+    chance = [dice(average, mask) for mask in unseen.lung_masks]
+    assert np.mean(scores) > np.mean(chance) + 0.03
+
+
+def test_masks_have_each_xrays_own_size_whatever_the_batch(segmenter, unseen):
+    shapes = [(64, 64), (50, 90), (200, 120)]
+    xrays = [cv2.resize(image, shape[::-1]) for image, shape in zip(unseen.images, shapes, strict=False)]
+    together = segmenter.predict(xrays, batch_size=2)
+    assert [mask.shape for mask in together] == shapes
+    assert {mask.dtype for mask in together} == {np.dtype(bool)}
+    for xray, mask in zip(xrays, together, strict=True):
+        assert dice(segmenter.predict([xray])[0], mask) > 0.999
+    assert segmenter.predict([]) == []
+
+
+def test_exposure_hardly_changes_a_mask(segmenter, unseen):
+    dim = (unseen.images * 0.6 + 20).astype(np.uint8)
+    pairs = zip(segmenter.predict(unseen.images), segmenter.predict(dim), strict=True)
+    assert min(dice(bright, dark) for bright, dark in pairs) > 0.97
+
+
+def test_augmentation_moves_image_and_mask_together(unseen):
+    torch.manual_seed(0)
+    augment = lung_augmentation()
+    for lungs in unseen.lung_masks:
+        mask = torch.from_numpy(lungs.astype(np.uint8))[None]
+        image, moved = augment(mask * 255, mask)
+        bright = image[0].numpy() > float(image.max() + image.min()) / 2
+        assert dice(bright, moved[0].numpy().astype(bool)) > 0.93
+        assert dice(lungs, moved[0].numpy().astype(bool)) < 0.999
+
+
+def test_same_seed_same_weights_and_the_callers_random_numbers_stay(pairs):
+    state = torch.random.get_rng_state()
+    prints = [fit(pairs[:4], [], epochs=1, image_size=32, seed=seed).fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_start_is_where_training_begins(segmenter, pairs, unseen):
+    stayed = fit(pairs[:4], [], start=segmenter, epochs=1, image_size=64, learning_rate=1e-6)
+    assert stayed.fingerprint != segmenter.fingerprint
+    assert stayed.origin["start"]["fingerprint"] == segmenter.fingerprint
+    for key, value in stayed.network.named_parameters():
+        assert (value - segmenter.network.get_parameter(key)).abs().max() < 1e-4
+
+
+def test_best_epoch_by_validation_dice_is_kept(pairs, capsys):
+    done = fit(pairs[:8], pairs[40:], epochs=4, image_size=32, learning_rate=3e-3)
+    lines = capsys.readouterr().out.splitlines()
+    dices = [float(line.split("val Dice ")[1].split()[0]) for line in lines]
+    assert len(dices) == 4
+    assert done.validation["dice"] == pytest.approx(max(dices), abs=1e-4)
+    assert done.validation["dice"] == pytest.approx(score_pairs(done, pairs[40:])["dice"].mean(), abs=1e-3)
+    assert done.validation["best_epoch"] == 1 + int(np.argmax(dices))
+
+
+def test_one_pair_is_too_few_to_train_on(pairs):
+    with pytest.raises(ValueError, match="too few"):
+        fit(pairs[:1], [], epochs=1)
+
+
+def test_scores_are_those_of_each_pair(segmenter, pairs):
+    scores = score_pairs(segmenter, pairs[40:43])
+    assert list(scores.columns) == ["path", "group", "dice", "iou"]
+    for row, pair in zip(scores.itertuples(), pairs[40:43], strict=True):
+        predicted = segmenter.predict([read_xray(pair.image)])[0]
+        truth = read_xray(pair.mask) > 0
+        assert (row.path, row.group) == (str(pair.image), pair.group)
+        assert row.dice == pytest.approx(f1_score(truth.ravel(), predicted.ravel()), abs=1e-3)
+        assert row.iou == pytest.approx(row.dice / (2 - row.dice))
+
+
+# --- on disk ---------------------------------------------------------------------------------------------
+
+
+def test_loaded_segmenter_draws_the_same_masks(segmenter, folder, unseen):
+    loaded = load_segmenter(folder)
+    assert loaded.fingerprint == segmenter.fingerprint
+    np.testing.assert_array_equal(loaded.predict(unseen.images), segmenter.predict(unseen.images))
+    about = json.loads((folder / "model.json").read_text())
+    assert (about["kind"], about["encoder"], about["image_size"]) == ("lung segmentation", "resnet18", 64)
+    assert about["origin"]["train_pairs"] == 40
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.json", None),
+        ("model.safetensors", None),
+        ("model.json", b'{"kind": "lung segm'),
+        ("model.json", b'{"architecture": "resnet18"}'),
+        ("model.json", b"[]"),
+        ("model.safetensors", b"broken"),
+    ],
+)
+def test_missing_or_damaged_model_is_one_line_with_the_remedy(folder, tmp_path, name, content):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"python lung_segmentation.py fit") as caught:
+        load_segmenter(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_noticed(folder, pairs, tmp_path):
+    save_segmenter(tmp_path, fit(pairs[:4], [], epochs=1, image_size=64))
+    (tmp_path / "model.json").write_bytes((folder / "model.json").read_bytes())
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_segmenter(tmp_path)
+
+
+def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, capsys):
+    for name, value in {"PHANTOMS": 8, "PHANTOM_SIZE": 32, "PHANTOM_EPOCHS": 1}.items():
+        monkeypatch.setattr(lung_segmentation, name, value)
+    first = default_segmenter(tmp_path / "lungs")
+    assert "python lung_segmentation.py fit --pairs DIR" in capsys.readouterr().out
+    second = default_segmenter(tmp_path / "lungs")
+    assert capsys.readouterr().out == ""
+    assert first.fingerprint == second.fingerprint
+    assert second.origin["data"] == "synthetic phantom"
+
+
+def test_predicting_needs_none_of_the_heavy_libraries(folder):
+    code = f"""
+import sys, pathlib, numpy
+from lung_segmentation import LungMasking, load_segmenter
+LungMasking(load_segmenter(pathlib.Path({str(folder)!r})))(numpy.zeros((64, 64), numpy.uint8))
+heavy = {{"pandas", "sklearn", "matplotlib", "scipy", "pydantic", "seaborn"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- masking ---------------------------------------------------------------------------------------------
+
+
+def test_only_the_lungs_and_a_margin_are_left(segmenter, unseen):
+    masking = LungMasking(segmenter)
+    for xray in unseen.images:
+        mask, reason = masking.mask_of(xray)
+        left = masking(xray)
+        grown = ndimage.distance_transform_edt(~mask) <= 0.03 * 64
+        assert reason is None
+        assert left.dtype == np.uint8
+        np.testing.assert_array_equal(left, np.where(grown, xray, 0))
+        assert 0 < (left == 0).mean() < 1
+
+
+def test_xray_without_lungs_comes_back_whole_and_is_listed(segmenter, unseen, tmp_path):
+    nothing = np.zeros((64, 64), np.uint8)
+    masking = LungMasking(segmenter, tmp_path / "cache")
+    np.testing.assert_array_equal(masking(nothing), nothing)
+    files = [tmp_path / "nothing.png", tmp_path / "chest.png"]
+    for file, xray in zip(files, (nothing, unseen.images[0]), strict=True):
+        cv2.imwrite(str(file), xray)
+    failures = masking.failures_table(files)
+    reason = masking.mask_of(nothing).reason
+    assert reason is not None
+    assert failures.to_dict("records") == [{"path": str(files[0]), "reason": reason}]
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_each_image_is_predicted_once_whatever_its_path(segmenter, unseen, tmp_path, where):
+    masking = LungMasking(segmenter, tmp_path / "cache" if where == "disk" else None)
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file, xray in zip(files, unseen.images, strict=False):
+        cv2.imwrite(str(file), xray)
+    assert masking.prepare(files) == 5
+    assert masking.prepare(unseen.images[:5]) == 0
+    assert masking.prepare(unseen.images[:7], batch_size=3) == 2
+    expected = segmenter.predict(unseen.images[:7])
+    for xray, mask in zip(unseen.images, expected, strict=False):
+        np.testing.assert_array_equal(masking.mask_of(xray).mask, mask)
+
+
+def kept_files(cache):
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+def test_kept_mask_is_used_and_a_damaged_one_is_drawn_anew(segmenter, unseen, tmp_path):
+    xray = unseen.images[0]
+    masking = LungMasking(segmenter, tmp_path)
+    mask = masking.mask_of(xray).mask
+    (file,) = kept_files(tmp_path)
+    good = file.read_bytes()
+    planted = np.zeros((64, 64), np.uint8)
+    planted[10:50, 10:20] = 255
+    cv2.imwrite(str(file), planted)
+    np.testing.assert_array_equal(masking.mask_of(xray).mask, planted > 0)
+    other_size = cv2.imencode(".png", planted[:32])[1].tobytes()
+    for bad in (b"", b"no picture", good[: len(good) // 2], good[:60] + b"\0" * 9 + good[69:], other_size):
+        file.write_bytes(bad)
+        np.testing.assert_array_equal(masking.mask_of(xray).mask, mask)
+        assert file.read_bytes() == good
+
+
+def test_another_segmenter_or_shape_has_masks_of_its_own(segmenter, pairs, unseen, tmp_path):
+    other = fit(pairs[:4], [], epochs=1, image_size=32)
+    assert LungMasking(segmenter, tmp_path).prepare(unseen.images[:1]) == 1
+    assert LungMasking(other, tmp_path).prepare(unseen.images[:1]) == 1
+    assert LungMasking(segmenter, tmp_path).prepare([unseen.images[0].reshape(32, 128)]) == 1
+
+
+def test_masks_in_memory_are_bounded(segmenter, unseen, monkeypatch):
+    monkeypatch.setattr(lung_segmentation, "MEMORY_MASKS", 3)
+    masking = LungMasking(segmenter)
+    assert masking.prepare(unseen.images[:8]) == 8
+    assert masking.prepare(unseen.images[5:8]) == 0
+    assert masking.prepare(unseen.images[:1]) == 1
+
+
+def test_two_processes_may_fill_one_cache(folder, pairs, tmp_path):
+    root = pairs[0].image.parents[2]
+    code = f"""
+import pathlib
+from lung_segmentation import LungMasking, find_pairs, load_segmenter
+masking = LungMasking(load_segmenter(pathlib.Path({str(folder)!r})), pathlib.Path({str(tmp_path)!r}))
+masking.prepare([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]], batch_size=2)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    images = [pair.image for pair in pairs[:12]]
+    assert len(kept_files(tmp_path)) == len(images)
+    assert LungMasking(load_segmenter(folder), tmp_path).prepare(images) == 0
+
+
+def test_workers_of_a_loader_see_what_this_process_sees(segmenter, pairs, tmp_path):
+    images = [str(pair.image) for pair in pairs[:6]]
+    masking = pickle.loads(pickle.dumps(LungMasking(segmenter, tmp_path)))
+    masking.prepare(images[:3])  # the other half is predicted in the workers
+    preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, lungs=masking)
+    dataset = XrayDataset(images, [0] * 6, preprocessing)
+    loaders = [DataLoader(dataset, batch_size=2, num_workers=n) for n in (2, 0)]
+    theirs, ours = (torch.cat([batch for batch, _ in loader]) for loader in loaders)
+    assert torch.equal(theirs, ours)
+    whole = XrayDataset(images, [0] * 6, Preprocessing(32, (0.5,) * 3, (0.25,) * 3))
+    assert not torch.equal(ours[0], whole[0][0])
+
+
+# --- command line ----------------------------------------------------------------------------------------
+
+
+def test_command_line_trains_scores_saves_and_predicts(pairs, tmp_path, capsys):
+    root = pairs[0].image.parents[2]
+    model, masks = tmp_path / "model", tmp_path / "masks"
+    small = ["--epochs", "1", "--image-size", "32", "--device", "cpu", "--test", "8"]
+    assert main(["fit", "--pairs", str(root), "--phantom", "8", *small, "-o", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "40 pairs to train on, 8 held out" in out
+    assert "held out: Dice 0." in out
+    about = json.loads((model / "model.json").read_text())
+    assert about["validation"]["pairs"] == 8
+    assert f"held out: Dice {about['validation']['dice']:.3f} (" in out
+    assert about["origin"]["start"]["data"] == "synthetic phantom"
+    image = pairs[0].image
+    assert (
+        main(["predict", "-m", str(model), "-i", str(image), str(tmp_path / "none.png"), "-o", str(masks)])
+        == 1
+    )
+    written = cv2.imread(str(masks / image.name), cv2.IMREAD_UNCHANGED)
+    predicted = load_segmenter(model).predict([read_xray(image)])[0]
+    np.testing.assert_array_equal(written, predicted.astype(np.uint8) * 255)
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "-o", "x"], "give --pairs DIR, --phantom N, or both"),
+        (["fit", "--pairs", "nowhere", "-o", "x"], "images/ and masks/"),
+        (["fit", "--start", "nowhere", "--pairs", "nowhere", "-o", "x"], "python lung_segmentation.py fit"),
+        (["predict", "-m", "nowhere", "-i", "a.png", "-o", "x"], "python lung_segmentation.py fit"),
+        (["predict", "-m", "nowhere", "-i", "1/a.png", "2/a.png", "-o", "x"], "two X-rays of one name"),
+        (["predict", "-m", "nowhere", "-i", "a.png", "-o", "."], "choose another -o"),
+    ],
+)
+def test_command_line_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
