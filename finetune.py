@@ -15,7 +15,6 @@ import accelerate
 import pandas as pd
 import torch
 import torchvision
-from lung_segmentation import LungMasking, default_segmenter, save_segmenter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ from calibration import fit_temperature
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import splits_frame
 from datasets.table import relative_paths
+from lung_masking import LungMasking
+from lung_segmentation import default_segmenter, save_segmenter
 from metrics import choose_thresholds
 from networks import (
     ModelCard,

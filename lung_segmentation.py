@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -19,8 +18,6 @@ import re
 import sys
 import tempfile
 import time
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -53,8 +50,6 @@ CORNER, CORNER_SHARE = (
     0.08,
     0.05,
 )  # of the sides; of the corner's area: background taken for lung, those masks 0
-MARGIN = 0.03  # of the longer side: masks stop at what is well aired, a lesion at the border goes beyond
-MEMORY_MASKS = 50_000  # kept where there is no cache folder, as PNGs of 1–3 kB
 PHANTOMS, PHANTOM_SIZE, PHANTOM_EPOCHS = 240, 128, 2  # what `default_segmenter` trains on: half a minute
 
 
@@ -64,13 +59,6 @@ class Pair(NamedTuple):
     image: Path
     mask: Path
     group: str
-
-
-class LungMask(NamedTuple):
-    """The (H, W) bool lungs in an X-ray and, where they cannot be right, the reason (see `implausible`)."""
-
-    mask: np.ndarray
-    reason: str | None
 
 
 def find_pairs(root: Path) -> list[Pair]:
@@ -156,15 +144,6 @@ def implausible(mask: np.ndarray) -> str | None:
         return "lungs reach into an upper corner"
     halves = mask[:, :middle].sum() / mask.size, mask[:, middle:].sum() / mask.size
     return "one lung only" if min(halves) < SMALLEST_HALF else None
-
-
-def dilated(mask: np.ndarray, margin: float) -> np.ndarray:
-    """Return an (H, W) bool mask grown by `margin` of the longer side, to all directions alike."""
-    if not mask.any():
-        return mask.copy()
-    outside = (~mask).astype(np.uint8)
-    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return distance <= margin * max(mask.shape)
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -468,96 +447,6 @@ def phantom_segmenter(
         train, val = split_pairs(find_pairs(root), test=max(1, count // 8), seed=seed)
         segmenter = fit(train, val, epochs=epochs, image_size=image_size, seed=seed, device=device)
     return replace(segmenter, origin={"data": "synthetic phantom", **segmenter.origin})
-
-
-class LungMasking:
-    """X-ray in, X-ray with all but the lungs black out; what was predicted once is kept.
-
-    `cache`: a folder for the masks, or None to keep them in memory. A mask is found again by the segmenter and
-    by the X-ray's content, wherever its file lies; several processes may use a folder at once. Lungs are
-    grown by `margin` of the longer side first. An X-ray whose mask is implausible comes back whole;
-    `failures_table` names such files.
-    """
-
-    def __init__(
-        self, segmenter: LungSegmenter, cache: Path | None = None, *, margin: float = MARGIN
-    ) -> None:
-        self.segmenter, self.margin = segmenter, margin
-        self.folder = None if cache is None else Path(cache) / f"{segmenter.fingerprint}-{METHOD}"
-        self._memory: OrderedDict[str, bytes] = OrderedDict()
-
-    def __call__(self, xray: np.ndarray) -> np.ndarray:
-        """Return an (H, W) uint8 X-ray with 0 outside the lungs, or as it is where they were not found."""
-        mask, reason = self.mask_of(xray)
-        return xray * dilated(mask, self.margin) if reason is None else xray
-
-    def mask_of(self, xray: np.ndarray) -> LungMask:
-        """Return the lungs of an (H, W) uint8 X-ray, not yet grown, and why they are not to be believed."""
-        key = _key(xray)
-        mask = self._recalled(key, xray.shape)
-        if mask is None:
-            (mask,) = self.segmenter.predict([xray])
-            self._keep(key, mask)
-        return LungMask(mask, implausible(mask))
-
-    def prepare(self, xrays: Iterable[np.ndarray | str | os.PathLike[str]], *, batch_size: int = 16) -> int:
-        """Predict, in batches, the masks of X-rays or files that are not kept yet; return how many were not."""
-        from tqdm import tqdm
-
-        def read(xray: np.ndarray | str | os.PathLike[str]) -> tuple[str, np.ndarray]:
-            image = xray if isinstance(xray, np.ndarray) else read_xray(xray)
-            return _key(image), image
-
-        new, total = 0, len(xrays) if hasattr(xrays, "__len__") else None
-        bar = tqdm(total=total, desc="lungs", unit="image", leave=False, disable=not sys.stderr.isatty())
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for batch in batches(xrays, batch_size):
-                images = dict(pool.map(read, batch))
-                images = {key: x for key, x in images.items() if self._recalled(key, x.shape) is None}
-                masks = self.segmenter.predict(list(images.values()), batch_size=batch_size)
-                for key, mask in zip(images, masks, strict=True):
-                    self._keep(key, mask)
-                new += len(images)
-                bar.update(len(batch))
-        return new
-
-    def failures_table(self, paths: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
-        """Return path and reason of each file whose lungs were not found, so that it is used whole."""
-        import pandas as pd
-
-        self.prepare(paths)
-        reasons = [(str(path), self.mask_of(read_xray(path)).reason) for path in paths]
-        return pd.DataFrame([row for row in reasons if row[1]], columns=["path", "reason"])
-
-    def _recalled(self, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-        try:
-            png = self._memory[key] if self.folder is None else self._file(key).read_bytes()
-            with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-                mask = np.array(image.convert("1"))
-        except (KeyError, OSError, SyntaxError, ValueError):  # not there, or damaged: to be predicted anew
-            return None
-        return mask if mask.shape == shape else None
-
-    def _keep(self, key: str, mask: np.ndarray) -> None:
-        png = io.BytesIO()
-        Image.fromarray(mask).save(png, "PNG")
-        if self.folder is None:
-            self._memory[key] = png.getvalue()
-            if len(self._memory) > MEMORY_MASKS:
-                self._memory.popitem(last=False)
-            return
-        file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        unfinished.write_bytes(png.getvalue())
-        os.replace(unfinished, file)
-
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.png"
-
-
-def _key(xray: np.ndarray) -> str:
-    return hashlib.sha1(f"{xray.shape}".encode() + xray.tobytes(), usedforsecurity=False).hexdigest()
 
 
 def _fit(given: argparse.Namespace) -> int:

@@ -43,7 +43,6 @@ __all__ = [
     "CamPanel",
     "CamRow",
     "CamSample",
-    "draw_accuracy_and_minutes",
     "draw_augmentations",
     "draw_cam_grid",
     "draw_grad_cams",
@@ -51,6 +50,7 @@ __all__ = [
     "draw_lung_segmentations",
     "draw_mean_images",
     "draw_samples",
+    "draw_score_and_minutes",
     "palette",
     "plot_auc_by_label",
     "plot_class_counts",
@@ -257,24 +257,24 @@ def _columns(handles: Sequence[Line2D], fig: FigureBase) -> int:
     return max(1, min(int(fit), 6, len(handles)))
 
 
-def draw_accuracy_and_minutes(fig: FigureBase, table: pd.DataFrame) -> FigureBase:
-    """Draw horizontal bars, a row a network in the table's order: its accuracy with the interval (left) and
-    the minutes that its training took (right).
+def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str = "accuracy") -> FigureBase:
+    """Draw horizontal bars, a row a network in the table's order: its `score` with the interval (left)
+    and the minutes that its training took (right).
 
-    `table` has columns network, accuracy, low, high, minutes; accuracy and its ends in 0..1. NaN ends: no
+    `table` has columns network, estimate, low, high, minutes; the score and its ends in 0..1. NaN ends: no
     whiskers; NaN minutes: not known.
     """
     left, right = fig.subplots(1, 2, sharey=True)
     rows = np.arange(len(table))
     colors = list(palette(list(table["network"])).values())
-    accuracy = table["accuracy"]
-    reach = np.maximum([accuracy - table["low"], table["high"] - accuracy], 0)
-    left.barh(rows, accuracy, color=colors, height=0.65)
-    left.errorbar(accuracy, rows, xerr=reach, fmt="none", ecolor="black", capsize=3, linewidth=1.2)
+    estimate = table["estimate"]
+    reach = np.maximum([estimate - table["low"], table["high"] - estimate], 0)
+    left.barh(rows, estimate, color=colors, height=0.65)
+    left.errorbar(estimate, rows, xerr=reach, fmt="none", ecolor="black", capsize=3, linewidth=1.2)
     right.barh(rows, table["minutes"].fillna(0), color=colors, height=0.65)
-    ends = np.fmax(accuracy, table["high"])
+    ends = np.fmax(estimate, table["high"])
     for ax, at, texts in (
-        (left, ends, [f"{value:.1%}" for value in accuracy]),
+        (left, ends, [f"{value:.1%}" for value in estimate]),
         (right, table["minutes"].fillna(0), [_minutes(value) for value in table["minutes"]]),
     ):
         for row, (end, text) in enumerate(zip(at, texts, strict=True)):
@@ -286,7 +286,7 @@ def draw_accuracy_and_minutes(fig: FigureBase, table: pd.DataFrame) -> FigureBas
     left.set_yticks(rows, list(table["network"]))
     left.set_ylim(len(table) - 0.4, -0.6)
     # To 100 % and room for the number of a network that is always right.
-    left.set(xlabel="accuracy and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
+    left.set(xlabel=f"{score} and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     right.set_xlabel("minutes of training")
     right.set_xlim(0, max(1e-3, 1.25 * np.nanmax([0, *table["minutes"]])))

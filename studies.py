@@ -113,7 +113,7 @@ class Preprocessing(Settings):
     """What is done to every image, in training and at inference alike.
 
     `lung_model` names a folder below `runs/` with a trained lung segmentation: all but the lungs is blackened
-    (see `lung_segmentation.LungMasking`). Where the folder is missing, one is trained on the phantom.
+    (see `lung_masking.LungMasking`). Where the folder is missing, one is trained on the phantom.
     """
 
     image_size: Annotated[int, Field(ge=32)] = 224

@@ -75,7 +75,7 @@ class Preprocessing:
     """What an X-ray goes through before a network sees it, in training and at inference alike.
 
     `lungs`, where given, returns an (H, W) uint8 X-ray with all but its lungs blackened (see
-    `lung_segmentation.LungMasking`). Then the image is resized to a square of `image_size` pixels (bilinear,
+    `lung_masking.LungMasking`). Then the image is resized to a square of `image_size` pixels (bilinear,
     anti-aliased; the aspect is not kept, as in the published projects), repeated over three channels and
     normalised by `mean` and `std`, which are in units of the 0–1 range.
     """

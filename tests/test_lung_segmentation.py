@@ -16,14 +16,14 @@ from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score
 from torch.utils.data import DataLoader
 
+import lung_masking
 import lung_segmentation
 from datasets.phantom import CLASSES, draw_phantoms, write_phantom
+from lung_masking import LungMasking, dilated
 from lung_segmentation import (
-    LungMasking,
     Pair,
     default_segmenter,
     dice,
-    dilated,
     find_pairs,
     fit,
     implausible,
@@ -382,7 +382,8 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
 def test_predicting_needs_none_of_the_heavy_libraries(folder):
     code = f"""
 import sys, pathlib, numpy
-from lung_segmentation import LungMasking, load_segmenter
+from lung_masking import LungMasking
+from lung_segmentation import load_segmenter
 LungMasking(load_segmenter(pathlib.Path({str(folder)!r})))(numpy.zeros((64, 64), numpy.uint8))
 heavy = {{"pandas", "sklearn", "matplotlib", "scipy", "pydantic", "seaborn"}} & set(sys.modules)
 assert not heavy, heavy
@@ -464,7 +465,7 @@ def test_another_segmenter_or_shape_has_masks_of_its_own(segmenter, pairs, unsee
 
 
 def test_masks_in_memory_are_bounded(segmenter, unseen, monkeypatch):
-    monkeypatch.setattr(lung_segmentation, "MEMORY_MASKS", 3)
+    monkeypatch.setattr(lung_masking, "MEMORY_MASKS", 3)
     masking = LungMasking(segmenter)
     assert masking.prepare(unseen.images[:8]) == 8
     assert masking.prepare(unseen.images[5:8]) == 0
@@ -475,7 +476,8 @@ def test_two_processes_may_fill_one_cache(folder, pairs, tmp_path):
     root = pairs[0].image.parents[2]
     code = f"""
 import pathlib
-from lung_segmentation import LungMasking, find_pairs, load_segmenter
+from lung_masking import LungMasking
+from lung_segmentation import find_pairs, load_segmenter
 masking = LungMasking(load_segmenter(pathlib.Path({str(folder)!r})), pathlib.Path({str(tmp_path)!r}))
 masking.prepare([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]], batch_size=2)
 """

@@ -88,7 +88,9 @@ def test_small_phantom_from_exploration_to_conclusion(tmp_path):
     assert [len(pictures_of(notebook)) for notebook in (first, second, third)] == [6, 1, 6]
     for network in ("vgg16", "resnet18", "densenet121"):
         assert (tmp_path / "runs" / "small" / network / "model.safetensors").is_file()
-    assert "Imbalance: of 4 classes the most frequent has **1.4 times**" in data_of(first, "text/markdown")[-1]
+    assert (
+        "Imbalance: of 4 classes the most frequent has **1.4 times**" in data_of(first, "text/markdown")[-1]
+    )
     assert "Lowest validation loss" in data_of(second, "text/markdown")[-1]
     conclusion = data_of(third, "text/markdown")[-1]
     assert "test accuracy" in conclusion

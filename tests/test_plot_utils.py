@@ -288,19 +288,19 @@ def test_learning_curves_of_one_phase_have_no_line_of_change(fig):
     assert "change of phase" not in legend_texts(fig.legends[0])
 
 
-def test_accuracy_and_minutes_are_bars_side_by_side(fig):
+def test_scores_and_minutes_are_bars_side_by_side(fig):
     table = pd.DataFrame(
         {
             "network": EIGHT,
-            "accuracy": np.linspace(0.7, 1, 8),
+            "estimate": np.linspace(0.7, 1, 8),
             "low": [np.nan, *np.linspace(0.65, 0.98, 7)],
             "high": [np.nan, *np.linspace(0.8, 1, 7)],
             "minutes": [np.nan, 0.4, 3.25, 12, 45, 130, 700, 1200],
         }
     )
-    plot_utils.draw_accuracy_and_minutes(fig, table)
+    plot_utils.draw_score_and_minutes(fig, table)
     left, right = fig.axes
-    assert [bar.get_width() for bar in left.patches] == pytest.approx(table["accuracy"].to_list())
+    assert [bar.get_width() for bar in left.patches] == pytest.approx(table["estimate"].to_list())
     assert [bar.get_width() for bar in right.patches] == [0, *table["minutes"][1:]]
     ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments() if len(segment)]
     np.testing.assert_allclose(ends, table[["low", "high"]].dropna())
