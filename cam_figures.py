@@ -50,8 +50,8 @@ def outcomes(said: Predictions, classes: Sequence[str]) -> dict[str, Outcome]:
     """Return the kinds of test images to look at, by name.
 
     Of two classes the true and false positives and negatives of the second, with the predicted class; of more
-    the right and the wrong ones of each predicted class; of several findings those that have each of the most
-    frequent ones, with the finding.
+    those that were wrongly called each class; of several findings those that have each of the most frequent
+    ones, with the finding.
     """
     if said.multilabel:
         frequent = np.argsort(-said.targets.sum(axis=0), kind="stable")[:MOST_FINDINGS]
@@ -60,20 +60,16 @@ def outcomes(said: Predictions, classes: Sequence[str]) -> dict[str, Outcome]:
     right, predicted = said.predicted == said.targets, said.predicted
     if len(classes) == 2:
         cells = {
-            "true positive": (1, 1),
-            "false positive": (1, 0),
-            "true negative": (0, 1),
-            "false negative": (0, 0),
+            "true positive": (1, True),
+            "false positive": (1, False),
+            "true negative": (0, True),
+            "false negative": (0, False),
         }
     else:
-        cells = {
-            f"{name}, {'right' if ok else 'wrong'}": (i, ok)
-            for i, name in enumerate(classes)
-            for ok in (1, 0)
-        }
+        cells = {f"wrongly called {name}": (i, False) for i, name in enumerate(classes)}
     return {
-        name: Outcome(list(said.paths[(predicted == i) & (right == bool(ok))]), i)
-        for name, (i, ok) in cells.items()
+        name: Outcome(list(said.paths[(predicted == i) & (right == is_right)]), i)
+        for name, (i, is_right) in cells.items()
     }
 
 

@@ -122,10 +122,18 @@ def fine_tune_study(
 
 
 def _number_of_outputs(training: Training, table: XrayTable) -> int:
+    """Return how many outputs the network needs; refuse settings that do not fit the table's classes."""
+    number = len(table.classes)
+    if table.multilabel and training.balance == "oversample":
+        raise ValueError('balance = "oversample" needs one class an image: use "loss" for several labels')
+    if training.select == "auc" and not table.multilabel:
+        raise ValueError('select = "auc" is the mean over several labels: use "loss" for one class an image')
+    if training.threshold != "none" and number > 2 and not table.multilabel:
+        raise ValueError(f'threshold = "{training.threshold}" decides between two classes, not {number}')
     if table.multilabel or training.head == "softmax":
-        return len(table.classes)
-    if len(table.classes) != 2:
-        raise ValueError(f'head = "sigmoid" tells two classes apart, not {len(table.classes)}: use "softmax"')
+        return number
+    if number != 2:
+        raise ValueError(f'head = "sigmoid" tells two classes apart, not {number}: use "softmax"')
     return 1
 
 
@@ -146,8 +154,6 @@ def _lung_masking(study: Study, table: XrayTable, runs: Path) -> LungMasking | N
 
 def _loss_weights(training: Training, table: XrayTable) -> Tensor | None:
     targets = table.targets("train")
-    if table.multilabel and training.balance == "oversample":
-        raise ValueError('balance = "oversample" needs one class an image: use "loss" for several labels')
     if training.balance != "loss":
         return None
     return label_weights(targets) if table.multilabel else class_weights(targets, len(table.classes))
@@ -183,7 +189,7 @@ def _card(
         mean=study.preprocessing.mean,
         std=study.preprocessing.std,
         cam_layer=model.cam_layer,
-        head=training.head,
+        head="sigmoid" if table.multilabel else training.head,
         hidden_units=training.hidden_units,
         dropout=training.dropout,
         multilabel=table.multilabel,

@@ -275,7 +275,7 @@ def label_weights(targets: np.ndarray) -> Tensor:
 
     So both sides of every label weigh the same in sum (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1).
     """
-    share = torch.from_numpy(np.asarray(targets)).double().mean(dim=0)
+    share = torch.tensor(np.asarray(targets, dtype=np.float64)).mean(dim=0)
     return torch.stack([share, 1 - share]).float()
 
 

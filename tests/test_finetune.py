@@ -7,10 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from layouts import write_chestxray14
+from safetensors.torch import load_file
+from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import finetune
 from finetune import fine_tune_study, main
+from lung_segmentation import phantom_segmenter, save_segmenter
+from metrics import read_predictions
 from networks import load_network
 from studies import load_study, load_table
 from utils import read_xray
@@ -199,3 +204,95 @@ def test_quick_study_is_trained_under_its_own_name(study_file, tmp_path):
     study = load_study(study_file, quick=True).overridden(image_size=32)
     folder = fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
     assert folder == tmp_path / "tiny-quick" / "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select": "auc"}, "several labels"),
+        ({"threshold": "youden"}, "two classes, not 4"),
+        ({"head": "sigmoid"}, "two classes apart, not 4"),
+    ],
+)
+def test_settings_that_do_not_fit_the_classes_are_refused_before_the_training(
+    tiny_study, tmp_path, changes, message
+):
+    study = tiny_study.overridden(**changes)
+    with pytest.raises(ValueError, match=message):
+        fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+MULTI_LABEL = """
+title = "Findings"
+[data]
+reader = "chestxray14"
+root = "data"
+[split]
+val = 0.2
+test = 0.2
+keep_without_finding = 0.5
+[preprocessing]
+image_size = 32
+[training]
+weights = "none"
+epochs = 2
+batch_size = 16
+learning_rate = 1e-3
+select = "auc"
+balance = "loss"
+threshold = "f1"
+keep_checkpoints = true
+[networks.lenet5]
+"""
+
+
+def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(tmp_path):
+    write_chestxray14(tmp_path / "data", size=40)
+    (tmp_path / "mine.toml").write_text(MULTI_LABEL)
+    study = load_study(tmp_path / "mine.toml")
+    table = load_table(study)
+    folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
+    network, card, _ = load_network(folder)
+    assert (card.multilabel, card.head, len(card.thresholds)) == (True, "sigmoid", 14)
+    epochs = sorted((folder / "checkpoints").iterdir())
+    assert [path.name for path in epochs] == ["epoch_01.safetensors", "epoch_02.safetensors"]
+    kept = load_file(epochs[card.validation["best_epoch"] - 1])
+    assert all(torch.equal(kept[key], value) for key, value in network.state_dict().items())
+    history = pd.read_csv(folder / "history.csv")
+    assert card.validation["auc"] == history["val_auc"].max()
+    said = read_predictions(folder / "predictions_val.csv", card.classes, multilabel=True)
+    np.testing.assert_array_equal(said.targets, table.targets("val"))
+    ranked = [c for c in range(14) if 0 < said.targets[:, c].sum() < len(said.targets)]
+    areas = [roc_auc_score(said.targets[:, c], said.probabilities[:, c]) for c in ranked]
+    assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
+    for c in ranked:  # no other threshold gives a better F1 on validation
+        scores = said.probabilities[:, c]
+        ours = f1_score(said.targets[:, c], scores >= card.thresholds[c])
+        assert ours == pytest.approx(max(f1_score(said.targets[:, c], scores >= t) for t in scores), abs=1e-9)
+
+
+def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        f"""
+        title = "Lungs"
+        data = {{ reader = "covid_radiography", root = "{phantom_root}" }}
+        preprocessing = {{ image_size = 32, lung_model = "lungs" }}
+        split = {{ val = 0.2, test = 0.2 }}
+        training = {{ weights = "none", epochs = 1, learning_rate = 1e-3 }}
+        networks.lenet5 = {{}}
+        """
+    )
+    save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(40, image_size=64, epochs=3))
+    study = load_study(tmp_path / "mine.toml")
+    folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
+    trained = load_network(folder)
+    said = pd.read_csv(folder / "predictions_test.csv")
+    xray = read_xray(phantom_root / said["path"][0])
+    masked = trained.lungs(xray)
+    failed = pd.read_csv(folder / "lungs_failed.csv")["path"].tolist()
+    assert ((masked != xray).mean() > 0.2) == (said["path"][0] not in failed)
+    with torch.no_grad():
+        logits = trained.network(trained.preprocessing(xray)[None])
+    answer = trained.card.probabilities(logits)[0].numpy()
+    np.testing.assert_allclose(answer, said.loc[0, list(trained.card.classes)].to_numpy(float), atol=1e-4)
