@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 
 from datasets import XrayTable
-from datasets.table import relative_paths
+from datasets.table import NO_FINDING, relative_paths
 from grad_cam import explain
-from metrics import NO_FINDING, Predictions
+from metrics import Predictions
 from networks import TrainedNetwork
 from plot_utils import CamPanel, CamSample
 from utils import read_xray

@@ -56,7 +56,7 @@ def fine_tune_study(
     training, kind = study.training_of(network), architecture(network)
     where = resolve_device(device)
     outputs = _number_of_outputs(training, table)
-    masking = _lung_masking(study, table, runs)
+    masking, failed = _lung_masking(study, table, runs)
     seed_everything(study.seed)
     model = build_network(
         network,
@@ -114,8 +114,6 @@ def fine_tune_study(
         splits_frame(table).to_csv(partial / "splits.csv", index=False)
         if masking is not None:
             save_segmenter(partial / "lungs", masking.segmenter)
-            failed = masking.failures_table(table.frame["path"])
-            failed["path"] = relative_paths(failed["path"], table.root)
             failed.to_csv(partial / "lungs_failed.csv", index=False)
         save_network(partial, model, card)
     return folder
@@ -137,10 +135,14 @@ def _number_of_outputs(training: Training, table: XrayTable) -> int:
     return 1
 
 
-def _lung_masking(study: Study, table: XrayTable, runs: Path) -> LungMasking | None:
-    """Return the preprocessing that leaves the lungs only, its masks computed, where the study asks for it."""
+def _lung_masking(
+    study: Study, table: XrayTable, runs: Path
+) -> tuple[LungMasking | None, pd.DataFrame | None]:
+    """Return the preprocessing that leaves the lungs only, its masks computed, and the images in which it finds
+    none, by path below the data root; or None twice where the study asks for no such thing.
+    """
     if study.preprocessing.lung_model is None:
-        return None
+        return None, None
     folder = runs / study.preprocessing.lung_model
     masking = LungMasking(default_segmenter(folder), cache=folder / "masks")
     masking.prepare(table.frame["path"])
@@ -149,7 +151,7 @@ def _lung_masking(study: Study, table: XrayTable, runs: Path) -> LungMasking | N
         reasons = failed["reason"].value_counts()
         named = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
         print(f"lungs not found in {len(failed)} of {len(table)} images, which stay whole ({named})")
-    return masking
+    return masking, failed.assign(path=relative_paths(failed["path"], table.root))
 
 
 def _loss_weights(training: Training, table: XrayTable) -> Tensor | None:

@@ -98,7 +98,6 @@ class LungMasking:
         """Return path and reason of each file whose lungs were not found, so that it is used whole."""
         import pandas as pd
 
-        self.prepare(paths)
         reasons = [(str(path), self.mask_of(read_xray(path)).reason) for path in paths]
         return pd.DataFrame([row for row in reasons if row[1]], columns=["path", "reason"])
 

@@ -50,6 +50,7 @@ CORNER, CORNER_SHARE = (
     0.08,
     0.05,
 )  # of the sides; of the corner's area: background taken for lung, those masks 0
+PHANTOM = "synthetic phantom"  # what `origin` says of a segmenter that has seen nothing else
 PHANTOMS, PHANTOM_SIZE, PHANTOM_EPOCHS = 240, 128, 2  # what `default_segmenter` trains on: half a minute
 
 
@@ -420,17 +421,21 @@ def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegm
 
 def default_segmenter(folder: Path) -> LungSegmenter:
     """Load the segmenter in `folder`; where there is none, train a small one on the phantom (half a minute)
-    and save it there, and say so.
+    and save it there. Say so whenever the phantom is all that it knows.
     """
     if (folder / "model.json").is_file():
-        return load_segmenter(folder)
-    print(
-        f"no lung model in {folder}: training a small one on the synthetic phantom, which is a stopgap; for real "
-        f"X-rays train one on real masks: python lung_segmentation.py fit --pairs DIR --phantom 240 -o {folder}",
-        flush=True,
-    )
-    segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
-    save_segmenter(folder, segmenter)
+        segmenter = load_segmenter(folder)
+    else:
+        print(f"no lung model in {folder}: training a small one", flush=True)
+        segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
+        save_segmenter(folder, segmenter)
+    if segmenter.origin.get("data") == PHANTOM:
+        print(
+            f"the lung model in {folder} was trained on the synthetic phantom alone, which is a stopgap; for real "
+            "X-rays train one on real masks: python lung_segmentation.py fit --pairs DIR --phantom 240 -o "
+            f"{folder}",
+            flush=True,
+        )
     return segmenter
 
 
@@ -446,7 +451,7 @@ def phantom_segmenter(
         write_phantom(root, images_per_class=dict.fromkeys(CLASSES, each), size=image_size, seed=seed)
         train, val = split_pairs(find_pairs(root), test=max(1, count // 8), seed=seed)
         segmenter = fit(train, val, epochs=epochs, image_size=image_size, seed=seed, device=device)
-    return replace(segmenter, origin={"data": "synthetic phantom", **segmenter.origin})
+    return replace(segmenter, origin={"data": PHANTOM, **segmenter.origin})
 
 
 def _fit(given: argparse.Namespace) -> int:

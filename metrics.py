@@ -33,9 +33,10 @@ from sklearn.metrics import (
 )
 from sklearn.preprocessing import StandardScaler
 
+from datasets.table import NO_FINDING
+
 METRICS = ("accuracy", "precision", "recall", "specificity", "f1", "roc_auc")
 MACRO = "macro"
-NO_FINDING = "No Finding"  # stands in a predictions file where a multi-label image has none of the findings
 UNDEFINED_SHARE = 0.05  # with more undefined resamples than this, the interval is withheld
 NEAREST = 1e-6  # how near to 0 and 1 a chosen threshold may lie: at 0 or 1 it would divide by zero
 CHUNK = 2**20  # weights held at once (8 MiB as float64), whatever the number of resamples
@@ -604,18 +605,6 @@ def _one_class(
     if not 0 <= class_index < judged.truth.shape[1]:
         raise ValueError(f"No class {class_index}: choose 0 to {judged.truth.shape[1] - 1}")
     return judged.truth[:, class_index], judged.probabilities[:, class_index]
-
-
-def _percentile_interval(estimate: float, resampled: np.ndarray, confidence: float) -> Interval:
-    """Return the estimate with the central `confidence` share of its (R,) resampled values."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence} is not between 0 and 1: for 95 % pass 0.95")
-    undefined = np.isnan(resampled)
-    if not resampled.size or undefined.mean() > UNDEFINED_SHARE:
-        return Interval(float(estimate), math.nan, math.nan)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled[~undefined], [tail, 1 - tail])
-    return Interval(float(estimate), float(low), float(high))
 
 
 def class_indices(labels: np.ndarray, num_classes: int, *, name: str) -> np.ndarray:

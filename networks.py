@@ -446,8 +446,9 @@ class ModelCard:
         return Preprocessing(self.image_size, self.mean, self.std)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return (N, C) calibrated probabilities for the network's (N, outputs) logits: they sum to 1 or, of
-        a multi-label network, each is a finding's own.
+        """Return (N, C) probabilities for the network's (N, outputs) logits: calibrated, summing to 1; or, of a
+        multi-label network, each finding's own. Those are not calibrated: a loss that weighs rare positives
+        raises them, so compare them with the thresholds.
         """
         if self.multilabel:
             return (logits.float() / self.temperature).sigmoid()

@@ -180,7 +180,8 @@ def _text(record: dict[str, object]) -> str:
     ranked = sorted(record["probabilities"].items(), key=lambda item: -item[1])
     lines = [record["image"], *(f"  {name:<{width}}  {value:.3f}" for name, value in ranked)]
     if "findings" in record:
-        lines.append(f"  Findings: {', '.join(record['findings']) or 'none'}")
+        found = ", ".join(record["findings"]) or "none"
+        lines.append(f"  Findings: {found} (by their thresholds; these probabilities are not calibrated)")
     elif record["predicted"] != ranked[0][0]:
         lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
     if "lungs" in record:

@@ -186,21 +186,21 @@ def draw_learning_curves(
     fig: FigureBase,
     histories: Mapping[str, pd.DataFrame],
     *,
+    best_epochs: Mapping[str, int],
     score: str = "accuracy",
-    best_by: str = "val_loss",
 ) -> FigureBase:
     """Draw loss (left) and `score`, "accuracy" or "auc" (right), by epoch, a colour a network, training
     dashed, validation solid.
 
-    Histories have columns epoch, train_loss, val_loss, train_<score>, val_<score>. The star marks each
-    network's best epoch: the first with the highest `best_by`, or the lowest if that is a loss. Where a
-    `phase` column changes, a thin vertical line stands between the epochs.
+    Histories have columns epoch, train_loss, val_loss, train_<score>, val_<score>. The star marks the epoch
+    whose weights were kept, `best_epochs` by network. Where a `phase` column changes, a thin vertical line
+    stands between the epochs.
     """
     axes = fig.subplots(1, 2)
     titles = {"accuracy": "accuracy", "auc": "mean area under the ROC curve"}
     for ax, figure, title in zip(axes, ("loss", score), ("loss", titles[score]), strict=True):
         for name, color in palette(list(histories)).items():
-            _learning_curve(histories[name], figure, ax, color=color, best_by=best_by)
+            _learning_curve(histories[name], figure, ax, color=color, best_epoch=best_epochs[name])
         ax.set(xlabel="epoch", ylabel=title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
@@ -214,15 +214,12 @@ def draw_learning_curves(
     return fig
 
 
-def _learning_curve(history: pd.DataFrame, figure: str, ax: Axes, *, color: tuple, best_by: str) -> None:
+def _learning_curve(history: pd.DataFrame, figure: str, ax: Axes, *, color: tuple, best_epoch: int) -> None:
     epochs = history["epoch"]
     ax.plot(epochs, history[f"train_{figure}"], "--", color=color, linewidth=1.2)
     ax.plot(epochs, history[f"val_{figure}"], "-", color=color, linewidth=2)
-    column = history[best_by].dropna()
-    if len(column):
-        best = history.loc[column.idxmin() if best_by.endswith("loss") else column.idxmax()]
-        star = {"markersize": 15, "markeredgecolor": "black"}
-        ax.plot(best["epoch"], best[f"val_{figure}"], "*", color=color, **star)
+    (best,) = history.loc[epochs == best_epoch, f"val_{figure}"]
+    ax.plot(best_epoch, best, "*", color=color, markersize=15, markeredgecolor="black")
 
 
 def _phase_changes(history: pd.DataFrame) -> set[float]:
@@ -242,7 +239,7 @@ def _learning_curve_handles(networks: Sequence[str], *, phases: bool) -> list[Li
     handles += [
         Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="training"),
         Line2D([], [], color="0.3", linewidth=2, label="validation"),
-        Line2D([], [], color="0.8", label="best epoch", **star),
+        Line2D([], [], color="0.8", label="kept epoch", **star),
     ]
     if phases:
         handles.append(Line2D([], [], **PHASE, label="change of phase"))

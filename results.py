@@ -85,7 +85,8 @@ def _folders(study: Study, runs: Path) -> Iterator[tuple[str, Path]]:
 
 def _trained_besides(study: Study, runs: Path) -> list[str]:
     """Return the networks that were trained for a study without being in its file."""
-    found = sorted(card.parent.name for card in (runs / study.name).glob("*/model.json"))
+    folders = [runs / study.name, *runs.glob(f"{study.name}-fold[0-9]*")]
+    found = sorted({card.parent.name for folder in folders for card in folder.glob("*/model.json")})
     return [name for name in found if name in ARCHITECTURES and name not in study.networks]
 
 
@@ -122,6 +123,21 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
         own = [name for name, run in runs.items() if run.folder.parent.name == study.name]
         teams = {f"Ensemble of {len(own)}": own}
     return {name: members for name, members in teams.items() if len(members) > 1}
+
+
+def out_of_fold(runs: Mapping[str, Run]) -> dict[str, list[Predictions]]:
+    """Return the validation predictions of each fold of a network, by the network's title, where it has two
+    folds or more. Each image is in one fold at most.
+
+    Each fold's epoch, temperature and thresholds were chosen on these very images, so scores of them are a
+    little too good; those on the test images are not.
+    """
+    folds: dict[str, list[Predictions]] = {}
+    for title, run in runs.items():
+        network, fold, _ = title.partition(", fold ")
+        if fold:
+            folds.setdefault(network, []).append(run.predictions("val"))
+    return {network: said for network, said in folds.items() if len(said) > 1}
 
 
 def predictions_frame(table: XrayTable, split: str, probabilities: np.ndarray) -> pd.DataFrame:

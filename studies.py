@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parent
 STUDIES = PROJECT / "studies"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PHASE_KEYS = ("trainable", "epochs", "learning_rate")  # of the only phase, where a study names none
 Positive = Annotated[int, Field(gt=0)]
 # Below 1 a fraction of each class, from 1 on a whole number of images a class.
 SplitSize = Annotated[float, Field(gt=0)]
@@ -183,6 +184,16 @@ class Training(Settings):
         one = Phase(trainable=self.trainable, epochs=self.epochs, learning_rate=self.learning_rate)
         return self.phases or (one,)
 
+    @property
+    def summary(self) -> dict[str, object]:
+        """The settings that take effect, for people: each phase in a line of its own."""
+        idle = {"phases", *PHASE_KEYS}
+        lines = {
+            f"phase {i}": f"{phase.trainable}, {phase.epochs} epochs at {phase.learning_rate:g}"
+            for i, phase in enumerate(self.stretches, start=1)
+        }
+        return lines | self.model_dump(exclude=idle)
+
 
 class Quick(Settings):
     """What a quick look at a study does: everything, on little data."""
@@ -335,6 +346,7 @@ def load_study(
     Raises FileNotFoundError where there is none, ValueError with the key at fault where one is wrong.
     """
     path, fields = _read_file(study)
+    _refuse_idle_settings(fields, path.name)
     loaded = _validated({"name": path.stem, **fields}, path.name)
     if data_root:
         loaded = loaded.overridden(data_root=Path(data_root).expanduser().absolute())
@@ -369,6 +381,20 @@ def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tupl
         if own in fields:
             below.pop(other, None)  # a study has one or the other
     return path, _on_top(below, fields)
+
+
+def _refuse_idle_settings(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse what phases would override: a setting that does nothing looks like one that does."""
+    training, networks = fields.get("training"), fields.get("networks")
+    for name, own in (networks if isinstance(networks, dict) else {}).items():
+        groups = [group for group in (training, own) if isinstance(group, dict)]
+        both = {key: value for group in groups for key, value in group.items()}
+        idle = [key for key in PHASE_KEYS if key in both]
+        if both.get("phases") and idle:
+            raise ValueError(
+                f"study {where}: {idle[0]!r} of {name} does nothing beside `phases`: give it in each phase, or set "
+                "phases = []"
+            )
 
 
 def _anchor(fields: dict[str, Any], path: Path) -> None:

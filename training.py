@@ -76,15 +76,20 @@ def macro_auc(outputs: Tensor, targets: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a network is trained for: a loss of (outputs, targets, weights) and the score shown beside it."""
+    """What a network is trained for: a loss of (outputs, targets, weights) and the score shown beside it.
+
+    `weighted_validation`: whether the validation loss has the weights too. Without them the loss of several rare
+    labels is another quantity, several times as large; of one class an image it is the usual cross-entropy.
+    """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     score: Callable[[Tensor, Tensor], float]
     score_name: str
+    weighted_validation: bool
 
 
-SINGLE_LABEL = Objective(single_label_loss, accuracy, "accuracy")
-MULTI_LABEL = Objective(multi_label_loss, macro_auc, "auc")
+SINGLE_LABEL = Objective(single_label_loss, accuracy, "accuracy", weighted_validation=False)
+MULTI_LABEL = Objective(multi_label_loss, macro_auc, "auc", weighted_validation=True)
 
 
 def fine_tune(
@@ -104,9 +109,9 @@ def fine_tune(
     `loaders` has "train" and "val", each of ((B, 3, S, S), targets) batches. Each phase of `training` starts
     from the best weights so far and ends when the validation loss (or `training.select`) has not got better
     for `patience` epochs in a row. Schedules: "constant"; "one_cycle" (Smith & Topin 2018: up to the learning
-    rate over the first 30 % of the steps, then down to almost 0); "plateau" (a tenth of the rate whenever the
-    validation loss has not fallen for `plateau_patience` epochs). `loss_weights` weigh the training loss; the
-    validation loss is never weighted. `on_epoch` gets the history so far after each epoch.
+    rate over the first 30 % of the steps, then down to almost 0); "plateau" (a tenth of the rate whenever
+    validation has not got better for `plateau_patience` epochs). `loss_weights` weigh the training loss, and
+    the validation loss where the objective says so. `on_epoch` gets the history so far after each epoch.
 
     A phase that trains the head alone leaves the rest as it is, normalisation statistics and dropout too, and
     computes the rest's features once where it can (`frozen_features`), in files in `scratch`.
@@ -117,15 +122,17 @@ def fine_tune(
     engine = _Engine(network, training, objective, loss_weights, resolve_device(device), title, on_epoch)
     for number, phase in enumerate(training.stretches, start=1):
         engine.restore_best()
+        started = time.perf_counter()
         frozen = phase.trainable == "head"
         set_training_mode(network, trainable=phase.trainable, frozen_batch_norm=training.frozen_batch_norm)
         if frozen and training.cache_features and can_be_cached(loaders["train"]):
             context = {"device": engine.device, "autocast": engine.autocast}
             network.to(engine.device)
             with feature_loaders(network, loaders, folder=scratch, title=title, **context) as features:
-                engine.run(number, phase, network.get_submodule(network.head_name), features)
+                head = network.get_submodule(network.head_name)
+                engine.run(number, phase, head, features, started=started)
         else:
-            engine.run(number, phase, network, loaders)
+            engine.run(number, phase, network, loaders, started=started)
     engine.restore_best()
     network.requires_grad_(True)
     network.eval()
@@ -161,8 +168,18 @@ class _Engine:
         if self.best_state:
             self.network.load_state_dict(self.best_state)
 
-    def run(self, number: int, phase: Phase, module: nn.Module, loaders: Mapping[str, DataLoader]) -> None:
-        """Train `module`, the whole network or its head, for a phase."""
+    def run(
+        self,
+        number: int,
+        phase: Phase,
+        module: nn.Module,
+        loaders: Mapping[str, DataLoader],
+        *,
+        started: float,
+    ) -> None:
+        """Train `module`, the whole network or its head, for a phase that began at the time `started`: what was
+        done for it since then, such as computing features, counts as part of its first epoch.
+        """
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = _optimizer(learning, self.training, phase.learning_rate, self.device)
         model, optimizer, train, val = self.accelerator.prepare(
@@ -172,7 +189,7 @@ class _Engine:
         phase_best, waited = math.inf, 0
         for epoch in range(1, phase.epochs + 1):
             name = f"{self.title} epoch {epoch}/{phase.epochs}"
-            rate, started = optimizer.param_groups[0]["lr"], time.perf_counter()
+            rate, training_since = optimizer.param_groups[0]["lr"], time.perf_counter()
             # Before each epoch: validation leaves everything in eval mode.
             set_training_mode(
                 self.network,
@@ -180,12 +197,13 @@ class _Engine:
                 frozen_batch_norm=self.training.frozen_batch_norm,
             )
             fitted = self._train_epoch(model, train, optimizer, schedule, name)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - training_since
             checked = self._validate(model, val)
             self._record(number, rate, fitted, checked, started, len(train.dataset) / seconds)
-            schedule.after_epoch(checked["loss"])
+            started = time.perf_counter()
             value = -checked["score"] if self.training.select == "auc" else checked["loss"]
             value = math.inf if math.isnan(value) else value  # no positive image of any label to rank
+            schedule.after_epoch(value)
             if value < self.best_value or not self.best_epoch:
                 self._keep_best(value)
             phase_best, waited = (value, 0) if value < phase_best else (phase_best, waited + 1)
@@ -232,7 +250,8 @@ class _Engine:
 
     def _validate(self, model: nn.Module, batches: DataLoader) -> dict[str, float]:
         outputs, targets = _outputs(model, batches, self.device, self.autocast)
-        loss = float(self.objective.loss(outputs, targets, None))
+        weights = self.loss_weights if self.objective.weighted_validation else None
+        loss = float(self.objective.loss(outputs, targets, None if weights is None else weights.cpu()))
         return {"loss": loss, "score": self.objective.score(outputs, targets)}
 
     def _record(
@@ -282,12 +301,14 @@ def _optimizer(
 
 
 class _Schedule:
-    """How the learning rate goes on: some schedules step with every batch, one with the validation loss."""
+    """How the learning rate goes on: some schedules step with every batch, one with what
+    validation says (the lower the better).
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, training: Training, phase: Phase, batches: int
     ) -> None:
-        self._by_step = self._by_loss = None
+        self._by_step = self._by_value = None
         if training.schedule == "one_cycle":
             # Adam's betas stay as they are: cycling the momentum is a habit from SGD.
             self._by_step = torch.optim.lr_scheduler.OneCycleLR(
@@ -298,17 +319,22 @@ class _Schedule:
             )
         elif training.schedule == "plateau":
             # torch waits for one epoch more than it is told.
-            self._by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, factor=0.1, patience=training.plateau_patience - 1
+            # A relative threshold would be one in the wrong direction for a negative AUC.
+            self._by_value = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                factor=0.1,
+                patience=training.plateau_patience - 1,
+                threshold=0,
+                threshold_mode="abs",
             )
 
     def after_step(self) -> None:
         if self._by_step is not None:
             self._by_step.step()
 
-    def after_epoch(self, val_loss: float) -> None:
-        if self._by_loss is not None:
-            self._by_loss.step(val_loss)
+    def after_epoch(self, value: float) -> None:
+        if self._by_value is not None:
+            self._by_value.step(value)
 
 
 def _outputs(

@@ -40,6 +40,9 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
             if not table.multilabel:
                 raise ValueError(f"class {table.classes[label]!r} has {error}") from None
     frame.loc[free, "split"] = frame.loc[free, "patient"].map(side)
+    empty = set(wanted) - set(frame["split"])
+    if empty:
+        raise ValueError(f"{len(table)} images are too few to fill {' and '.join(sorted(empty))}: take more")
     return replace(table, frame=frame)
 
 

@@ -236,7 +236,8 @@ def histories():
 
 def test_learning_curves_hold_the_histories_values(fig):
     tables = histories()
-    plot_utils.draw_learning_curves(fig, tables)
+    kept = dict(zip(NETWORKS, (2, 6, 1), strict=True))
+    plot_utils.draw_learning_curves(fig, tables, best_epochs=kept)
     colors = plot_utils.palette(NETWORKS)
     for ax, figure in zip(fig.axes, ("loss", "accuracy"), strict=True):
         lines = np.reshape(ax.lines, (3, 3))
@@ -247,18 +248,10 @@ def test_learning_curves_hold_the_histories_values(fig):
             np.testing.assert_array_equal(val.get_xdata(), history["epoch"])
             assert (train.get_linestyle(), val.get_linestyle()) == ("--", "-")
             assert train.get_color() == val.get_color() == colors[name]
-            best = history["val_loss"].argmin()
-            assert star.get_xdata()[0] == best + 1
-            assert star.get_ydata()[0] == history[f"val_{figure}"][best]
+            assert star.get_xdata()[0] == kept[name]
+            assert star.get_ydata()[0] == history[f"val_{figure}"][kept[name] - 1]
     assert legend_texts(fig.legends[0])[:3] == NETWORKS
     assert inside_figure(fig)
-
-
-def test_the_best_epoch_by_loss_is_the_lowest(fig):
-    tables = histories()
-    plot_utils.draw_learning_curves(fig, tables, best_by="val_loss")
-    star = fig.axes[0].lines[2]
-    assert star.get_ydata()[0] == tables["vgg16"]["val_loss"].min()
 
 
 def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(fig):
@@ -272,7 +265,9 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
             "val_auc": [0.5, 0.6, np.nan, 0.7],
         }
     )
-    plot_utils.draw_learning_curves(fig, dict.fromkeys(EIGHT, history), score="auc", best_by="val_auc")
+    plot_utils.draw_learning_curves(
+        fig, dict.fromkeys(EIGHT, history), score="auc", best_epochs=dict.fromkeys(EIGHT, 4)
+    )
     for ax in fig.axes:
         stars = [line for line in ax.lines if line.get_marker() == "*"]
         assert [star.get_xdata()[0] for star in stars] == [4] * 8
@@ -283,7 +278,7 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
 
 def test_learning_curves_of_one_phase_have_no_line_of_change(fig):
     tables = {name: history.assign(phase=1) for name, history in histories().items()}
-    plot_utils.draw_learning_curves(fig, tables)
+    plot_utils.draw_learning_curves(fig, tables, best_epochs=dict.fromkeys(NETWORKS, 1))
     assert len(fig.axes[0].lines) == 9
     assert "change of phase" not in legend_texts(fig.legends[0])
 
@@ -313,7 +308,8 @@ def test_scores_and_minutes_are_bars_side_by_side(fig):
 
 def test_grids_also_fill_a_part_of_a_figure(fig):
     left, right = fig.subfigures(1, 2)
-    assert plot_utils.draw_learning_curves(left, histories()) is left
+    kept = dict.fromkeys(NETWORKS, 1)
+    assert plot_utils.draw_learning_curves(left, histories(), best_epochs=kept) is left
     plot_utils.draw_samples(right, {"Normal": [grey()]})
     fig.canvas.draw()
     assert len(left.axes) == 2

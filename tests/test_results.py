@@ -9,7 +9,7 @@ from layouts import write_kermany
 from sklearn.metrics import roc_auc_score
 
 from finetune import main
-from results import ensembles, read_runs, with_ensembles
+from results import ensembles, out_of_fold, read_runs, with_ensembles
 from studies import load_study
 
 STUDY = """
@@ -78,6 +78,20 @@ def test_a_network_that_the_file_does_not_name_is_found_and_other_test_images_ar
     splits.to_csv(own / "splits.csv", index=False)
     with pytest.raises(ValueError, match="tested on other images"):
         read_runs(study, tmp_path / "runs")
+
+
+def test_out_of_fold_predictions_are_those_of_the_images_that_a_fold_did_not_train_on(folds):
+    runs = read_runs(load_study(folds / "mine.toml"), folds / "runs")
+    (said,) = out_of_fold(runs).values()
+    for run, predictions in zip(runs.values(), said, strict=True):
+        splits = run.splits()
+        assert set(predictions.paths) == set(splits.loc[splits["split"] == "val", "path"])
+
+
+def test_folds_of_a_network_that_the_file_does_not_name_are_found(folds, tmp_path):
+    (tmp_path / "mine.toml").write_text(STUDY.replace("lenet5", "resnet18"))
+    shutil.copytree(folds / "runs", tmp_path / "runs")
+    assert "LeNet-5, fold 2" in read_runs(load_study(tmp_path / "mine.toml"), tmp_path / "runs")
 
 
 def test_a_study_without_results_says_how_to_get_them(folds, tmp_path):

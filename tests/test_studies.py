@@ -154,7 +154,6 @@ root = "images"
 [preprocessing]
 image_size = 96
 [training]
-epochs = 7
 phases = [{ trainable = "head", epochs = 2 }, { epochs = 3, learning_rate = 1e-5 }]
 [networks.resnet18]
 """
@@ -168,7 +167,7 @@ def test_a_study_that_extends_another_differs_in_its_own_lines_only(tmp_path):
     assert variant.augmentation.horizontal_flip
     same = {"name", "augmentation"}
     assert variant.model_dump(exclude=same) == base.model_dump(exclude=same)
-    again = load_study(write(tmp_path, "third", 'extends = "variant"\n[training]\nphases = []\n'))
+    again = load_study(write(tmp_path, "third", 'extends = "variant"\n[training]\nphases = []\nepochs = 7\n'))
     assert again.augmentation.horizontal_flip
     assert again.training_of("resnet18").stretches[0].epochs == 7
 
@@ -195,6 +194,7 @@ def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
         (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
         (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
         (BASE + "[split]\nfold = 2\n", "needs `folds`"),
+        (BASE + "epochs = 3\n", "'epochs' of resnet18 does nothing beside `phases`"),
         (BASE + "[split]\nfolds = 1\n", "'folds'"),
         (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
     ],
