@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from metrics import checked, class_indices, label_matrix
+from predictions import checked, class_indices, label_matrix
 
 TEMPERATURES = (0.05, 20.0)  # where fit_temperature looks
 

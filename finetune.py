@@ -24,7 +24,6 @@ from datasets.splits import splits_frame
 from datasets.table import relative_paths
 from lung_masking import LungMasking
 from lung_segmentation import default_segmenter, save_segmenter
-from metrics import choose_thresholds
 from networks import (
     ModelCard,
     add_batch_norm,
@@ -36,6 +35,7 @@ from networks import (
     resolve_device,
     save_network,
 )
+from predictions import choose_thresholds
 from results import complete_or_absent, history_log, predictions_frame
 from studies import PROJECT, Study, Training, load_study, load_table
 from training import MULTI_LABEL, SINGLE_LABEL, FineTuned, fine_tune, predict_logits

@@ -12,8 +12,8 @@ import pandas as pd
 
 from datasets import XrayTable
 from datasets.table import relative_paths, target_names
-from metrics import Predictions, ensemble, read_predictions
 from networks import ARCHITECTURES, ModelCard, architecture, read_card
+from predictions import Predictions, ensemble, read_predictions
 from studies import Study
 
 

@@ -15,8 +15,8 @@ from torch import nn
 import finetune
 from finetune import fine_tune_study, main
 from lung_segmentation import phantom_segmenter, save_segmenter
-from metrics import read_predictions
 from networks import load_network
+from predictions import read_predictions
 from studies import load_study, load_table
 from utils import read_xray
 

@@ -11,6 +11,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.preprocessing import StandardScaler
 
 import metrics
+import predictions
 
 CLASSES = ["COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"]
 
@@ -351,28 +352,28 @@ def test_precision_recall_points_are_sklearns_at_every_threshold():
 def test_two_classes_are_decided_by_whether_class_one_is_above_its_threshold():
     p = np.array([0.1, 0.29, 0.31, 0.5, 0.9])
     probabilities = np.stack([1 - p, p], axis=1)
-    assert metrics.decide(probabilities, (0.7, 0.3)).tolist() == [0, 0, 1, 1, 1]
-    assert metrics.decide(probabilities).tolist() == [0, 0, 0, 0, 1]
+    assert predictions.decide(probabilities, (0.7, 0.3)).tolist() == [0, 0, 1, 1, 1]
+    assert predictions.decide(probabilities).tolist() == [0, 0, 0, 0, 1]
     grid = np.random.default_rng(0).random(500)
     for t in (0.02, 0.4, 0.97):
-        decided = metrics.decide(np.stack([1 - grid, grid], axis=1), (1 - t, t))
+        decided = predictions.decide(np.stack([1 - grid, grid], axis=1), (1 - t, t))
         assert np.array_equal(decided, grid > t)
 
 
 def test_labels_are_decided_one_by_one():
     probabilities = np.array([[0.5, 0.2, 0.9], [0.49, 0.1, 0.95]])
-    assert metrics.decide(probabilities, multilabel=True).tolist() == [
+    assert predictions.decide(probabilities, multilabel=True).tolist() == [
         [True, False, True],
         [False, False, True],
     ]
-    decided = metrics.decide(probabilities, (0.5, 0.15, 0.92), multilabel=True)
+    decided = predictions.decide(probabilities, (0.5, 0.15, 0.92), multilabel=True)
     assert decided.tolist() == [[True, True, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("thresholds", [(0.5,), (0.5, 0.0), (0.2, 0.3, 0.5), (np.nan, 0.5)])
 def test_thresholds_that_do_not_fit_the_classes_are_refused(thresholds):
     with pytest.raises(ValueError, match="one above 0 for each class"):
-        metrics.decide(np.full((3, 2), 0.5), thresholds)
+        predictions.decide(np.full((3, 2), 0.5), thresholds)
 
 
 def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_alone():
@@ -415,17 +416,17 @@ BY_RULE = {
 }
 
 
-@pytest.mark.parametrize("rule", metrics.THRESHOLD_RULES)
+@pytest.mark.parametrize("rule", predictions.THRESHOLD_RULES)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_threshold_is_better_by_sklearn_than_the_chosen_one(rule, seed):
     rng = np.random.default_rng(seed)
     truth = rng.random(80) < (0.15, 0.4, 0.6, 0.9)[seed]
     p = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1).round(2 if seed % 2 else 6)
     probabilities = np.stack([1 - p, p], axis=1)
-    thresholds = metrics.choose_thresholds(truth.astype(int), probabilities, rule)
+    thresholds = predictions.choose_thresholds(truth.astype(int), probabilities, rule)
     assert thresholds.sum() == pytest.approx(1)
     assert ((thresholds > 0) & (thresholds < 1)).all()
-    chosen = BY_RULE[rule](truth, metrics.decide(probabilities, thresholds) == 1)
+    chosen = BY_RULE[rule](truth, predictions.decide(probabilities, thresholds) == 1)
     best = max(BY_RULE[rule](truth, p > t) for t in [-1, *np.unique(p)])
     assert chosen == pytest.approx(best, abs=1e-12)
 
@@ -438,7 +439,7 @@ def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
     index = np.repeat(np.arange(100), np.where(truth, 1, 9))
     balanced, skew = (
         {
-            rule: metrics.choose_thresholds(truth[i], np.stack([1 - p[i], p[i]], 1), rule)[1]
+            rule: predictions.choose_thresholds(truth[i], np.stack([1 - p[i], p[i]], 1), rule)[1]
             for rule in BY_RULE
         }
         for i in (np.arange(100), index)
@@ -450,7 +451,7 @@ def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
 def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
     def chosen(truth, p, rule="youden"):
         p = np.array(p)
-        return metrics.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule)[1]
+        return predictions.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule)[1]
 
     assert chosen([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
     # Two cuts get three of four right: between 0.1 and 0.2, and between 0.3 and 0.9.
@@ -464,21 +465,21 @@ def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
 
 def test_each_label_has_the_threshold_that_it_has_alone():
     targets, probabilities = findings()
-    thresholds = metrics.choose_thresholds(targets, probabilities, "f1")
+    thresholds = predictions.choose_thresholds(targets, probabilities, "f1")
     for c in range(4):
         p = probabilities[:, c]
-        alone = metrics.choose_thresholds(targets[:, c], np.stack([1 - p, p], 1), "f1")
+        alone = predictions.choose_thresholds(targets[:, c], np.stack([1 - p, p], 1), "f1")
         assert thresholds[c] == alone[1]
     targets[:, 2] = 0
-    assert metrics.choose_thresholds(targets, probabilities, "f1")[2] == 0.5
+    assert predictions.choose_thresholds(targets, probabilities, "f1")[2] == 0.5
 
 
 def test_thresholds_of_three_classes_and_unknown_rules_are_refused():
     targets, probabilities = skewed(num_classes=3)
     with pytest.raises(ValueError, match="leave the rule out"):
-        metrics.choose_thresholds(targets, probabilities, "youden")
+        predictions.choose_thresholds(targets, probabilities, "youden")
     with pytest.raises(ValueError, match="youden, f1, accuracy"):
-        metrics.choose_thresholds(targets, probabilities, "j")
+        predictions.choose_thresholds(targets, probabilities, "j")
 
 
 # Multi-label
@@ -665,7 +666,7 @@ def test_single_label_predictions_are_read_with_their_thresholds(tmp_path):
     write_predictions(
         tmp_path / "p.csv", ["NA", "Viral", "NA"], [[0.8, 0.2], [0.4, 0.6], [0.45, 0.55]], ["NA", "Viral"]
     )
-    said = metrics.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
+    said = predictions.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
     assert said.targets.tolist() == [0, 1, 0]
     assert not said.multilabel
     assert said.patients.tolist() == ["7"] * 3
@@ -676,7 +677,7 @@ def test_single_label_predictions_are_read_with_their_thresholds(tmp_path):
 def test_multilabel_predictions_are_read_finding_by_finding(tmp_path):
     targets = ["Mass|Effusion", "No Finding", "Edema"]
     write_predictions(tmp_path / "p.csv", targets, np.full((3, 4), 0.4), LABELS)
-    said = metrics.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True)
+    said = predictions.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True)
     assert said.targets.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert said.multilabel
     assert said.predicted.tolist() == [[False] * 4] * 3
@@ -688,14 +689,14 @@ def test_predictions_about_other_classes_are_refused(tmp_path, multilabel):
     write_predictions(tmp_path / "p.csv", ["Mass", "Pneumonia"], np.full((2, 4), 0.25), LABELS)
     for classes in (LABELS, [*LABELS, "Pneumonia"]):
         with pytest.raises(ValueError, match="not about the classes Effusion, Mass"):
-            metrics.read_predictions(tmp_path / "p.csv", classes, multilabel=multilabel)
+            predictions.read_predictions(tmp_path / "p.csv", classes, multilabel=multilabel)
     with pytest.raises(FileNotFoundError, match="run notebook 2"):
-        metrics.read_predictions(tmp_path / "q.csv", LABELS, multilabel=multilabel)
+        predictions.read_predictions(tmp_path / "q.csv", LABELS, multilabel=multilabel)
 
 
 def said(targets, probabilities, thresholds=None):
     paths = np.array([f"{i:03}.png" for i in range(len(targets))])
-    return metrics.Predictions(targets, probabilities, np.arange(len(targets)), paths, thresholds)
+    return predictions.Predictions(targets, probabilities, np.arange(len(targets)), paths, thresholds)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -704,13 +705,13 @@ def test_an_ensemble_is_the_mean_of_probabilities_matched_by_path(multilabel):
     _, b = findings(seed=1) if multilabel else skewed(seed=1)
     one, two = said(targets, a, np.full(4, 0.2)), said(targets, b, np.full(4, 0.4))
     order = np.random.default_rng(0).permutation(300)
-    shuffled = metrics.Predictions(*(field[order] for field in two[:4]), two.thresholds)
-    both = metrics.ensemble([one, shuffled])
+    shuffled = predictions.Predictions(*(field[order] for field in two[:4]), two.thresholds)
+    both = predictions.ensemble([one, shuffled])
     np.testing.assert_allclose(both.probabilities, (a + b) / 2)
     assert np.array_equal(both.targets, targets)
     assert np.array_equal(both.paths, one.paths)
     np.testing.assert_allclose(both.thresholds, 0.3)
-    assert metrics.ensemble([one, shuffled._replace(thresholds=None)]).thresholds is None
+    assert predictions.ensemble([one, shuffled._replace(thresholds=None)]).thresholds is None
 
 
 def test_an_ensemble_of_different_images_targets_or_classes_says_what_differs():
@@ -719,13 +720,13 @@ def test_an_ensemble_of_different_images_targets_or_classes_says_what_differs():
     fewer = said(targets[:-1], p[:-1])
     for members in ([one, fewer], [fewer, one]):
         with pytest.raises(ValueError, match=r"differ in 019\.png"):
-            metrics.ensemble(members)
+            predictions.ensemble(members)
     with pytest.raises(ValueError, match="occurs twice"):
-        metrics.ensemble([one._replace(paths=np.repeat(one.paths[::2], 2))] * 2)
+        predictions.ensemble([one._replace(paths=np.repeat(one.paths[::2], 2))] * 2)
     with pytest.raises(ValueError, match="different targets"):
-        metrics.ensemble([one, one._replace(targets=(targets + 1) % 4)])
+        predictions.ensemble([one, one._replace(targets=(targets + 1) % 4)])
     with pytest.raises(ValueError, match="4 and 3 classes"):
-        metrics.ensemble([one, one._replace(probabilities=metrics.softmax(p[:, :3]))])
+        predictions.ensemble([one, one._replace(probabilities=metrics.softmax(p[:, :3]))])
 
 
 # Embeddings

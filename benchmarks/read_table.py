@@ -1,0 +1,73 @@
+"""How long the label table of ChestX-ray14 takes to become an `XrayTable`, and to be split, at its full size.
+
+    python benchmarks/read_table.py [--rows 112120] [--rounds 5]
+
+Writes a table and as many empty image files into a temporary folder; medians beside that of `pandas.read_csv` on
+the same file, the least that any reader needs.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets.chestxray14 import FINDINGS, read_chestxray14
+from datasets.splits import split_by_patient
+
+
+def write_table(root: Path, rows: int) -> Path:
+    """Write `Data_Entry_2017.csv` with `rows` images of about a quarter as many patients, and the files."""
+    rng = np.random.default_rng(0)
+    patients = np.sort(rng.integers(1, rows // 4 + 2, rows))
+    number = pd.Series(patients).groupby(patients).cumcount()
+    names = [f"{patient:08d}_{k:03d}.png" for patient, k in zip(patients, number, strict=True)]
+    kinds = np.array(["No Finding", *FINDINGS, "|".join(FINDINGS[:3])])
+    frame = pd.DataFrame({"Image Index": names, "Finding Labels": rng.choice(kinds, rows)})
+    frame = frame.assign(
+        **{"Follow-up #": number, "Patient ID": patients, "Patient Age": 50, "Patient Gender": "F"}
+    )
+    frame.to_csv(root / "Data_Entry_2017.csv", index=False)
+    (root / "images").mkdir()
+    for name in names:
+        (root / "images" / name).touch()
+    return root / "Data_Entry_2017.csv"
+
+
+def median_seconds(work: Callable[[], object], rounds: int) -> float:
+    """Return the median wall-clock time of some work."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Time reading and splitting the full ChestX-ray14 table.")
+    parser.add_argument("--rows", type=int, default=112_120)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_table(Path(folder), given.rows)
+        table = read_chestxray14(Path(folder))
+        plain = median_seconds(lambda: pd.read_csv(file), given.rounds)
+        read = median_seconds(lambda: read_chestxray14(Path(folder)), given.rounds)
+        split = median_seconds(lambda: split_by_patient(table, val=0.05, test=0.15, seed=0), given.rounds)
+    print(
+        f"{given.rows:,} rows: read {read:.2f} s ({read / plain:.1f} times pandas.read_csv alone, {plain:.2f} s), "
+        f"split by patient {split:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
