@@ -10,9 +10,9 @@ import torch
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
 from grad_cam import explain
-from networks import TrainedNetwork
 from plot_utils import CamPanel, CamSample
 from predictions import Predictions
+from trained_networks import TrainedNetwork
 from utils import read_xray
 
 MOST_FINDINGS = 6  # rows of a figure that can still be read

@@ -25,7 +25,6 @@ from datasets.table import relative_paths
 from lung_masking import LungMasking
 from lung_segmentation import default_segmenter, save_segmenter
 from networks import (
-    ModelCard,
     add_batch_norm,
     architecture,
     build_network,
@@ -33,11 +32,11 @@ from networks import (
     fold_batch_norm,
     parameter_count,
     resolve_device,
-    save_network,
 )
 from predictions import choose_thresholds
 from results import complete_or_absent, history_log, predictions_frame
 from studies import PROJECT, Study, Training, load_study, load_table
+from trained_networks import ModelCard, save_network
 from training import MULTI_LABEL, SINGLE_LABEL, FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, augmentation, class_weights, label_weights, make_loaders, seed_everything
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from networks import TrainedNetwork, class_logits, ensemble_card
+from networks import class_logits
+from trained_networks import TrainedNetwork, ensemble_card
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
 

@@ -21,15 +21,8 @@ import numpy as np
 import torch
 
 from grad_cam import COLORMAPS, explain, overlay
-from networks import (
-    ModelCard,
-    TrainedNetwork,
-    ensemble_card,
-    load_network,
-    read_card,
-    resolve_device,
-    run_folder,
-)
+from networks import resolve_device
+from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
 from utils import read_xray
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})

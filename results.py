@@ -12,9 +12,10 @@ import pandas as pd
 
 from datasets import XrayTable
 from datasets.table import relative_paths, target_names
-from networks import ARCHITECTURES, ModelCard, architecture, read_card
+from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
 from studies import Study
+from trained_networks import ModelCard, read_card
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The notebooks, `finetune.py` and the tests read the same file through `load_stud
 """
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -431,14 +432,12 @@ def read_images(study: Study) -> XrayTable:
 def load_table(study: Study) -> XrayTable:
     """Read the study's images (see `read_images`), as many as it wants, and split them by patient.
 
-    Of several sources each is limited and split by itself: all have images in every split.
+    Of several sources each is limited and split by itself: all have images in every split. Of a limited study
+    the sizes of splits that are whole numbers shrink with the number of images.
     """
     tables = [_read_source(source) for source in study.sources]
-    if study.limit is not None:
-        total = sum(len(table) for table in tables)
-        shares = [max(1, round(study.limit * len(table) / total)) for table in tables]
-        tables = [t.limited(share, seed=study.seed) for t, share in zip(tables, shares, strict=True)]
-    return _together([_split(table, study) for table in tables], study)
+    kept = min(1.0, (study.limit or math.inf) / sum(len(table) for table in tables))
+    return _together([_split(table, study, kept=kept) for table in tables], study)
 
 
 def _read_source(source: Data) -> XrayTable:
@@ -448,14 +447,18 @@ def _read_source(source: Data) -> XrayTable:
     return relabelled(table, source.labels) if source.labels else table
 
 
-def _split(table: XrayTable, study: Study) -> XrayTable:
-    split = study.split
+def _split(table: XrayTable, study: Study, *, kept: float) -> XrayTable:
+    """Return the share `kept` of a table's images, split."""
+    split, seed = study.split, study.seed
+    if kept < 1:
+        table = table.limited(max(1, round(kept * len(table))), seed=seed)
+    val, test = (size if size < 1 else max(1, round(kept * size)) for size in (split.val, split.test))
     if split.fold is not None:
-        table = split_into_folds(table, folds=split.folds, fold=split.fold, test=split.test, seed=study.seed)
+        table = split_into_folds(table, folds=split.folds, fold=split.fold, test=test, seed=seed)
     else:
-        table = split_by_patient(table, val=split.val, test=split.test, seed=study.seed)
+        table = split_by_patient(table, val=val, test=test, seed=seed)
     if split.keep_without_finding < 1:
-        table = thinned(table, keep=split.keep_without_finding, seed=study.seed)
+        table = thinned(table, keep=split.keep_without_finding, seed=seed)
     return table
 
 

@@ -7,9 +7,9 @@ from layouts import write_chestxray14
 from cam_figures import cam_panel, cam_samples, outcomes, picked_rows
 from finetune import fine_tune_study
 from grad_cam import explain
-from networks import load_network
 from predictions import Predictions
 from studies import load_study, load_table
+from trained_networks import load_network
 from utils import read_xray
 
 

@@ -15,9 +15,9 @@ from torch import nn
 import finetune
 from finetune import fine_tune_study, main
 from lung_segmentation import phantom_segmenter, save_segmenter
-from networks import load_network
 from predictions import read_predictions
 from studies import load_study, load_table
+from trained_networks import load_network
 from utils import read_xray
 
 

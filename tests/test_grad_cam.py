@@ -8,7 +8,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from grad_cam import Axis, GradCAM, explain, overlay, scaled
-from networks import ModelCard, TrainedNetwork, build_network
+from networks import build_network
+from trained_networks import ModelCard, TrainedNetwork
 
 SIZE = 96
 # A network of each way of building: pools, shortcuts, concatenation, squeeze-and-excitation, pre-activation.

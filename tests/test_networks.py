@@ -14,23 +14,18 @@ from torchvision import models
 from grad_cam import GradCAM
 from networks import (
     ARCHITECTURES,
-    ModelCard,
-    TrainedNetwork,
     add_batch_norm,
     build_network,
     class_logits,
     embeddings,
-    ensemble_card,
     fold_batch_norm,
-    load_network,
     parameter_count,
     resolve_device,
-    run_folder,
-    save_network,
     set_training_mode,
     trunk_features,
 )
 from small_networks import LeNet5, ResNetV2
+from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, run_folder, save_network
 
 # Parameters for 1,000 classes as torchvision documents them, and the input width of the last layer.
 PUBLISHED = {

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from grad_cam import GradCAM, overlay
-from networks import ModelCard, TrainedNetwork, build_network, load_network, save_network
+from networks import build_network
 from overlay_cam import answer, chosen_labels, main, suffixes
+from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
 from utils import read_xray
 
 PROJECT = Path(__file__).parent.parent

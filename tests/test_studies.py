@@ -279,3 +279,14 @@ def test_the_pneumonia_variants_differ_in_one_line_each():
     assert {key for key in plain if plain[key] != augmented[key]} == {"name", "title", "augmentation"}
     assert {key for key in plain if augmented[key] != lungs[key]} == {"name", "title", "preprocessing"}
     assert augmented["preprocessing"] | {"lung_model": "lungs"} == lungs["preprocessing"]
+
+
+def test_whole_numbers_of_held_out_images_shrink_with_a_limited_study(tmp_path):
+    for name in ("fine", "sick"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(100):
+            Image.new("L", (32, 32)).save(tmp_path / "images" / name / f"{i}.png")
+    path = write(tmp_path, "mine", MINIMAL + "[split]\nval = 30\ntest = 30\n")
+    assert load_table(load_study(path)).counts().loc["sick"].to_dict() == {"train": 40, "val": 30, "test": 30}
+    limited = load_table(load_study(path, limit=40)).counts()
+    assert limited.loc["sick"].to_dict() == {"train": 8, "val": 6, "test": 6}
