@@ -46,10 +46,10 @@ def picked_rows(test: pd.DataFrame, num_classes: int, *, seed: int) -> pd.DataFr
     return known[known["label"].isin(frequent)].groupby("label").sample(1, random_state=seed)
 
 
-def outcomes(said: Predictions, classes: Sequence[str]) -> dict[str, Outcome]:
+def outcomes(said: Predictions, classes: Sequence[str], *, positive: int = 1) -> dict[str, Outcome]:
     """Return the kinds of test images to look at, by name.
 
-    Of two classes the true and false positives and negatives of the second, with the predicted class; of more
+    Of two classes the true and false positives and negatives of class `positive`, with the predicted class; of more
     those that were wrongly called each class; of several findings those that have each of the most frequent
     ones, with the finding.
     """
@@ -60,10 +60,10 @@ def outcomes(said: Predictions, classes: Sequence[str]) -> dict[str, Outcome]:
     right, predicted = said.predicted == said.targets, said.predicted
     if len(classes) == 2:
         cells = {
-            "true positive": (1, True),
-            "false positive": (1, False),
-            "true negative": (0, True),
-            "false negative": (0, False),
+            "true positive": (positive, True),
+            "false positive": (positive, False),
+            "true negative": (1 - positive, True),
+            "false negative": (1 - positive, False),
         }
     else:
         cells = {f"wrongly called {name}": (i, False) for i, name in enumerate(classes)}

@@ -24,6 +24,9 @@ def test_outcomes_of_two_classes_are_the_cells_of_the_confusion_matrix():
         "true negative": (["2.png", "5.png"], 0),  # 0.65 is below the threshold
         "false negative": (["3.png", "4.png"], 0),
     }
+    mirrored = outcomes(said, ("Pneumonia", "Normal"), positive=0)
+    assert mirrored["true positive"] == (["2.png", "5.png"], 0)
+    assert mirrored["false negative"] == (["1.png"], 1)
 
 
 def test_outcomes_of_more_classes_are_the_mistakes_by_what_they_were_called():
