@@ -90,10 +90,15 @@ def cam_samples(
     return {
         name: [
             _sample(trained, table, rows.loc[path], outcome.class_index)
-            for path in rng.permutation(np.array(outcome.paths, dtype=object))[:each]
+            for path in _one_a_patient(rng.permutation(np.array(outcome.paths, dtype=object)), rows)[:each]
         ]
         for name, outcome in kinds.items()
     }
+
+
+def _one_a_patient(paths: Sequence[str], rows: pd.DataFrame) -> list[str]:
+    """Return the paths without the later ones of a patient: the same chest twice shows nothing new."""
+    return list(rows.loc[list(paths)].drop_duplicates("patient").index)
 
 
 def _sample(trained: TrainedNetwork, table: XrayTable, row: pd.Series, class_index: int) -> CamSample:

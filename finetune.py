@@ -146,10 +146,18 @@ def _lung_masking(
     masking = LungMasking(default_segmenter(folder), cache=folder / "masks")
     masking.prepare(table.frame["path"])
     failed = masking.failures_table(table.frame["path"])
+    found = ", ".join(f"{k} {v:.3g}" for k, v in masking.segmenter.validation.items() if k == "dice")
+    print(f"lungs: the model in {folder} ({found or 'never scored'})")
+    if len(failed) == len(table):
+        raise ValueError(
+            f"the lung model in {folder} finds no plausible lungs in any image: train a better one with "
+            "python lung_segmentation.py fit --pairs DIR -o FOLDER"
+        )
     if len(failed):
-        reasons = failed["reason"].value_counts()
+        loud = "WARNING: " if len(failed) > 0.2 * len(table) else ""
+        reasons = failed["reason"].str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
         named = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
-        print(f"lungs not found in {len(failed)} of {len(table)} images, which stay whole ({named})")
+        print(f"{loud}lungs not found in {len(failed)} of {len(table)} images, which stay whole ({named})")
     return masking, failed.assign(path=relative_paths(failed["path"], table.root))
 
 
@@ -249,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", metavar="imagenet|none|FILE", help="what to start from (default: the study's)"
     )
-    parser.add_argument("--epochs", metavar="N", type=int)
+    parser.add_argument("--epochs", metavar="N", type=int, help="of each phase")
     parser.add_argument("--image-size", metavar="N", type=int, help="side of the square image, pixels")
     parser.add_argument("--batch-size", metavar="N", type=int)
     parser.add_argument("--limit", metavar="N", type=int, help="only N images, stratified, to try things out")

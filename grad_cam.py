@@ -281,17 +281,20 @@ def explain(
 ) -> Explanation:
     """Return probabilities and maps, at the X-ray's own size, for one (H, W) uint8 X-ray.
 
-    Of several networks the probabilities are the means, "top" is the class with the highest mean, and a map
-    is the mean of the networks' maps, each scaled to 0–1, scaled again: each has the same say, however high
-    its raw maps are. Raises ValueError where their classes differ.
+    "top" is the class that is decided on: the most probable one, or the one by the model card's thresholds. Of
+    several networks the probabilities are the means, and a map is the mean of the networks' maps, each scaled
+    to 0–1, scaled again: each has the same say, however high its raw maps are. Raises ValueError where their
+    classes differ.
     """
     members = [trained] if isinstance(trained, TrainedNetwork) else list(trained)
-    ensemble_card([member.card for member in members])
+    card = ensemble_card([member.card for member in members])
     inputs = [_input(member, xray) for member in members]
-    if len(members) > 1 and isinstance(classes, str) and classes == "top":
+    by_threshold = card.thresholds is not None and not card.multilabel
+    if (len(members) > 1 or by_threshold) and isinstance(classes, str) and classes == "top":
         with torch.inference_mode():
             said = [m.card.probabilities(m.network(x)).cpu() for m, x in zip(members, inputs, strict=True)]
-        classes = int(torch.stack(said).mean(dim=0).argmax())
+        mean = torch.stack(said).mean(dim=0)
+        classes = int(mean.argmax() if card.multilabel else card.decide(mean))
     probabilities, maps = [], []
     for member, images in zip(members, inputs, strict=True):
         with GradCAM(member.network, member.card.cam_layer, multilabel=member.card.multilabel) as cam:

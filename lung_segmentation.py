@@ -426,7 +426,7 @@ def default_segmenter(folder: Path) -> LungSegmenter:
     if (folder / "model.json").is_file():
         segmenter = load_segmenter(folder)
     else:
-        print(f"no lung model in {folder}: training a small one", flush=True)
+        print(f"no lung model in {folder}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
         save_segmenter(folder, segmenter)
     if segmenter.origin.get("data") == PHANTOM:
@@ -512,7 +512,9 @@ def _predict(given: argparse.Namespace) -> int:
             failed += 1
             print(f"lung_segmentation.py: {error}", file=sys.stderr)
             continue
-        print(f"{path}: {implausible(mask) or f'lungs {mask.mean():.0%} of the image'}: {output}", flush=True)
+        reason = implausible(mask)
+        verdict = f"IMPLAUSIBLE, {reason}" if reason else f"lungs, {mask.mean():.0%} of the image"
+        print(f"{path}: {verdict}: {output}", flush=True)
     return 0 if not failed else 1 if failed < len(outputs) else 2
 
 

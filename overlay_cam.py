@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="a run folder or STUDY/NETWORK; of several runs with the same classes, the mean",
     )
-    parser.add_argument("-l", "--label", help="the class to explain, or all (default: the most probable)")
+    parser.add_argument("-l", "--label", help="the class to explain, or all (default: the predicted one)")
     parser.add_argument("-o", "--output", type=Path, help="a .png or .jpg file, or a folder (default: here)")
     parser.add_argument(
         "--alpha", type=_fraction, default=0.65, help="opacity at the map's peak (default: 0.65)"

@@ -203,6 +203,7 @@ def draw_learning_curves(
             _learning_curve(histories[name], figure, ax, color=color, best_epoch=best_epochs[name])
         ax.set(xlabel="epoch", ylabel=title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlim(0.5, max(history["epoch"].max() for history in histories.values()) + 0.5)
         ax.grid(alpha=0.3)
     changes = set().union(*(_phase_changes(history) for history in histories.values()))
     for ax in axes:
@@ -216,7 +217,8 @@ def draw_learning_curves(
 
 def _learning_curve(history: pd.DataFrame, figure: str, ax: Axes, *, color: tuple, best_epoch: int) -> None:
     epochs = history["epoch"]
-    ax.plot(epochs, history[f"train_{figure}"], "--", color=color, linewidth=1.2)
+    alone = {"marker": "o", "markersize": 4} if len(epochs) == 1 else {}  # a line needs two points
+    ax.plot(epochs, history[f"train_{figure}"], "--", color=color, linewidth=1.2, **alone)
     ax.plot(epochs, history[f"val_{figure}"], "-", color=color, linewidth=2)
     (best,) = history.loc[epochs == best_epoch, f"val_{figure}"]
     ax.plot(best_epoch, best, "*", color=color, markersize=15, markeredgecolor="black")
@@ -286,6 +288,7 @@ def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str =
     left.set(xlabel=f"{score} and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     right.set_xlabel("minutes of training")
+    right.xaxis.set_major_locator(MaxNLocator(4))
     right.set_xlim(0, max(1e-3, 1.25 * np.nanmax([0, *table["minutes"]])))
     return fig
 
@@ -293,6 +296,8 @@ def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str =
 def _minutes(value: float) -> str:
     if np.isnan(value):
         return "not known"
+    if value < 1:
+        return f"{60 * value:.0f} s"
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 

@@ -60,8 +60,10 @@ def read_runs(study: Study, runs: Path) -> dict[str, Run]:
     found = {title: folder for title, folder in _folders(study, runs) if (folder / "model.json").is_file()}
     if not found:
         networks = ", ".join(study.networks)
+        others = sorted(path.name for path in runs.glob(f"{study.name}-*") if any(path.glob("*/model.json")))
+        there = f"; there is {', '.join(others)}: set `limit` or `quick` for it" if others else ""
         raise FileNotFoundError(
-            f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first"
+            f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{there}"
         )
     read = {
         title: Run(folder, read_card(folder), pd.read_csv(folder / "history.csv"))
@@ -126,19 +128,13 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
     return {name: members for name, members in teams.items() if len(members) > 1}
 
 
-def out_of_fold(runs: Mapping[str, Run]) -> dict[str, list[Predictions]]:
-    """Return the validation predictions of each fold of a network, by the network's title, where it has two
-    folds or more. Each image is in one fold at most.
+def out_of_fold(runs: Mapping[str, Run]) -> dict[str, Predictions]:
+    """Return each fold's validation predictions, by title. An image is in one fold of a network at most.
 
     Each fold's epoch, temperature and thresholds were chosen on these very images, so scores of them are a
     little too good; those on the test images are not.
     """
-    folds: dict[str, list[Predictions]] = {}
-    for title, run in runs.items():
-        network, fold, _ = title.partition(", fold ")
-        if fold:
-            folds.setdefault(network, []).append(run.predictions("val"))
-    return {network: said for network, said in folds.items() if len(said) > 1}
+    return {title: run.predictions("val") for title, run in runs.items() if ", fold " in title}
 
 
 def predictions_frame(table: XrayTable, split: str, probabilities: np.ndarray) -> pd.DataFrame:

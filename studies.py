@@ -100,7 +100,10 @@ class Split(Settings):
     @model_validator(mode="after")
     def _fold_of_folds(self) -> "Split":
         if self.fold is not None and not (self.folds and self.fold <= self.folds):
-            raise ValueError(f"fold {self.fold} needs `folds` in [split] of the study, and at least as many")
+            have = (
+                f"the study has {self.folds}" if self.folds else "the study has none: set `folds` in [split]"
+            )
+            raise ValueError(f"no fold {self.fold}: {have}")
         return self
 
     @field_validator("val", "test")

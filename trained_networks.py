@@ -5,6 +5,7 @@ Stands under the command line too, so nothing heavy is imported at the top.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -141,10 +142,12 @@ def save_network(folder: Path, network: nn.Module, card: ModelCard) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     weights, text = folder / "model.safetensors", folder / "model.json"
-    save_file(state, weights.with_suffix(".tmp"))
-    os.replace(weights.with_suffix(".tmp"), weights)
-    text.with_suffix(".tmp").write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-    os.replace(text.with_suffix(".tmp"), text)
+    new_weights, new_text = folder / "model.safetensors.tmp", folder / "model.json.tmp"
+    save_file(state, new_weights)
+    new_text.write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(new_text, new_weights)  # the weights' writer lets nobody but the owner read them
+    os.replace(new_weights, weights)
+    os.replace(new_text, text)
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -159,6 +162,8 @@ def read_card(folder: Path) -> ModelCard:
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("kind") == "lung segmentation":
+            raise TypeError("it is a lung segmentation, see lung_segmentation.py predict")
         tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         card = ModelCard(**(fields | tuples))
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:

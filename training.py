@@ -187,8 +187,10 @@ class _Engine:
         )
         schedule = _Schedule(optimizer.optimizer, self.training, phase, len(train))
         phase_best, waited = math.inf, 0
+        several = len(self.training.stretches)
+        stretch = f" phase {number}/{several} ({phase.trainable})" if several > 1 else ""
         for epoch in range(1, phase.epochs + 1):
-            name = f"{self.title} epoch {epoch}/{phase.epochs}"
+            name = f"{self.title}{stretch} epoch {epoch}/{phase.epochs}"
             rate, training_since = optimizer.param_groups[0]["lr"], time.perf_counter()
             # Before each epoch: validation leaves everything in eval mode.
             set_training_mode(

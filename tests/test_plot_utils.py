@@ -300,7 +300,7 @@ def test_scores_and_minutes_are_bars_side_by_side(fig):
     ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments() if len(segment)]
     np.testing.assert_allclose(ends, table[["low", "high"]].dropna())
     written = [t.get_text() for t in right.texts]
-    assert written == ["not known", "0.4", "3.2", "12", "45", "130", "700", "1,200"]
+    assert written == ["not known", "24 s", "3.2", "12", "45", "130", "700", "1,200"]
     assert [t.get_text() for t in left.get_yticklabels()] == EIGHT
     assert left.get_ylim()[0] > left.get_ylim()[1]
     assert inside_figure(fig)

@@ -82,8 +82,9 @@ def test_a_network_that_the_file_does_not_name_is_found_and_other_test_images_ar
 
 def test_out_of_fold_predictions_are_those_of_the_images_that_a_fold_did_not_train_on(folds):
     runs = read_runs(load_study(folds / "mine.toml"), folds / "runs")
-    (said,) = out_of_fold(runs).values()
-    for run, predictions in zip(runs.values(), said, strict=True):
+    said = out_of_fold(runs)
+    assert list(said) == list(runs)
+    for run, predictions in zip(runs.values(), said.values(), strict=True):
         splits = run.splits()
         assert set(predictions.paths) == set(splits.loc[splits["split"] == "val", "path"])
 

@@ -193,7 +193,7 @@ def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
         ('title = "x"\n[networks.resnet18]\n', r"either \[data\] or"),
         (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
         (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
-        (BASE + "[split]\nfold = 2\n", "needs `folds`"),
+        (BASE + "[split]\nfold = 2\n", "no fold 2: the study has none"),
         (BASE + "epochs = 3\n", "'epochs' of resnet18 does nothing beside `phases`"),
         (BASE + "[split]\nfolds = 1\n", "'folds'"),
         (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
@@ -210,7 +210,7 @@ def test_folds_and_limits_have_names_of_their_own(tmp_path):
     assert study.overridden(fold=2).name == "base-fold2"
     limited = study.overridden(limit=9, fold=3)
     assert (limited.name, limited.compare) == ("base-limit9-fold3", ("other-limit9-fold3",))
-    with pytest.raises(ValueError, match="fold 4"):
+    with pytest.raises(ValueError, match="no fold 4: the study has 3"):
         study.overridden(fold=4)
 
 
