@@ -162,7 +162,7 @@ def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
             _outline(row.lung, ax, color=LUNG, style="dashed")
             _outline(row.lesion, ax, color=LESION, style="solid")
     for title, ax in zip(["original", *columns], axes[0], strict=True):
-        ax.set_title(title, fontweight="bold")
+        ax.set_title(title.replace(", ", ",\n"), fontweight="bold")  # long names would overlap
     _evidence_bar(fig, axes)
     _outline_legend(fig, rows)
     return fig

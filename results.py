@@ -29,11 +29,7 @@ class Run:
     @property
     def score(self) -> str:
         """The name of the score in the history beside the loss: "accuracy" or "auc"."""
-        return next(
-            name.removeprefix("val_")
-            for name in self.history
-            if name not in ("val_loss",) and name.startswith("val_")
-        )
+        return "auc" if self.card.multilabel else "accuracy"
 
     def predictions(self, split: str) -> Predictions:
         """Read what the network said of a split."""
