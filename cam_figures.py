@@ -1,19 +1,26 @@
 """Choose test images and explain them: what the Grad-CAM figures of notebook 3 show."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
+from cam_methods import METHODS
+from cam_scores import MapCase, lungs_of
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
-from grad_cam import explain
-from plot_utils import CamPanel, CamSample
+from explanations import explain
+from plot_utils import CamPanel, CamRow, CamSample
 from predictions import Predictions
 from trained_networks import TrainedNetwork
-from utils import read_xray
+from utils import read_mask, read_xray
+
+if TYPE_CHECKING:
+    from lung_masking import LungMask
 
 MOST_FINDINGS = 6  # rows of a figure that can still be read
 
@@ -25,11 +32,13 @@ class Outcome(NamedTuple):
     class_index: int
 
 
-def cam_panel(trained: TrainedNetwork, xray: np.ndarray, class_index: int) -> CamPanel:
+def cam_panel(
+    trained: TrainedNetwork, xray: np.ndarray, class_index: int, *, method: str = "gradcam"
+) -> CamPanel:
     """Return what one network makes of an (H, W) uint8 X-ray, with its map for a class; over the lungs alone
     where the network sees no more. Of several findings it is titled with the one that the map is for.
     """
-    said, card = explain(trained, xray, class_index), trained.card
+    said, card = explain(trained, xray, class_index, method=method), trained.card
     seen = None if trained.lungs is None else trained.lungs(xray)
     shown = class_index if card.multilabel else int(card.decide(torch.from_numpy(said.probabilities[None])))
     probability = float(said.probabilities[shown])
@@ -120,3 +129,30 @@ def _sample(trained: TrainedNetwork, table: XrayTable, row: pd.Series, class_ind
         boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
         correct=correct,
     )
+
+
+def method_rows(
+    trained: TrainedNetwork,
+    cases: Sequence[MapCase],
+    methods: Sequence[str],
+    *,
+    most: int,
+    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
+    seed: int,
+) -> list[CamRow]:
+    """Return a row a case, drawn by `seed`, one of a class first, with a panel a method and all that is known of
+    where to look; `find_lungs` as `score_maps` takes it.
+    """
+    order = np.random.default_rng(seed).permutation(len(cases))
+    shuffled = pd.DataFrame({"case": order, "label": [cases[i].class_index for i in order]})
+    shuffled["turn"] = shuffled.groupby("label").cumcount()
+    rows = []
+    for case in (cases[i] for i in shuffled.sort_values(["turn", "label"])["case"][:most]):
+        xray = read_xray(case.path)
+        panels = {
+            METHODS[name].title: cam_panel(trained, xray, case.class_index, method=name) for name in methods
+        }
+        lesion = None if case.lesion is None else read_mask(case.lesion, xray.shape)
+        lung = lungs_of(case, xray, find_lungs)
+        rows.append(CamRow(xray, case.label, panels, lesion=lesion, lung=lung, boxes=case.boxes))
+    return rows

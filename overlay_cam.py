@@ -1,9 +1,12 @@
-"""Command line: X-rays in, probabilities and Grad-CAM overlays out.
+"""Command line: X-rays in, probabilities and overlays of class activation maps out.
 
     python overlay_cam.py -i IMAGE [IMAGE|FOLDER ...] -m RUN [RUN ...] [-l LABEL|all] [-o OUTPUT]
+                          [--method NAME] [--layer NAME [NAME ...]] [--boxes [SHARE]] [--bar]
+                          [--lungs FOLDER|none] [--alpha A] [--colormap NAME] [--device D] [--json]
 
 Prints each class with its probability and writes, for each image, an overlay at the image's own size. Of
-several runs, an ensemble, the mean is given.
+several runs, an ensemble, the mean is given. Where a lung model is at hand (the network's own, or the one in
+`lungs` beside the studies' folders) it says how much of each map lies inside the lungs.
 Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done.
 """
 
@@ -13,19 +16,40 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
-from grad_cam import COLORMAPS, explain, overlay
+from cam_methods import METHODS, cam_method
+from explanations import cam_of, explain
+from heatmaps import COLORMAPS, boxes_from_map, draw_boxes, overlay, with_colour_bar
 from networks import resolve_device
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
 from utils import read_xray
 
+if TYPE_CHECKING:
+    from lung_masking import LungMask
+
+    LungFinder = Callable[[np.ndarray], LungMask]
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+
+
+class MapOptions(NamedTuple):
+    """How maps are made and drawn: `method` and `layer` as `explain` takes them, `alpha` and `colormap` as
+    `overlay`; `boxes` around what is above this share of a map's maximum (None: no boxes); `bar`: a colour bar.
+    """
+
+    method: str
+    layer: tuple[str, ...] | None
+    alpha: float
+    colormap: str
+    boxes: float | None
+    bar: bool
 
 
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
@@ -117,8 +141,63 @@ def _write(path: Path, picture: np.ndarray) -> None:
     if not done:
         raise ValueError(f"cannot write {path}")
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(encoded.tobytes())
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(encoded.tobytes())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> None:
+    """Raise ValueError, naming the network, unless every network can be explained at these layers.
+
+    Each is run once, on a black image: that a layer gives no map, only a forward pass tells.
+    """
+    for member in members:
+        size, device = member.card.image_size, next(member.network.parameters()).device
+        try:
+            with cam_of(member, layer=layer) as cam:
+                for name, maps in zip(
+                    cam.layers, cam(torch.zeros(1, 3, size, size, device=device)).layers, strict=True
+                ):
+                    if maps.raw.shape[2:] == (1, 1):
+                        raise ValueError(
+                            f"layer {name!r} has one cell, which is no map: take one before the pooling"
+                        )
+        except ValueError as error:
+            raise ValueError(f"{member.card.architecture}: {error}") from None
+
+
+def lung_finder(
+    wanted: str | None, members: Sequence[TrainedNetwork], folder: Path, device: torch.device
+) -> "LungFinder | None":
+    """Return what finds an X-ray's lungs: the model in the folder `wanted`; by default what a network masks
+    its lungs with, else the model in `lungs` beside the studies of the run `folder`, else None; None for "none".
+
+    Raises ValueError or OSError where the model in `wanted` cannot be loaded. Of another one, that costs no
+    more than the shares, a line on stderr says so.
+    """
+    own = _own_finders(members)
+    place = folder.parent.parent / "lungs" if wanted is None else Path(wanted)
+    if wanted == "none":
+        return None
+    if wanted is None and (own or not (place / "model.json").is_file()):
+        return own[0] if own else None
+    # Imported here: they take a second, and nobody without a lung model has a use for them.
+    from lung_masking import LungMasking
+    from lung_segmentation import load_segmenter
+
+    try:
+        return LungMasking(load_segmenter(place, device)).mask_of
+    except (ValueError, OSError) as error:
+        if wanted is not None:
+            raise
+        print(f"overlay_cam.py: shares inside the lungs are left out: {error}", file=sys.stderr)
+        return None
+
+
+def _own_finders(members: Sequence[TrainedNetwork]) -> "list[LungFinder]":
+    return [member.lungs.mask_of for member in members if hasattr(member.lungs, "mask_of")]
 
 
 def answer(
@@ -127,28 +206,53 @@ def answer(
     wanted: str | list[int],
     outputs: Sequence[Path],
     *,
-    alpha: float,
-    colormap: str,
+    options: MapOptions,
+    lungs: "LungFinder | None" = None,
 ) -> dict[str, object]:
     """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
-    a multi-label network "findings"), and the label and file of each map.
+    a multi-label network "findings"), and of each map the label, the file, the raw maximum ("peak", None
+    where several networks or layers have no scale in common), the "boxes" that were asked for and, where
+    there is a lung model, the share inside the lungs ("in_lungs", None where they were not found).
 
     Raises ValueError or OSError where the image cannot be read or an overlay not be written.
     """
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
-    probabilities, classes, maps = explain(members, xray, wanted)
+    said = explain(members, xray, wanted, method=options.method, layer=options.layer)
+    found = lungs(xray) if lungs else None
+    colours = {"alpha": options.alpha, "colormap": options.colormap}
     entries = []
-    for index, map_, path in zip(classes, maps, outputs, strict=True):
-        _write(path, overlay(xray, map_, alpha=alpha, colormap=colormap))
-        entries.append({"label": card.classes[index], "overlay": str(path), "empty": not map_.any()})
-    return {
+    for index, map_, peak, path in zip(said.classes, said.maps, said.peaks.tolist(), outputs, strict=True):
+        peak = peak if np.isfinite(peak) else None
+        entry = {"label": card.classes[index], "overlay": str(path), "empty": not map_.any()}
+        entry["peak"] = None if peak is None else float(f"{peak:.6g}")
+        picture = overlay(xray, map_, **colours)
+        if options.boxes is not None:
+            boxes = boxes_from_map(map_, options.boxes)
+            picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
+        if found is not None:
+            entry["in_lungs"] = _share_inside(map_, found)
+        _write(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
+        entries.append(entry)
+    record = {
         "image": str(image),
-        **({"networks": len(members)} if len(members) > 1 else {}),
-        **_lungs(members, xray),
-        **_decision(card, probabilities),
-        "probabilities": {n: round(float(p), 4) for n, p in zip(card.classes, probabilities, strict=True)},
+        "networks": len(members) if len(members) > 1 else None,
+        "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
+        **_decision(card, said.probabilities),
+        "probabilities": {
+            n: round(p, 4) for n, p in zip(card.classes, said.probabilities.tolist(), strict=True)
+        },
+        "method": options.method,
+        "layers": options.layer,
+        "boxes_above": options.boxes,
         "maps": entries,
     }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
+    if lungs.reason is not None or not map_.any():
+        return None
+    return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
 
 
 def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
@@ -158,14 +262,15 @@ def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
     return {"predicted": card.classes[int(decided)]}
 
 
-def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray) -> dict[str, str]:
-    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them."""
-    said = []
-    for mask_of in (getattr(member.lungs, "mask_of", None) for member in members):
-        if mask_of is not None:
-            found = mask_of(xray)
-            said.append("masked" if found.reason is None else f"kept whole: {found.reason}")
-    return {"lungs": "; ".join(dict.fromkeys(said))} if said else {}
+def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray, other: "LungMask | None") -> str | None:
+    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them, and
+    why those that another model found, if it did, are not believed.
+    """
+    own = [mask_of(xray).reason for mask_of in _own_finders(members)]
+    said = ["masked" if reason is None else f"kept whole: {reason}" for reason in own]
+    if other is not None and other.reason is not None:
+        said.append(f"not found ({other.reason})")
+    return "; ".join(dict.fromkeys(said)) or None
 
 
 def _text(record: dict[str, object]) -> str:
@@ -179,10 +284,28 @@ def _text(record: dict[str, object]) -> str:
         lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
     if "lungs" in record:
         lines.append(f"  Lungs: {record['lungs']}")
+    title = METHODS[record["method"]].title
+    title += f" ({' + '.join(record['layers'])})" if "layers" in record else ""
     for entry in record["maps"]:
-        note = " (empty: nothing in the image speaks for it)" if entry["empty"] else ""
-        lines.append(f"  Grad-CAM for {entry['label']}{note}: {entry['overlay']}")
+        of = f"for {entry['label']}" if _knows_classes(record["method"]) else "of no class"
+        lines.append(f"  {title} {of}{_notes(entry, record)}: {entry['overlay']}")
     return "\n".join(lines)
+
+
+def _knows_classes(method: str) -> bool:
+    return METHODS[method].needs != "activation"
+
+
+def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
+    if entry["empty"]:
+        return " (empty: nothing in the image speaks for it)"
+    notes = ""
+    if entry.get("in_lungs") is not None:
+        notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
+    if "boxes" in entry:
+        number = len(entry["boxes"])
+        notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
+    return notes
 
 
 def _fraction(text: str) -> float:
@@ -192,40 +315,57 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Probabilities and Grad-CAM overlays of chest X-rays. For research, not for diagnosis."
+        description="Probabilities and class activation maps of chest X-rays. For research, not for diagnosis."
     )
-    parser.add_argument("-i", "--image", metavar="IMAGE|FOLDER", nargs="+", type=Path, required=True)
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="RUN",
+    add = parser.add_argument
+    add("-i", "--image", metavar="IMAGE|FOLDER", nargs="+", type=Path, required=True)
+    several = "a run folder or STUDY/NETWORK; of several runs with the same classes, the mean"
+    add("-m", "--model", metavar="RUN", nargs="+", required=True, help=several)
+    add("-l", "--label", help="the class to explain, or all (default: the predicted one)")
+    add("-o", "--output", type=Path, help="a .png or .jpg file, or a folder (default: here)")
+    add("--method", metavar="NAME", default="gradcam", help=f"{', '.join(METHODS)} (default: gradcam)")
+    add(
+        "--layer",
+        metavar="NAME",
         nargs="+",
-        required=True,
-        help="a run folder or STUDY/NETWORK; of several runs with the same classes, the mean",
+        help="where maps are from; several are fused (default: the run's)",
     )
-    parser.add_argument("-l", "--label", help="the class to explain, or all (default: the predicted one)")
-    parser.add_argument("-o", "--output", type=Path, help="a .png or .jpg file, or a folder (default: here)")
-    parser.add_argument(
-        "--alpha", type=_fraction, default=0.65, help="opacity at the map's peak (default: 0.65)"
-    )
-    parser.add_argument(
-        "--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print a JSON list, a record an image")
+    share = "draw boxes around what is above this share of the map's maximum (without a number: 0.5)"
+    add("--boxes", metavar="SHARE", nargs="?", type=_share, const=0.5, help=share)
+    add("--bar", action="store_true", help="draw a colour bar, with the raw scale, right of the X-ray")
+    finder = "the lung model for the map's share inside the lungs (default: the run's, else RUN/../../lungs)"
+    add("--lungs", metavar="FOLDER|none", help=finder)
+    add("--alpha", type=_fraction, default=0.65, help="opacity at the map's peak (default: 0.65)")
+    add("--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--json", action="store_true", help="print a JSON list, a record an image")
     return parser
+
+
+def _options(given: argparse.Namespace) -> MapOptions:
+    if given.colormap not in COLORMAPS:
+        raise ValueError(f"unknown colour map {given.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
+    method = given.method.lower()
+    if cam_method(method).needs == "activation" and given.label is not None:
+        raise ValueError(f"{METHODS[method].title} knows of no class: leave out -l, or take another --method")
+    layer = tuple(dict.fromkeys(given.layer)) if given.layer else None
+    return MapOptions(method, layer, given.alpha, given.colormap, given.boxes, given.bar)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        if given.colormap not in COLORMAPS:
-            raise ValueError(
-                f"unknown colour map {given.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}"
-            )
+        options = _options(given)
         device = resolve_device(given.device)
         images = images_in(given.image)
         folders = list(dict.fromkeys(run_folder(model).resolve() for model in given.model))
@@ -233,6 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = chosen_labels(given.label, card)
         outputs = output_paths(images, given.output, suffixes(wanted, card))
         members = [load_network(folder, device) for folder in folders]
+        if options.layer:
+            check_layers(members, options.layer)
+        lungs = lung_finder(given.lungs, members, folders[0], device)
     except (ValueError, OSError) as error:
         print(f"overlay_cam.py: {error}", file=sys.stderr)
         return 2
@@ -241,10 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records: list[dict[str, object]] = []
     for image, paths in zip(images, outputs, strict=True):
         try:
-            records.append(answer(members, image, wanted, paths, alpha=given.alpha, colormap=given.colormap))
+            records.append(answer(members, image, wanted, paths, options=options, lungs=lungs))
             if not given.json:
                 print(_text(records[-1]), flush=True)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
             records.append({"image": str(image), "error": str(error)})
             print(f"overlay_cam.py: {error}", file=sys.stderr)
     if given.json:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from grad_cam import overlay
+from heatmaps import overlay
 
 RIGHT, WRONG = "#006d4e", "#b3380a"  # green and red that also differ in lightness
 LESION, LUNG, BOX = "#ffffff", "#56b4e9", "#f0e442"
@@ -42,13 +42,16 @@ class CamPanel(NamedTuple):
 
 
 class CamRow(NamedTuple):
-    """One image of `draw_grad_cams`, a panel a column, and optional (H, W) masks to outline."""
+    """One image of `draw_grad_cams`, a panel a column. Optional are (H, W) masks to outline, and boxes (x, y, width,
+    height) as fractions of the image.
+    """
 
     image: np.ndarray
     truth: str
     panels: Mapping[str, CamPanel]
     lesion: np.ndarray | None = None
     lung: np.ndarray | None = None
+    boxes: Sequence[tuple[float, float, float, float]] = ()
 
 
 class CamSample(NamedTuple):
@@ -134,11 +137,11 @@ def draw_lung_segmentations(
 
 
 def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
-    """Draw a row an image: the original with its true class, then an overlay a column: a network, a class,
-    with and without segmentation, as the panels' names say.
+    """Draw a row an image: the original with its true class, then an overlay a column: a network, a class, a
+    method, with and without segmentation, as the panels' names say.
 
     Over each overlay what the network predicted and how probable, green with ✓ or red with ✗, or the
-    panel's own title. Outlines: lesion white, lung blue dashed.
+    panel's own title. Outlines: lesion white, lung blue dashed, box yellow.
     """
     columns = list(rows[0].panels)
     axes = fig.subplots(len(rows), 1 + len(columns), squeeze=False)
@@ -159,8 +162,7 @@ def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
             text = _prediction(panel.predicted, panel.probability, correct)
             ax.set_xlabel(text, color=RIGHT if correct else WRONG, fontsize=10)
         for ax in row_axes:
-            _outline(row.lung, ax, color=LUNG, style="dashed")
-            _outline(row.lesion, ax, color=LESION, style="solid")
+            _outlines(row, ax)
     for title, ax in zip(["original", *columns], axes[0], strict=True):
         ax.set_title(title.replace(", ", ",\n"), fontweight="bold")  # long names would overlap
     _evidence_bar(fig, axes)
@@ -205,10 +207,14 @@ def _cam_sample(sample: CamSample, ax: Axes) -> None:
     ax.set_title(fill(said, 22), color=RIGHT if correct else WRONG, fontsize=9, pad=3)
     ax.xaxis.set_label_position("top")  # under the title, which makes room for it
     ax.set_xlabel(fill(f"true: {sample.truth}", 22), color="0.2", fontsize=9)
-    _outline(sample.lung, ax, color=LUNG, style="dashed")
-    _outline(sample.lesion, ax, color=LESION, style="solid")
-    height, width = sample.image.shape
-    for x, y, box_width, box_height in sample.boxes:
+    _outlines(sample, ax)
+
+
+def _outlines(shown: CamRow | CamSample, ax: Axes) -> None:
+    _outline(shown.lung, ax, color=LUNG, style="dashed")
+    _outline(shown.lesion, ax, color=LESION, style="solid")
+    height, width = shown.image.shape
+    for x, y, box_width, box_height in shown.boxes:
         # Pixel centres are at whole numbers: the image begins at -0.5.
         corner = (x * width - 0.5, y * height - 0.5)
         box = Rectangle(
@@ -234,7 +240,7 @@ def _evidence(image: np.ndarray, map_: np.ndarray, ax: Axes) -> None:
 def _evidence_bar(fig: FigureBase, axes: np.ndarray) -> None:
     # The bar shows the blended colours, over mid grey: those that the panels show.
     ramp = overlay(np.full((1, 256), 127, np.uint8), np.linspace(0, 1, 256)[None])[0] / 255
-    label = "Grad-CAM (1 = the map's maximum)"
+    label = "evidence (1 = the map's maximum)"
     fig.colorbar(
         ScalarMappable(cmap=ListedColormap(ramp)), ax=axes, label=label, shrink=0.9, aspect=40, pad=0.02
     )
@@ -292,7 +298,7 @@ def _outline_legend(fig: FigureBase, shown: Iterable[CamRow | CamSample]) -> Non
         handles.append(Line2D([], [], color=LESION, label="lesion"))
     if any(item.lung is not None for item in shown):
         handles.append(Line2D([], [], color=LUNG, linestyle="--", label="lung"))
-    if any(len(getattr(item, "boxes", ())) for item in shown):
+    if any(len(item.boxes) for item in shown):
         handles.append(Line2D([], [], color=BOX, label="annotated box"))
     if handles:
         where = {"loc": "outside lower center", "ncols": 3}

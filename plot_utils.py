@@ -60,6 +60,7 @@ __all__ = [
     "plot_embedding",
     "plot_image_sizes",
     "plot_intensities",
+    "plot_randomisation",
     "plot_reliability",
     "plot_roc",
     "plot_threshold_tradeoff",
@@ -517,6 +518,29 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     legend = _legend_beside(ax, title="marker area: share of images")
     for handle in legend.legend_handles:
         handle.set_sizes([45])
+    return ax
+
+
+def plot_randomisation(correlations: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw how far maps stay the same while a network is made random from the top down: `correlations` as in
+    `cam_scores.MapScores.randomised`, columns map, share and correlation; a line a method, the means.
+
+    A line that stays at 1 is of a method that shows what is in the image, not what the network has learnt.
+    """
+    ax.axhline(0, color="0.5", linestyle=":", linewidth=1, zorder=1)
+    means = (
+        correlations.groupby(["map", "share"], sort=False)["correlation"].mean().unstack("map", sort=False)
+    )
+    means = means.sort_index()
+    # Evenly spaced: the head is one layer of a hundred, and the step that matters most.
+    steps = ["nothing", "the head", *(f"{share:.0%}" for share in means.index[1:])]
+    for name, style in _styles(list(means)).items():
+        dots = {"color": style.color, "marker": style.marker, "markersize": 7, "alpha": 0.8}
+        ax.plot(range(len(steps)), [1, *means[name]], **dots, label=name)
+    ax.set(ylim=(-1.05, 1.05), xlabel="layers that are random, from the head down")
+    ax.set_xticks(range(len(steps)), steps)
+    ax.set_ylabel("rank correlation with\nthe trained network's map")
+    _legend_beside(ax)
     return ax
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from datasets import XrayTable, read_dataset
 from datasets.phantom import write_phantom
-from datasets.splits import split_by_patient, split_into_folds, thinned
+from datasets.splits import boxes_held_out, split_by_patient, split_into_folds, thinned
 from datasets.table import merged, relabelled
 
 PROJECT = Path(__file__).resolve().parent
@@ -27,6 +27,8 @@ Positive = Annotated[int, Field(gt=0)]
 # Below 1 a fraction of each class, from 1 on a whole number of images a class.
 SplitSize = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# The names of cam_methods.METHODS, which this room cannot ask: importing it takes as long as torch.
+MapMethod = Literal["gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam", "scorecam"]
 
 
 class Settings(BaseModel):
@@ -89,6 +91,7 @@ class Split(Settings):
 
     With `folds`, part `fold` of all that is not the test is the validation set, and `val` is not used.
     `keep_without_finding` thins, in the training split of a multi-label study, the images without any.
+    `boxes_in_test` puts all images of patients who have a box into the test split, beside those drawn.
     """
 
     val: SplitSize = 0.1
@@ -96,6 +99,7 @@ class Split(Settings):
     folds: Annotated[int, Field(ge=2)] | None = None
     fold: Positive | None = None
     keep_without_finding: float = Field(default=1.0, gt=0, le=1)
+    boxes_in_test: bool = False
 
     @model_validator(mode="after")
     def _fold_of_folds(self) -> "Split":
@@ -199,6 +203,24 @@ class Training(Settings):
         return lines | self.model_dump(exclude=idle)
 
 
+class Maps(Settings):
+    """How notebook 3 scores class activation maps, by each of the `methods` (see `cam_methods` and `cam_scores`).
+
+    At most `images` test images are held against lesions, boxes and lungs; of `faithful` of them the network is
+    asked, several hundred passes each, with `steps` points on the curves of deletion and insertion.
+    """
+
+    methods: Annotated[tuple[MapMethod, ...], Field(min_length=1)] = (
+        "gradcam",
+        "gradcam++",
+        "layercam",
+        "eigencam",
+    )
+    images: Positive = 400
+    faithful: Positive = 16
+    steps: Positive = 12
+
+
 class Quick(Settings):
     """What a quick look at a study does: everything, on little data."""
 
@@ -228,6 +250,7 @@ class Study(Settings):
     augmentation: Augmentation = Augmentation()
     training: Training = Training()
     networks: dict[str, dict[str, Any]]
+    maps: Maps = Maps()
     quick: Quick = Quick()
 
     @field_validator("networks")
@@ -460,6 +483,8 @@ def _split(table: XrayTable, study: Study, *, kept: float) -> XrayTable:
         table = split_into_folds(table, folds=split.folds, fold=split.fold, test=test, seed=seed)
     else:
         table = split_by_patient(table, val=val, test=test, seed=seed)
+    if split.boxes_in_test:
+        table = boxes_held_out(table)
     if split.keep_without_finding < 1:
         table = thinned(table, keep=split.keep_without_finding, seed=seed)
     return table

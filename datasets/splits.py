@@ -73,6 +73,16 @@ def _held_out(images: pd.Series, wanted: Mapping[str, float]) -> dict[str, str]:
     return side
 
 
+def boxes_held_out(table: XrayTable) -> XrayTable:
+    """Return the split table with every image of a patient who has a box in "test": boxes are there to score maps
+    with, of networks that have not seen the patient.
+    """
+    frame = table.frame.copy()
+    boxed = frame.loc[frame["path"].isin(table.boxes["path"]), "patient"]
+    frame.loc[frame["patient"].isin(boxed), "split"] = "test"
+    return replace(table, frame=frame)
+
+
 def split_into_folds(table: XrayTable, *, folds: int, fold: int, test: float, seed: int) -> XrayTable:
     """Return the table with the part number `fold`, from 1, of `folds` in "val" and the others in "train".
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from layouts import write_chestxray14
 
-from cam_figures import cam_panel, cam_samples, outcomes, picked_rows
+from cam_figures import cam_panel, cam_samples, method_rows, outcomes, picked_rows
+from cam_scores import MapCase
+from explanations import explain
 from finetune import fine_tune_study
-from grad_cam import explain
 from predictions import Predictions
 from studies import load_study, load_table
 from trained_networks import load_network
@@ -89,3 +90,21 @@ def test_panel_of_several_findings_is_titled_with_the_finding_of_the_map(finding
     said = explain(trained, xray, 3)
     assert panel.title == f"Infiltration {said.probabilities[3]:.2f}"
     np.testing.assert_array_equal(panel.map, said.maps[0])
+
+
+def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
+    table, trained = findings
+    test = table.subset("test")
+    none = np.zeros((0, 4))
+    cases = [
+        MapCase(path, "p", index, table.classes[index], boxes=none)
+        for path, index in zip(test["path"], [0, 0, 0, 1, 1, 2], strict=False)
+    ]
+    rows = method_rows(trained, cases, ["gradcam", "layercam"], most=4, seed=0)
+    assert {row.truth for row in rows[:3]} == set(table.classes[:3])
+    assert len(rows) == 4
+    for row in rows:
+        assert list(row.panels) == ["Grad-CAM", "LayerCAM"]
+        index = table.classes.index(row.truth)
+        expected = explain(trained, row.image, index, method="layercam")
+        np.testing.assert_array_equal(row.panels["LayerCAM"].map, expected.maps[0])

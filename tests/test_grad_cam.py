@@ -7,8 +7,10 @@ from pytorch_grad_cam import GradCAM as ReferenceGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from grad_cam import Axis, GradCAM, explain, overlay, scaled
+from explanations import explain
+from grad_cam import GradCAM, scaled
 from networks import build_network
+from receptive_fields import Axis
 from trained_networks import ModelCard, TrainedNetwork
 
 SIZE = 96
@@ -344,31 +346,6 @@ def test_scaled_maps_have_maximum_one():
     made = scaled(maps)
     assert not made[0, 0].any()
     torch.testing.assert_close(made[1:].amax((2, 3)), torch.ones(4, 2))
-
-
-def test_overlay_leaves_the_xray_untouched_where_the_map_is_zero():
-    rng = np.random.default_rng(0)
-    xray = rng.integers(0, 256, (40, 30), dtype=np.uint8)
-    map_ = np.zeros((40, 30))
-    map_[10:20, 5:15] = np.linspace(0.1, 1, 100).reshape(10, 10)
-    colours = overlay(xray, map_, alpha=0.5)
-    assert colours.shape == (40, 30, 3)
-    np.testing.assert_array_equal(colours[map_ == 0], np.repeat(xray[..., None], 3, 2)[map_ == 0])
-    assert (np.ptp(colours[map_ > 0.5].astype(int), axis=1) > 20).all()
-    # At the peak, half X-ray and half the colour map's last colour: plasma ends in yellow.
-    expected = 0.5 * xray[19, 14] + 0.5 * np.array([240, 249, 33])
-    assert np.abs(colours[19, 14] - expected).max() <= 2
-
-
-def test_overlay_refuses_what_does_not_fit():
-    xray = np.zeros((8, 8), np.uint8)
-    with pytest.raises(ValueError, match="upsample the map"):
-        overlay(xray, np.zeros((4, 4)))
-    for bad in (-0.1, 1.5, np.nan):
-        with pytest.raises(ValueError, match="divide it by its maximum"):
-            overlay(xray, np.full((8, 8), bad))
-    with pytest.raises(ValueError, match="choose from autumn"):
-        overlay(xray, np.zeros((8, 8)), colormap="rainbows")
 
 
 def test_single_logit_has_the_maps_of_the_two_class_network_that_it_is(images):

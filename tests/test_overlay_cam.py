@@ -11,9 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from grad_cam import GradCAM, overlay
+from cam_methods import METHODS
+from explanations import explain
+from grad_cam import GradCAM
+from heatmaps import boxes_from_map, overlay, with_colour_bar
+from lung_segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
-from overlay_cam import answer, chosen_labels, main, suffixes
+from overlay_cam import MapOptions, answer, chosen_labels, main, suffixes
 from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
 from utils import read_xray
 
@@ -175,6 +179,10 @@ def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no
         ({"-l": "tuberculosis"}, "choose from COVID-19, Lung Opacity, Normal, Viral Pneumonia or all"),
         ({"-m": "demo/alexnet"}, "run notebook 2"),
         ({"--colormap": "rainbows"}, "unknown colour map 'rainbows'"),
+        ({"--method": "smoothgrad"}, f"unknown method 'smoothgrad': choose from {', '.join(METHODS)}"),
+        ({"--layer": "layer9"}, "resnet18: no layer 'layer9' in this network: try one of layer"),
+        ({"--layer": "fc"}, "resnet18: layer 'fc' gives no"),
+        ({"--lungs": "EMPTY"}, "no lung model in"),
         ({"-o": "x.gif"}, ".png or .jpg"),
         ({"-o": "XRAY"}, "is an X-ray that was given"),
         ({"--device": "meta"}, "no device 'meta'"),
@@ -195,6 +203,16 @@ def test_a_mistake_is_one_line_with_a_remedy_and_status_2(
     assert err.count("\n") == 1
     assert out == ""
     assert xray.read_bytes() == original
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_method_is_found_before_any_network_is_loaded(capsys, xray, trained_run, tmp_path):
+    run = tmp_path / "damaged"
+    run.mkdir()
+    (run / "model.json").write_bytes((trained_run / "model.json").read_bytes())
+    (run / "model.safetensors").write_bytes(b"no weights")
+    assert "is damaged" in call(capsys, "-i", xray, "-m", run)[2]
+    assert "unknown method 'cam'" in call(capsys, "-i", xray, "-m", run, "--method", "cam")[2]
 
 
 def test_alpha_out_of_range_is_refused(capsys, xray, trained_run):
@@ -202,6 +220,14 @@ def test_alpha_out_of_range_is_refused(capsys, xray, trained_run):
         call(capsys, "-i", xray, "-m", trained_run, "--alpha", "2")
     assert caught.value.code == 2
     assert "not between 0 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "-0.5", "1.01", "nan"])
+def test_share_for_boxes_out_of_range_is_refused(capsys, xray, trained_run, share):
+    with pytest.raises(SystemExit) as caught:
+        call(capsys, "-i", xray, "-m", trained_run, "--boxes", share)
+    assert caught.value.code == 2
+    assert f"{share} is not above 0 and at most 1" in capsys.readouterr().err
 
 
 def untrained(seed, classes, *, outputs=None, **fields):
@@ -300,17 +326,284 @@ def test_record_says_whether_the_lungs_were_masked(noise, tmp_path):
     masked = untrained(0, ("no", "yes"), lung_masking=True)._replace(lungs=HalfMask())
     bright = tmp_path / "bright.png"
     Image.fromarray(np.full((40, 50), 250, np.uint8)).save(bright)
-    options = {"alpha": 0.5, "colormap": "plasma"}
-    records = [answer([masked], path, "top", [tmp_path / "out.png"], **options) for path in (noise, bright)]
-    assert [record["lungs"] for record in records] == ["masked", "kept whole: no lung found"]
-    assert "lungs" not in answer([untrained(0, ("no", "yes"))], noise, "top", [tmp_path / "o.png"], **options)
+    options = MapOptions("gradcam", None, 0.5, "plasma", None, False)
+    kept = [answer([masked], path, "top", [tmp_path / "o.png"], options=options) for path in (noise, bright)]
+    assert [record["lungs"] for record in kept] == ["masked", "kept whole: no lung found"]
+    plain = untrained(0, ("no", "yes"))
+    assert "lungs" not in answer([plain], noise, "top", [tmp_path / "o.png"], options=options)
 
 
-def test_command_line_imports_only_what_one_image_needs():
-    code = "import sys, overlay_cam; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
-    ).stdout.split()
+# --- method, layer, boxes, bar ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A network of random weights, in a study's folder."""
+    return run_of(tmp_path / "runs" / "study" / "small_cnn", untrained(0, ("no", "yes")))
+
+
+def said(capsys, *arguments):
+    """Return the one record of a call that goes well, and what it says as text."""
+    status, out, err = call(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    (record,) = json.loads(out)
+    return record, call(capsys, *arguments)[1]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "layer", "name"),
+    [
+        ((), "gradcam", None, "Grad-CAM for no:"),
+        (("--method", "LayerCAM"), "layercam", None, "LayerCAM for no:"),
+        (("--layer", "features.1.relu"), "gradcam", "features.1.relu", "Grad-CAM (features.1.relu) for no:"),
+        (
+            ("--method", "gradcam++", "--layer", "features.1.relu", "features.4.relu"),
+            "gradcam++",
+            ("features.1.relu", "features.4.relu"),
+            "Grad-CAM++ (features.1.relu + features.4.relu) for no:",
+        ),
+    ],
+)
+def test_overlay_shows_the_map_of_the_named_method_and_layers(
+    capsys, noise, small_run, tmp_path, options, method, layer, name
+):
+    record, text = said(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "-l", "no", *options)
+    trained, grey = load_network(small_run), read_xray(noise)
+    expected = overlay(grey, explain(trained, grey, 0, method=method, layer=layer).maps[0])
+    assert np.abs(pixels(tmp_path / "o.png") - expected).max() <= 1
+    plain = overlay(grey, explain(trained, grey, 0).maps[0])
+    assert (np.abs(plain.astype(int) - expected).max() > 20) == bool(options)  # the options change the map
+    assert name in text
+    assert record["method"] == method
+    assert record.get("layers", []) == list(options[options.index("--layer") + 1 :] if layer else [])
+
+
+def test_layer_must_be_in_every_network_of_an_ensemble(capsys, noise, small_run, trained_run, tmp_path):
+    with_same_classes = untrained(1, tuple(load_network(trained_run).card.classes))
+    runs = [trained_run, run_of(tmp_path / "same", with_same_classes)]
+    status, out, err = call(capsys, "-i", noise, "-m", *runs, "-o", tmp_path / "out", "--layer", "layer4")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "small_cnn: no layer 'layer4'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_of_one_cell_is_no_map(capsys, noise, trained_run, tmp_path):
+    options = "-i", noise, "-m", trained_run, "-o", tmp_path / "out", "--layer", "avgpool"
+    status, out, err = call(capsys, *options)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "layer 'avgpool' has one cell" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_eigen_cam_is_of_no_class_and_takes_no_label(capsys, noise, small_run, tmp_path):
+    common = "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--method", "EigenCAM"
+    _, text = said(capsys, *common)
+    assert "Eigen-CAM of no class" in text
+    status, out, err = call(capsys, *common, "-l", "all")
+    assert (status, out) == (2, "")
+    assert "leave out -l" in err
+
+
+def test_an_overlay_that_cannot_be_put_in_place_leaves_nothing_behind(capsys, noise, small_run, tmp_path):
+    (tmp_path / f"{noise.stem}_cam.png").mkdir()  # a folder of that name
+    status, _, err = call(capsys, "-i", noise, "-m", small_run, "-o", tmp_path)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_scale(
+    capsys, noise, small_run, tmp_path
+):
+    trained = load_network(small_run)
+    with GradCAM(trained.network) as cam:
+        raw = cam(trained.preprocessing(read_xray(noise))[None], "all").raw[0].amax(dim=(1, 2))
+    common = "-i", noise, "-o", tmp_path, "-l", "all", "-m", small_run
+    record, _ = said(capsys, *common)
+    np.testing.assert_allclose([entry["peak"] for entry in record["maps"]], raw, rtol=1e-5)
+    two_layers, _ = said(capsys, *common, "--layer", "features.1.relu", "features.4.relu")
+    two_runs, _ = said(capsys, *common, run_of(tmp_path / "other", untrained(1, ("no", "yes"))))
+    assert [e["peak"] for record in (two_layers, two_runs) for e in record["maps"]] == [None] * 4
+
+
+def test_boxes_are_those_of_the_map_in_white_in_the_picture_and_in_the_record(
+    capsys, noise, small_run, tmp_path
+):
+    layer = "features.1.relu"  # of small cells: its map has several regions
+    common = "-i", noise, "-m", small_run, "-l", "no", "--layer", layer
+    said(capsys, *common, "-o", tmp_path / "plain.png")
+    record, text = said(capsys, *common, "-o", tmp_path / "boxes.png", "--boxes", "0.8")
+    (map_,) = explain(load_network(small_run), read_xray(noise), 0, layer=layer).maps
+    boxes = boxes_from_map(map_, 0.8)
+    assert len(boxes) > 1
+    np.testing.assert_allclose(record["maps"][0]["boxes"], boxes, atol=5.1e-5)
+    assert f" for no, {len(boxes)} regions above 0.8 of its maximum: " in text
+    expected = pixels(tmp_path / "plain.png")
+    for left, top, width, height in (boxes * (50, 40, 50, 40)).round().astype(int):
+        right, bottom = left + width - 1, top + height - 1
+        expected[[top, bottom], left : right + 1] = 255
+        expected[top : bottom + 1, [left, right]] = 255
+    np.testing.assert_array_equal(pixels(tmp_path / "boxes.png"), expected)
+
+
+def test_boxes_without_a_number_are_those_of_half_the_maximum(capsys, noise, small_run, tmp_path):
+    common = "-m", small_run, "-o", tmp_path, "-i", noise
+    assert "boxes" not in said(capsys, *common)[0]["maps"][0]
+    half, text = said(capsys, "--boxes", *common)
+    assert half == said(capsys, *common, "--boxes", "0.5")[0]
+    assert "above 0.5 of its maximum" in text
+
+
+def test_colour_bar_widens_the_picture_and_leaves_its_pixels(capsys, noise, small_run, tmp_path):
+    common = "-i", noise, "-m", small_run, "--boxes", "--colormap", "turbo", "--alpha", "0.8"
+    bare, _ = said(capsys, *common, "-o", tmp_path / "bare.png")
+    with_bar, _ = said(capsys, *common, "-o", tmp_path / "bar.png", "--bar")
+    picture, widened = pixels(tmp_path / "bare.png"), pixels(tmp_path / "bar.png")
+    assert picture.shape == (40, 50, 3)
+    assert widened.shape[0] == 40
+    assert widened.shape[1] > 60
+    np.testing.assert_array_equal(widened[:, :50], picture)
+    assert with_bar["maps"][0]["boxes"] == bare["maps"][0]["boxes"]  # fractions of the X-ray, not of both
+
+
+def test_colour_bar_of_an_ensemble_is_the_one_of_0_to_1(capsys, noise, small_run, tmp_path):
+    other = run_of(tmp_path / "other", untrained(1, ("no", "yes")))
+    said(capsys, "-i", noise, "-m", small_run, other, "-o", tmp_path / "o.png", "--bar")
+    black = np.zeros((40, 50, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(pixels(tmp_path / "o.png")[:, 50:], with_colour_bar(black)[:, 50:])
+
+
+# --- the share inside the lungs --------------------------------------------------------------------------
+
+
+def dark_is_lung():
+    """A U-Net made by hand: what is darker than the X-ray's mean is lung. Only the shallowest skip connection
+    counts, whose first channel takes every second pixel; nothing else reaches the output.
+    """
+    network = unet("resnet18").eval()
+    for module in (*network.decoder.modules(), network.encoder.conv1, network.segmentation_head[0]):
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data.zero_()
+    network.encoder.conv1.weight.data[0, 0, 3, 3] = -1
+    *_, skipped, last = network.decoder.blocks
+    skip = skipped.conv1[0].in_channels - network.encoder.conv1.out_channels
+    skipped.conv1[0].weight.data[0, skip, 1, 1] = 1
+    for convolution in (skipped.conv2[0], last.conv1[0], last.conv2[0]):
+        convolution.weight.data[0, 0, 1, 1] = 1
+    network.segmentation_head[0].weight.data[0, 0, 1, 1] = 10
+    network.segmentation_head[0].bias.data.fill_(-1)
+    return LungSegmenter(network, "resnet18", 64)
+
+
+@pytest.fixture(scope="module")
+def lung_runs(tmp_path_factory):
+    """A folder of runs with the network study/small_cnn and a lung model beside it; not to be changed."""
+    runs = tmp_path_factory.mktemp("with lungs")
+    run_of(runs / "study" / "small_cnn", untrained(0, ("no", "yes")))
+    save_segmenter(runs / "lungs", dark_is_lung())
+    return runs
+
+
+LUNGS = np.zeros((64, 64), dtype=bool)
+LUNGS[12:52, 8:26] = LUNGS[12:50, 38:58] = True
+
+
+@pytest.fixture
+def chest(tmp_path):
+    """Two dark lungs in a noisy bright chest."""
+    noise = np.random.default_rng(1).integers(0, 60, (64, 64))
+    path = tmp_path / "chest.png"
+    Image.fromarray(np.where(LUNGS, noise, 255 - noise).astype(np.uint8)).save(path)
+    return path
+
+
+def test_share_inside_the_lungs_is_that_of_the_model_beside_the_studies(capsys, chest, lung_runs, tmp_path):
+    run = lung_runs / "study" / "small_cnn"
+    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path, "-l", "all")
+    maps = explain(load_network(run), read_xray(chest), "all").maps
+    shares = [map_[LUNGS].sum() / map_.sum() for map_ in maps]
+    assert min(shares) > 0.05
+    assert max(shares) < 0.95
+    np.testing.assert_allclose([entry["in_lungs"] for entry in record["maps"]], shares, atol=1e-4)
+    assert f"Grad-CAM for no, {100 * shares[0]:.0f} % of it inside the lungs: " in text
+    assert "Lungs:" not in text  # they were found, and the network sees the whole X-ray
+
+
+def test_lungs_none_says_nothing_of_lungs(capsys, chest, lung_runs, tmp_path):
+    run = lung_runs / "study" / "small_cnn"
+    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path, "--lungs", "none")
+    assert "in_lungs" not in record["maps"][0]
+    assert "Lungs:" not in text
+    assert "inside the lungs" not in text
+
+
+def test_lung_model_that_is_named_is_used(capsys, chest, small_run, lung_runs, tmp_path):
+    common = "-i", chest, "-m", small_run, "-o", tmp_path
+    assert "in_lungs" not in said(capsys, *common)[0]["maps"][0]  # there is none beside this run
+    found, _ = said(capsys, *common, "--lungs", lung_runs / "lungs")
+    (map_,) = explain(load_network(small_run), read_xray(chest)).maps
+    assert found["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
+
+
+def test_lungs_that_are_not_believed_give_the_reason_and_no_share(capsys, lung_runs, tmp_path):
+    plain = tmp_path / "plain.png"  # nothing is darker than the mean
+    Image.fromarray(np.full((64, 64), 90, dtype=np.uint8)).save(plain)
+    record, text = said(capsys, "-i", plain, "-m", lung_runs / "study" / "small_cnn", "-o", tmp_path)
+    assert record["maps"][0]["in_lungs"] is None
+    assert record["lungs"] == "not found (no lung found)"
+    assert "\n  Lungs: not found (no lung found)\n" in text
+    assert "inside the lungs" not in text
+
+
+def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, small_run, tmp_path):
+    beside = small_run.parent.parent / "lungs"
+    beside.mkdir()
+    (beside / "model.json").write_text("{}")
+    (beside / "model.safetensors").write_bytes(b"no weights")
+    common = "-i", chest, chest, "-m", small_run, "-o", tmp_path / "out"
+    status, out, err = call(capsys, *common, "--json")
+    assert (status, err.count("\n")) == (0, 1)
+    assert "shares inside the lungs are left out" in err
+    assert "in_lungs" not in json.loads(out)[0]["maps"][0]
+    status, out, err = call(capsys, *common, "--lungs", beside)  # asked for, it is a mistake
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_network_that_masks_lungs_gives_the_share_of_its_own(capsys, chest, lung_runs, tmp_path):
+    run = run_of(tmp_path / "runs" / "study" / "masked", untrained(0, ("no", "yes"), lung_masking=True))
+    (run / "lungs").symlink_to(lung_runs / "lungs")
+    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path)
+    (map_,) = explain(load_network(run), read_xray(chest)).maps
+    assert record["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
+    assert text.count("Lungs: masked") == 1 == text.count("Lungs:")
+
+
+def test_empty_map_has_no_share_no_boxes_and_a_bar_with_the_number_0(capsys, chest, lung_runs, tmp_path):
+    trained = untrained(0, ("no", "yes"))
+    for parameter in trained.network.parameters():
+        parameter.data.zero_()
+    run = run_of(tmp_path / "zero", trained)
+    options = "--boxes", "--bar", "--lungs", lung_runs / "lungs"
+    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path / "o.png", *options)
+    (entry,) = record["maps"]
+    assert (entry["empty"], entry["peak"], entry["boxes"], entry["in_lungs"]) == (True, 0, [], None)
+    assert "Grad-CAM for no (empty: nothing in the image speaks for it): " in text
+    grey = np.repeat(read_xray(chest)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(pixels(tmp_path / "o.png"), with_colour_bar(grey, peak=0))
+
+
+def test_command_line_imports_only_what_one_image_needs(noise, small_run, tmp_path):
+    code = "import sys, overlay_cam; overlay_cam.main(sys.argv[1:]); print(*sys.modules)"
+    options = ["--device", "cpu", "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--boxes", "--bar"]
+    out = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "Grad-CAM for" in out  # it has answered
+    modules = out.splitlines()[-1].split()
     heavy = {
         "pandas",
         "sklearn",
@@ -322,6 +615,7 @@ def test_command_line_imports_only_what_one_image_needs():
         "timm",
         "segmentation_models_pytorch",
         "lung_segmentation",
+        "lung_masking",
         "studies",
         "finetune",
     }

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import plot_utils
-from grad_cam import overlay
+from heatmaps import overlay
 from metrics import precision_recall_points
 
 CLASSES = ["COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"]
@@ -625,3 +625,31 @@ def test_cam_grid_of_findings_is_told_what_is_correct_and_marks_empty_maps():
 def test_a_grid_without_any_sample_is_drawn(fig):
     plot_utils.draw_cam_grid(fig, {"false positive": [], "false negative": []})
     assert [ax.texts[0].get_text() for ax in fig.axes[:2]] == ["none in the\ntest images"] * 2
+
+
+def test_randomisation_begins_at_one_and_goes_through_the_means(ax):
+    rows = [
+        ("a", 0.1, 0.2),
+        ("a", 0.1, 0.4),
+        ("a", 1.0, -0.5),
+        ("a", 1.0, np.nan),
+        ("b", 1.0, 0.9),
+        ("b", 0.1, 1.0),
+    ]
+    plot_utils.plot_randomisation(pd.DataFrame(rows, columns=["map", "share", "correlation"]), ax)
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines[1:]}
+    np.testing.assert_allclose(lines["a"], [1, 0.3, -0.5])
+    np.testing.assert_allclose(lines["b"], [1, 1, 0.9])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["nothing", "the head", "100%"]
+
+
+def test_rows_mark_annotated_boxes_and_name_them(fig):
+    image = np.full((50, 100), 90, np.uint8)
+    panels = {"LayerCAM": plot_utils.CamPanel(np.zeros((50, 100)), "Mass", 0.4)}
+    row = plot_utils.CamRow(image, "Mass", panels, boxes=[(0.1, 0.2, 0.3, 0.4)])
+    plot_utils.draw_grad_cams(fig, [row])
+    original, overlaid = fig.axes[:2]
+    for ax in (original, overlaid):
+        (box,) = [patch for patch in ax.patches if patch.get_width() > 1]
+        assert (*box.get_xy(), box.get_width(), box.get_height()) == pytest.approx((9.5, 9.5, 30, 20))
+    assert [text.get_text() for text in fig.legends[0].texts] == ["annotated box"]

@@ -11,7 +11,14 @@ from layouts import data_root as real_data  # noqa: F401 (a fixture)
 from layouts import write_chestxray14, write_covid_radiography, write_kermany
 
 from datasets import SPLITS, XrayTable, data_fingerprint, read_dataset
-from datasets.splits import apply_splits, split_by_patient, split_into_folds, splits_frame, thinned
+from datasets.splits import (
+    apply_splits,
+    boxes_held_out,
+    split_by_patient,
+    split_into_folds,
+    splits_frame,
+    thinned,
+)
 from datasets.table import merged, patients_of, rarest_findings, relabelled, relative_paths, target_names
 
 FINDINGS = ("Effusion", "Mass", "Edema")
@@ -175,6 +182,17 @@ def test_saved_splits_of_findings_come_back_in_the_order_of_the_training(nih, tm
     assert names[0] == names[1]
     for label, rows in turned.frame.groupby("label"):
         assert label == 14 or rows[turned.classes[label]].eq(1).all()
+
+
+def test_patients_with_a_box_are_tested_on_with_all_their_images(nih):
+    divided = split_by_patient(nih, val=0.1, test=0.2, seed=0)
+    before = divided.frame.set_index("path")["split"]
+    after = boxes_held_out(divided).frame.set_index("path")["split"]
+    boxed = set(nih.frame.loc[nih.frame["path"].isin(nih.boxes["path"]), "patient"])
+    theirs = nih.frame.set_index("path")["patient"].isin(boxed)
+    assert set(before[theirs]) == {"train", "val", "test"}  # so there is something to move
+    assert (after[theirs] == "test").all()
+    assert after[~theirs].equals(before[~theirs])
 
 
 def test_saved_splits_of_other_findings_are_refused(nih, tmp_path):

@@ -1,0 +1,388 @@
+"""How far a network's maps can be believed: every score of several methods, beside chance.
+
+A case is a test image and the class that its map is for. Where the data says where something is, maps are held
+against it (`localization`); the network itself is asked whether they are faithful to it (`faithfulness`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cam_methods import METHODS
+from datasets import XrayTable
+from datasets.table import relative_paths
+from explanations import cam_of
+from faithfulness import (
+    deletion_insertion,
+    masked_confidence,
+    randomised,
+    rank_correlation,
+    verdict,
+)
+from grad_cam import CamMaps, LayerMaps
+from localization import (
+    CHANCE,
+    BoxOverlaps,
+    best_overlaps,
+    box_masks,
+    mass_inside,
+    overlap_table,
+    peak_inside,
+)
+from metrics import Interval, bootstrap_mean
+from predictions import Predictions
+from trained_networks import TrainedNetwork
+from utils import read_mask, read_xray
+
+if TYPE_CHECKING:
+    from lung_masking import LungMask
+
+SEEDS = 3  # random networks to compare with: one random head may by chance point as the trained one does
+BATCH = 16  # images that a network sees at once
+# The first method's map of another patient, of the same class where there is one: what it knows is the class.
+ANOTHER = "another patient's"
+
+
+class MapCase(NamedTuple):
+    """A test image, its patient, the class whose map is scored, and what is known of the image: the files of a
+    lesion's and of the lungs' mask, (B, 4) boxes as fractions.
+    """
+
+    path: str
+    patient: object
+    class_index: int
+    label: str
+    lesion: str | None = None
+    lung: str | None = None
+    boxes: np.ndarray = np.zeros((0, 4))
+
+
+class MapScores(NamedTuple):
+    """Scores of one network's maps, a row a case and a kind of `map`: a method's title, or what knows nothing of the
+    image, `ANOTHER` and `localization.CHANCE`.
+
+    `located`: `peak` (in the lesion, or in its boxes where it has no mask: 1.0 or 0.0), `in_lesion` and `in_lungs`
+    (the share of the map's sum; of an empty map 0 of the lesion, which was not found, and NaN of the lungs), `iou`,
+    `iobb` and `detected` (see `localization.BoxOverlaps`), `empty`; NaN where there is nothing to hold it against.
+    `faithful`: `probability` of the class for the whole image, `deletion`, `insertion`, `drop`, `increase`; NaN of
+    an empty map. `randomised`: by `stage`, 0 the head alone, the `share` of the modules that are random, the
+    `correlation` of the map's ranks with the trained network's and its size, `agreement`, whatever its sign: means
+    over `SEEDS` random networks; NaN where the trained network's map is empty.
+    """
+
+    located: pd.DataFrame
+    faithful: pd.DataFrame
+    randomised: pd.DataFrame
+
+
+def map_cases(table: XrayTable, said: Predictions, *, most: int, seed: int) -> list[MapCase]:
+    """Return at most `most` cases of the test images, drawn by `seed`.
+
+    Of one class an image: the images that were classified correctly, with their class (a wrong answer has no right
+    place to look at). Of several findings: the pairs of image and finding that have a box; where no image has
+    one, those that have the finding.
+    """
+    test = table.subset("test")
+    if table.multilabel:
+        boxed = set(zip(table.boxes["path"], table.boxes["label"], strict=True))
+        pairs = [
+            (image, index)
+            for image in test.to_dict("records")
+            for index, name in enumerate(table.classes)
+            if image[name] == 1 or (image["path"], index) in boxed
+        ]
+        pairs = [(image, index) for image, index in pairs if (image["path"], index) in boxed] or pairs
+    else:
+        right = set(said.paths[said.predicted == said.targets])
+        known = relative_paths(test["path"], table.root).isin(right).to_numpy(bool)
+        pairs = [(image, int(image["label"])) for image in test[known].to_dict("records")]
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
+    return [_case(table, *pairs[i]) for i in drawn]
+
+
+def _case(table: XrayTable, image: Mapping[str, object], index: int) -> MapCase:
+    own = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
+    boxes = own[["x", "y", "width", "height"]].to_numpy(float)
+    known = (image["lesion"], image["mask"], boxes)
+    return MapCase(image["path"], image["patient"], index, table.classes[index], *known)
+
+
+def score_maps(
+    trained: TrainedNetwork,
+    cases: Sequence[MapCase],
+    *,
+    methods: Sequence[str],
+    faithful: int,
+    steps: int = 16,
+    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
+    seed: int,
+) -> MapScores:
+    """Return the scores of a network's maps by each of `methods` (names of `cam_methods.METHODS`) and of maps that
+    know nothing.
+
+    All cases are held against what is known of them, at the X-rays' own size; `find_lungs` finds the lungs of an
+    X-ray without a mask of its own (`lung_masking.LungMasking.mask_of`). The network is asked about `faithful` of
+    them, drawn by `seed`: several hundred passes each. `steps` of `faithfulness.deletion_insertion`.
+
+    Raises ValueError where there are no cases.
+    """
+    if not cases:
+        raise ValueError("no test image to score maps on: none was classified correctly, or has the finding")
+    images = _inputs(trained, cases)
+    classes = torch.tensor([case.class_index for case in cases], device=images.device)
+    found = _maps(trained, images, classes, methods)
+    others = _partners(cases, seed)
+    asked = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
+    return MapScores(
+        pd.DataFrame(_located(cases, found, others, find_lungs)),
+        pd.DataFrame(_faithful(trained, cases, images, classes, found, others, asked, steps, seed)),
+        pd.DataFrame(_randomised(trained, cases, images, classes, found, asked, seed)),
+    )
+
+
+def _inputs(trained: TrainedNetwork, cases: Sequence[MapCase]) -> Tensor:
+    device = next(trained.network.parameters()).device
+    return torch.stack([trained.preprocessing(read_xray(case.path)) for case in cases]).to(device)
+
+
+def _maps(
+    trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]
+) -> dict[str, CamMaps]:
+    """Return a map an image by each method, by title."""
+    found = {}
+    for name in methods:
+        with cam_of(trained, name) as cam:
+            parts = [cam(*part) for part in zip(images.split(BATCH), classes.split(BATCH), strict=True)]
+        raw = LayerMaps(torch.cat([part.raw for part in parts]), parts[0].grid)
+        rest = (torch.cat([getattr(part, field) for part in parts]) for field in ("classes", "logits"))
+        found[METHODS[name].title] = CamMaps((raw,), *rest)
+    return found
+
+
+def _partners(cases: Sequence[MapCase], seed: int) -> list[int | None]:
+    """Return, for each case, another patient's, of the same class where there is one; None where there is none."""
+    rng = np.random.default_rng(seed)
+    patients = np.array([str(case.patient) for case in cases])
+    labels = np.array([case.class_index for case in cases])
+    partners: list[int | None] = []
+    for i in range(len(cases)):
+        others = np.flatnonzero(patients != patients[i])
+        alike = others[labels[others] == labels[i]]
+        choice = alike if len(alike) else others
+        partners.append(int(rng.choice(choice)) if len(choice) else None)
+    return partners
+
+
+def _located(
+    cases: Sequence[MapCase],
+    found: Mapping[str, CamMaps],
+    others: Sequence[int | None],
+    find_lungs: Callable[[np.ndarray], LungMask] | None,
+) -> Iterator[dict[str, object]]:
+    for i, case in enumerate(cases):
+        xray = read_xray(case.path)
+        target = _mask(case.lesion, xray)
+        if target is None and len(case.boxes):
+            target = box_masks(case.boxes, xray.shape)
+        lung = lungs_of(case, xray, find_lungs)
+        kinds = {title: _placed(maps, i, xray.shape) for title, maps in found.items()}
+        first = next(iter(found.values()))
+        kinds[ANOTHER] = None if others[i] is None else _placed(first, others[i], xray.shape)
+        kinds |= {name: make(xray.shape).astype(np.float32) for name, make in CHANCE.items()}
+        for kind, map_ in kinds.items():
+            row = _unknown() if map_ is None else _held_against(map_, target, lung, case.boxes)
+            # A peak put anywhere at random hits as often as the target is large.
+            yield _named(case, kind) | row | ({"peak": row["in_lesion"]} if kind == "uniform" else {})
+
+
+def _placed(maps: CamMaps, i: int, shape: tuple[int, int]) -> np.ndarray:
+    return maps[i : i + 1].upsampled(shape)[0, 0].cpu().numpy()
+
+
+def _unknown() -> dict[str, float]:
+    return dict.fromkeys(("peak", "in_lesion", "in_lungs", "iou", "iobb", "detected", "empty"), np.nan)
+
+
+def _held_against(
+    map_: np.ndarray, target: np.ndarray | None, lung: np.ndarray | None, boxes: np.ndarray
+) -> dict[str, float]:
+    row = _unknown() | {"empty": float(not map_.any())}
+    if target is not None:
+        row |= {"peak": peak_inside([map_], [target])[0], "in_lesion": mass_inside([map_], [target])[0]}
+    if lung is not None and map_.any():
+        row["in_lungs"] = mass_inside([map_], [lung])[0]
+    overlap = best_overlaps([map_], [boxes])
+    return row | {name: float(values[0]) for name, values in overlap._asdict().items()}
+
+
+def lungs_of(
+    case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None
+) -> np.ndarray | None:
+    """Return the (H, W) lungs of a case's X-ray: of its mask, else as `find_lungs` finds them, None where it does
+    not or is not to be believed.
+    """
+    if case.lung is None and find_lungs is not None:
+        found = find_lungs(xray)
+        return found.mask if found.reason is None else None
+    return _mask(case.lung, xray)
+
+
+def _faithful(
+    trained: TrainedNetwork,
+    cases: Sequence[MapCase],
+    images: Tensor,
+    classes: Tensor,
+    found: Mapping[str, CamMaps],
+    others: Sequence[int | None],
+    asked: np.ndarray,
+    steps: int,
+    seed: int,
+) -> Iterator[dict[str, object]]:
+    size = tuple(images.shape[2:])
+    kinds = {title: maps[asked].upsampled(size)[:, 0] for title, maps in found.items()}
+    theirs = [others[i] for i in asked]
+    if None not in theirs:
+        kinds[ANOTHER] = next(iter(found.values()))[theirs].upsampled(size)[:, 0]
+    for name, make in CHANCE.items():
+        kinds[name] = torch.from_numpy(make(size)).to(images).expand(len(asked), -1, -1)
+    own_images, own_classes = images[asked], classes[asked]
+    baseline = _baseline(trained, own_images)
+
+    def probabilities(batch: Tensor) -> Tensor:
+        return trained.card.probabilities(trained.network(batch))
+
+    for kind, maps in kinds.items():
+        given = (probabilities, own_images, maps, own_classes)
+        curves = deletion_insertion(*given, baseline=baseline, steps=steps, seed=seed)
+        confidence = masked_confidence(*given, baseline=baseline)
+        columns = {
+            "probability": confidence.whole,
+            **curves._asdict(),
+            "drop": confidence.drop,
+            "increase": confidence.increase,
+        }
+        there = maps.flatten(1).any(dim=1).cpu().numpy()  # an empty map names no pixels
+        for row, i in enumerate(asked):
+            scores = {name: values[row] if there[row] else np.nan for name, values in columns.items()}
+            yield _named(cases[i], kind) | scores
+
+
+def _baseline(trained: TrainedNetwork, images: Tensor) -> Tensor | None:
+    """Return what deleted pixels become: None, the mean. For a network that sees lungs on black, the black stays:
+    grey there would be nothing that it knows.
+    """
+    if trained.lungs is None:
+        return None
+    black = trained.card.mean, trained.card.std
+    black = torch.tensor([-m / s for m, s in zip(*black, strict=True)]).to(images)[:, None, None]
+    outside = ((images - black).abs() < 1e-3).all(dim=1, keepdim=True)
+    return torch.where(outside, images, torch.zeros_like(images))
+
+
+def _randomised(
+    trained: TrainedNetwork,
+    cases: Sequence[MapCase],
+    images: Tensor,
+    classes: Tensor,
+    found: Mapping[str, CamMaps],
+    asked: np.ndarray,
+    seed: int,
+) -> Iterator[dict[str, object]]:
+    titles = {method.title: name for name, method in METHODS.items()}
+    known = {title: maps.raw[asked, 0] for title, maps in found.items()}
+    correlations: dict[tuple[str, int, float], list[np.ndarray]] = {}
+    for number in range(SEEDS):
+        stages = randomised(trained.network, images[:1], seed=seed + number)
+        for step, stage in enumerate(stages):
+            networks = trained._replace(network=stage.network)
+            names = [titles[title] for title in known]
+            for title, maps in _maps(networks, images[asked], classes[asked], names).items():
+                ranks = rank_correlation(maps.raw[:, 0], known[title])
+                correlations.setdefault((title, step, stage.share), []).append(ranks)
+    for (title, step, share), values in correlations.items():
+        there = (
+            known[title].flatten(1).any(dim=1).cpu().numpy()
+        )  # a map without evidence has no ranks to keep
+        signed, size = (np.where(there, np.mean(v, axis=0), np.nan) for v in (values, np.abs(values)))
+        for row, i in enumerate(asked):
+            stage = {"stage": step, "share": share, "correlation": signed[row], "agreement": size[row]}
+            yield _named(cases[i], title) | stage
+
+
+def _named(case: MapCase, kind: str) -> dict[str, object]:
+    return {"path": case.path, "patient": case.patient, "label": case.label, "map": kind}
+
+
+def _mask(path: str | None, xray: np.ndarray) -> np.ndarray | None:
+    return None if path is None else read_mask(path, xray.shape)
+
+
+def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
+    """Return the means by kind of map as `Interval`s over patients (one patient has none) and `verdict`, what
+    randomising the network says of a method.
+
+    Columns, those left out that nothing is known for: "empty" maps; "peak in lesion", "share in lesion", "share in
+    lungs"; "probability" of the class; "deletion" and "average drop" (small is faithful), "insertion" and "increase"
+    (large is); "ranks, head random" and "ranks, all random" (correlations: 0 where the map is another one).
+    """
+    seed = int(rng.integers(2**63))
+    stage = scores.randomised["stage"]
+    head, everything = (scores.randomised[stage == step] for step in (stage.min(), stage.max()))
+    columns = {
+        "empty": _means(scores.located, "empty", seed),
+        "peak in lesion": _means(scores.located, "peak", seed),
+        "share in lesion": _means(scores.located, "in_lesion", seed),
+        "share in lungs": _means(scores.located, "in_lungs", seed),
+        "probability": _means(scores.faithful, "probability", seed),
+        "deletion": _means(scores.faithful, "deletion", seed),
+        "insertion": _means(scores.faithful, "insertion", seed),
+        "average drop": _means(scores.faithful, "drop", seed),
+        "increase": _means(scores.faithful, "increase", seed),
+        "ranks, head random": _means(head, "correlation", seed),
+        "ranks, all random": _means(everything, "correlation", seed),
+    }
+    kinds = scores.located["map"].unique()
+    unknown = Interval(np.nan, np.nan, np.nan)
+    table = pd.DataFrame(
+        {name: [c.get(kind, unknown) for kind in kinds] for name, c in columns.items()}, index=kinds
+    )
+    table = table[[name for name in table if any(not np.isnan(cell.estimate) for cell in table[name])]]
+    after = _means(head, "agreement", seed), _means(everything, "agreement", seed)
+    said = {kind: verdict(after[0][kind], after[1][kind]) for kind in after[0]}
+    return table.assign(verdict=[said.get(kind, "") for kind in kinds])
+
+
+def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
+    means = {}
+    for kind, own in frame.groupby("map", sort=False):
+        known = own.dropna(subset=[column])
+        if known["patient"].nunique() < 2:
+            means[kind] = Interval(known[column].mean(), np.nan, np.nan)
+            continue
+        values, patients = known[column].to_numpy(float), known["patient"].to_list()
+        means[kind] = bootstrap_mean(values, patients, rng=np.random.default_rng(seed))
+    return means
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a `summary` as text: `0.65 (0.56–0.74)`, and a dash where nothing is known."""
+    return table.map(
+        lambda cell: cell if isinstance(cell, str) else "–" if np.isnan(cell.estimate) else f"{cell:.2f}"
+    )
+
+
+def overlaps(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.DataFrame:
+    """Return `localization.overlap_table` of the frame of `MapScores.located`: a row a kind of map, finding, score."""
+    kinds = dict(list(located.groupby("map", sort=False)))
+    found = {
+        kind: BoxOverlaps(*(own[name].to_numpy() for name in BoxOverlaps._fields))
+        for kind, own in kinds.items()
+    }
+    first = next(iter(kinds.values()))  # every kind has the same cases in the same order
+    return overlap_table(found, first["label"].to_list(), first["patient"].to_list(), rng=rng)

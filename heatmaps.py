@@ -1,0 +1,140 @@
+"""From a map to a picture and to boxes.
+
+Pictures are (H, W, 3) uint8 RGB. Boxes are (B, 4) rows of x, y (upper left corner), width and height as
+fractions of the image, as in `XrayTable.boxes`, so that resolution never matters.
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+COLORMAPS = {
+    name.removeprefix("COLORMAP_").lower(): value
+    for name, value in vars(cv2).items()
+    if name.startswith("COLORMAP_")
+}
+
+
+def overlay(
+    xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma"
+) -> np.ndarray:
+    """Return an (H, W) uint8 X-ray under an (H, W) map of 0–1 as (H, W, 3) uint8 RGB.
+
+    A pixel's colour is mixed in with weight alpha · map, so where the map is 0 the X-ray is untouched and
+    colour always means evidence. `colormap` is a name of `COLORMAPS` (OpenCV's). Raises ValueError where
+    the shapes differ or the map leaves 0–1.
+    """
+    if xray.shape != map_.shape:
+        raise ValueError(f"X-ray {xray.shape} and map {map_.shape} differ: upsample the map to the X-ray")
+    if not (map_.min() >= 0 and map_.max() <= 1):
+        raise ValueError("the map must lie in 0–1: divide it by its maximum first")
+    if colormap not in COLORMAPS:
+        raise ValueError(f"unknown colour map {colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
+    colours = cv2.applyColorMap(np.round(map_ * 255).astype(np.uint8), COLORMAPS[colormap])
+    weight = (alpha * map_)[..., None]
+    mixed = xray[..., None] * (1 - weight) + cv2.cvtColor(colours, cv2.COLOR_BGR2RGB) * weight
+    return np.round(mixed).astype(np.uint8)
+
+
+def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
+    """Return (B, 4) boxes around the regions where an (H, W) map is at least `threshold` · its maximum.
+
+    A region is an 8-connected component, the one of most pixels comes first; its box covers its pixels
+    wholly. A map that is zero everywhere has none: (0, 4). Raises ValueError for a threshold outside (0, 1]
+    and for a map that is not finite or not (H, W).
+    """
+    map_ = np.asarray(map_)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold {threshold} must lie in (0, 1]: it is a share of the map's maximum")
+    if map_.ndim != 2 or not np.isfinite(map_).all():
+        raise ValueError(f"a map must be finite and (H, W), not {map_.shape}: pass one map at a time")
+    top = float(map_.max())
+    if top <= 0:
+        return np.zeros((0, 4))
+    above = (map_ >= threshold * top).astype(np.uint8)
+    _, _, regions, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+    regions = regions[1:]  # the first is what lies below the threshold
+    regions = regions[np.argsort(-regions[:, cv2.CC_STAT_AREA], kind="stable")]
+    corners_and_sides = [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]
+    height, width = map_.shape
+    return regions[:, corners_and_sides] / np.array([width, height, width, height], dtype=np.float64)
+
+
+def draw_boxes(
+    picture: np.ndarray, boxes: np.ndarray | Sequence, *, colour: tuple[int, int, int] = (255, 255, 255)
+) -> np.ndarray:
+    """Return a copy of the picture with (B, 4) boxes outlined in an RGB colour.
+
+    The line lies inside the box's edge, so that it encloses a box at the image's border too, and is 1/250 of
+    the image's shorter side wide, at least a pixel.
+    """
+    drawn = picture.copy()
+    height, width = picture.shape[:2]
+    line = max(1, round(min(height, width) / 250))
+    for x, y, box_width, box_height in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
+        left, right = _pixels(x, box_width, width)
+        top, bottom = _pixels(y, box_height, height)
+        drawn[top : top + line, left:right] = colour
+        drawn[max(top, bottom - line) : bottom, left:right] = colour
+        drawn[top:bottom, left : min(left + line, right)] = colour
+        drawn[top:bottom, max(left, right - line) : right] = colour
+    return drawn
+
+
+def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
+    """Return the first pixel of a box along one axis and the one behind its last: one pixel at least, all of
+    them in the image.
+    """
+    first = min(max(round(start * size), 0), size - 1)
+    return first, min(max(round((start + extent) * size), first + 1), size)
+
+
+def with_colour_bar(
+    picture: np.ndarray, *, peak: float | None = None, alpha: float = 0.65, colormap: str = "plasma"
+) -> np.ndarray:
+    """Return the picture, its pixels as they are, with a colour bar on a black ground to its right.
+
+    The bar shows what `overlay`, with the same `alpha` and `colormap`, makes of the values 0 (at the bottom)
+    to 1 on mid-grey: the colours as they look on an X-ray. Its numbers are 0, the half and the whole of
+    `peak`, the raw map's maximum; 0, 0.5 and 1 where that is None, and just 0 where it is 0. Raises
+    ValueError for a peak that is negative or not finite.
+    """
+    if peak is not None and not (np.isfinite(peak) and peak >= 0):
+        raise ValueError(f"peak {peak} must be finite and not negative: pass the raw map's maximum or None")
+    height = picture.shape[0]
+    text = max(1, round(min(max(10, height / 28), height / 4)))  # the height of the numbers in pixels
+    values = (0.0, 0.5, 1.0) if peak is None or peak > 0 else (0.0,)
+    numbers = [_inked(f"{value * (1 if peak is None else peak):.3g}", text) for value in values]
+    longest = max(number.shape[1] for number in numbers)
+
+    # A number's height is free above and below the bar: the first and the last stand half beyond it.
+    levels = np.linspace(1, 0, max(1, height - 2 * text))
+    left, right = text, text + max(4, 3 * text // 2)
+    strip = np.zeros((height, right + text + longest + text, 3), dtype=np.uint8)
+    levels = np.repeat(levels[:, None], right - left, axis=1)
+    grey = np.full(levels.shape, 128, dtype=np.uint8)
+    strip[text : text + len(levels), left:right] = overlay(grey, levels, alpha=alpha, colormap=colormap)
+    line = max(1, round(text / 10))
+    for value, number in zip(values, numbers, strict=True):
+        row = text + round((1 - value) * (len(levels) - 1))
+        first = max(0, row - line // 2)
+        strip[first : first + line, right : right + max(1, text // 2)] = 255
+        first = max(0, row - number.shape[0] // 2)
+        place = strip[first : first + number.shape[0], right + text : right + text + number.shape[1]]
+        place[:] = number[: len(place), :, None]
+    return np.concatenate([picture, strip], axis=1)
+
+
+def _inked(text: str, height: int) -> np.ndarray:
+    """Return (h, w) uint8 white text on black, about `height` pixels high, cropped to its ink.
+
+    Cropped, because OpenCV 4 and 5 have different fonts and neither's `getTextSize` is what is drawn.
+    """
+    line = max(1, round(height / 10))
+    scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height, line)
+    canvas = np.zeros((4 * height + 8, (len(text) + 2) * (2 * height + 8)), dtype=np.uint8)
+    origin = (height + 4, 3 * height)
+    cv2.putText(canvas, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, line, cv2.LINE_AA)
+    rows, columns = (np.flatnonzero(canvas.any(axis=axis)) for axis in (1, 0))
+    return canvas[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

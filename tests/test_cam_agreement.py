@@ -1,0 +1,210 @@
+"""The methods of cam_methods.py beside three libraries that have them: grad-cam, torchcam and captum.
+
+Maps are compared after min-max, at the layer's resolution, save those of grad-cam, which gives upsampled ones only.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import pytorch_grad_cam
+import torch
+import torchcam.methods
+from captum.attr import LayerGradCam, LayerGradientXActivation
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+
+from grad_cam import GradCAM
+from networks import build_network
+
+SIZE = 64
+NETWORKS = ("resnet18", "vgg16", "densenet121")
+GRAD_CAM_PACKAGE = {
+    "gradcam": pytorch_grad_cam.GradCAM,
+    "hirescam": pytorch_grad_cam.HiResCAM,
+    "layercam": pytorch_grad_cam.LayerCAM,
+    "xgradcam": pytorch_grad_cam.XGradCAM,
+    "gradcam++": pytorch_grad_cam.GradCAMPlusPlus,
+}
+TORCHCAM = {
+    "gradcam": torchcam.methods.GradCAM,
+    "layercam": torchcam.methods.LayerCAM,
+    "xgradcam": torchcam.methods.XGradCAM,
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return build_network(request.param, 4).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def min_max(maps):
+    maps = np.asarray(maps, dtype=np.float64)
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    return (maps - low) / (high - low)
+
+
+def ours(network, images, method, classes=None):
+    """Return our maps, and the classes: of each image the one with the most evidence, so that none is empty."""
+    with GradCAM(network, method=method) as cam:
+        if classes is None:
+            classes = cam(images, "all").raw.amax((2, 3)).argmax(1)
+        maps = cam(images, classes)
+    assert not maps.empty.any()
+    return maps, [int(index) for index in classes]
+
+
+def from_grad_cam_package(network, images, kind, classes):
+    targets = [ClassifierOutputTarget(index) for index in classes]
+    with kind(model=network, target_layers=[network.get_submodule(network.cam_layer)]) as cam:
+        return cam(input_tensor=images, targets=targets)
+
+
+def from_torchcam(network, images, kind, classes):
+    with kind(network, network.cam_layer) as cam:
+        images = images.clone().requires_grad_()
+        scores = network(images)
+        return cam(classes, scores, normalized=False)[0].numpy()
+
+
+def scaled_head(network, factor):
+    """Return a copy of the network with logits `factor` times as high."""
+    larger = copy.deepcopy(network)
+    head = larger.get_submodule(network.head_name)
+    with torch.no_grad():
+        head.weight.mul_(factor)
+        head.bias.mul_(factor)
+    return larger
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam", "xgradcam"])
+def test_maps_agree_with_the_grad_cam_package(network, images, method):
+    maps, classes = ours(network, images, method)
+    upsampled = maps.upsampled((SIZE, SIZE), aligned=False)[:, 0].numpy()
+    theirs = from_grad_cam_package(network, images, GRAD_CAM_PACKAGE[method], classes)
+    assert np.abs(min_max(upsampled) - min_max(theirs)).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam", "xgradcam"])
+def test_maps_agree_with_torchcam(network, images, method):
+    maps, classes = ours(network, images, method)
+    theirs = from_torchcam(network, images, TORCHCAM[method], classes)
+    assert np.abs(min_max(maps.raw[:, 0]) - min_max(theirs)).max() < 1e-5
+
+
+def test_maps_agree_with_captum(network, images):
+    layer = network.get_submodule(network.cam_layer)
+    maps, classes = ours(network, images, "gradcam")
+    theirs = LayerGradCam(network, layer).attribute(images, target=classes, relu_attributions=True)
+    assert np.abs(min_max(maps.raw[:, 0]) - min_max(theirs[:, 0].detach())).max() < 1e-5
+    maps, classes = ours(network, images, "hirescam")
+    product = LayerGradientXActivation(network, layer).attribute(images, target=classes)
+    theirs = product.sum(dim=1).relu().detach()  # HiResCAM is gradient times activation, summed over channels
+    assert np.abs(min_max(maps.raw[:, 0]) - min_max(theirs)).max() < 1e-5
+
+
+def activation_and_gradient(network, images, classes):
+    """Return (N, K, h, w) A and G at the network's layer, in double precision, the plain way."""
+    double, kept = copy.deepcopy(network).double(), {}
+    hook = double.get_submodule(network.cam_layer).register_forward_hook(
+        lambda module, inputs, output: kept.update(a=output) or output.clone()
+    )
+    logits = double(images.double())
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), kept["a"])
+    return kept["a"].detach(), gradient
+
+
+def grad_cam_plus_plus(network, images, classes):
+    """Return Grad-CAM++ maps from its paper's formula alone."""
+    a, g = activation_and_gradient(network, images, classes)
+    below = 2 * g**2 + g**3 * a.sum((2, 3), keepdim=True)
+    alpha = torch.where(g != 0, g**2 / below, 0)
+    weights = (alpha * g.relu()).sum((2, 3), keepdim=True)
+    return (weights * a).sum(1).relu()
+
+
+def test_grad_cam_plus_plus_follows_its_formula_where_an_epsilon_would_not(network, images):
+    # grad-cam adds 1e-6 to a denominator of the size of the gradient's square, which behind pooling is no larger than
+    # that. The formula needs no epsilon, so it is the formula that is followed.
+    maps, classes = ours(network, images, "gradcam++")
+    expected = min_max(grad_cam_plus_plus(network, images, classes))
+    assert np.abs(min_max(maps.raw[:, 0]) - expected).max() < 1e-5
+    # With logits so high that the epsilon is nothing beside them, grad-cam agrees.
+    larger = scaled_head(network, 1e5)
+    maps, classes = ours(larger, images, "gradcam++")
+    upsampled = maps.upsampled((SIZE, SIZE), aligned=False)[:, 0].numpy()
+    theirs = from_grad_cam_package(larger, images, GRAD_CAM_PACKAGE["gradcam++"], classes)
+    assert np.abs(min_max(upsampled) - min_max(theirs)).max() < 1e-5
+
+
+def test_torchcam_s_grad_cam_plus_plus_lacks_its_denominator_and_is_not_followed(network, images):
+    # torchcam 0.5 divides a copy that it then drops (an index with a mask makes one), so that α is G² alone.
+    maps, classes = ours(network, images, "gradcam++")
+    theirs = min_max(from_torchcam(network, images, torchcam.methods.GradCAMpp, classes))
+    assert np.abs(min_max(maps.raw[:, 0]) - theirs).max() > 1e-3
+    activation, gradient = activation_and_gradient(network, images, classes)
+    weights = (gradient**2 * gradient.relu()).sum((2, 3), keepdim=True)
+    assert np.abs(min_max((weights * activation).sum(1).relu()) - theirs).max() < 1e-4
+
+
+def test_eigen_cam_is_the_first_singular_vector_uncentred(network, images):
+    # grad-cam centres the activations first and leaves the sign to chance, so its map is often the negative of one.
+    # The paper does not centre, and of activations that are not negative the vector has one sign anyhow.
+    with GradCAM(network, method="eigencam") as cam:
+        found = cam(images, "all")
+    activations, _ = activation_and_gradient(network, images, [0] * len(images))
+    for maps, one in zip(found.raw.numpy(), activations.numpy(), strict=True):
+        matrix = one.reshape(len(one), -1).T
+        _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
+        expected = np.abs(matrix @ vectors[0]).reshape(maps.shape[1:])
+        for map_ in maps:  # the same for every class
+            np.testing.assert_allclose(map_, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+class NoPooling(nn.Module):
+    """A network whose layer has the input's resolution: no interpolation comes between libraries."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+        self.cam_layer = "features.1"
+
+    def forward(self, x):
+        return self.head(self.features(x).amax((2, 3)))
+
+
+def test_score_cam_agrees_with_both_libraries_where_nothing_is_interpolated():
+    # They differ in how a channel becomes a mask: grad-cam upsamples with aligned corners, torchcam scales to 0-1
+    # before it upsamples. The paper upsamples and then scales; we do too, each cell at its place.
+    torch.manual_seed(0)
+    network = NoPooling().eval()
+    images = torch.randn(2, 3, 12, 12)
+    maps, classes = ours(network, images, "scorecam")
+    theirs = from_grad_cam_package(network, images, pytorch_grad_cam.ScoreCAM, classes)
+    assert np.abs(min_max(maps.raw[:, 0]) - min_max(theirs)).max() < 1e-5
+    with torchcam.methods.ScoreCAM(network, network.cam_layer) as cam, torch.no_grad():
+        network(images)
+        theirs = cam(classes, normalized=False)[0]
+    assert np.abs(min_max(maps.raw[:, 0]) - min_max(theirs)).max() < 1e-5
+
+
+def test_layers_are_fused_as_torchcam_fuses_them(images):
+    torch.manual_seed(0)
+    network = build_network("vgg16", 4).eval()
+    layers = ["features.22", "features.29"]
+    with GradCAM(network, layers, "layercam") as cam:
+        fused = cam(images, 1).upsampled((SIZE, SIZE), aligned=False)[:, 0]
+    with torchcam.methods.LayerCAM(network, layers) as cam:
+        scores = network(images.clone().requires_grad_())
+        each = cam(1, scores, normalized=False)
+    each = [nn.functional.interpolate(one[:, None], (SIZE, SIZE), mode="bilinear")[:, 0] for one in each]
+    expected = torch.maximum(*[one / one.amax((1, 2), keepdim=True) for one in each])
+    torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
