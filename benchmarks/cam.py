@@ -1,0 +1,383 @@
+"""What Grad-CAM costs, ours and three libraries', in forward passes of the same network.
+
+    python benchmarks/cam.py [--networks vgg16,resnet18,densenet121] [--batch 16] [--rounds 10]
+
+The libraries (`pip install grad-cam torchcam captum`) compute maps at the layer that ours takes, for one class
+and for all 14, each in the way its documentation shows; one that is not there or cannot do it is reported as
+such. Networks have random weights and see noise. Each time is divided by that of an inference forward pass
+right before it, in the same process, with everything else taking its turn in every round; medians of these
+ratios are printed, and written with the seconds to `--output` after each row. Memory is what the maps need
+above the peak of a forward pass.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from grad_cam import GradCAM
+from networks import build_network, resolve_device
+
+CLASSES = 14
+Maps = Callable[
+    [Tensor, int], Tensor
+]  # (N, 3, H, W) images and K: the (N, K, h, w) maps of the first K classes
+
+
+@contextmanager
+def ours(network: nn.Module) -> Iterator[Maps]:
+    """Ours: one forward pass, whatever the number of classes."""
+    with GradCAM(network) as cam:
+        yield lambda images, number: cam(images, 0 if number == 1 else "all").raw
+
+
+@contextmanager
+def grad_cam(network: nn.Module) -> Iterator[Maps]:
+    """`pytorch_grad_cam`: a call a class. It scales each map to 0–1 at the input's size: it has no other way."""
+    from pytorch_grad_cam import GradCAM as Theirs
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    cam = Theirs(model=network, target_layers=[network.get_submodule(network.cam_layer)])
+
+    def maps(images: Tensor, number: int) -> Tensor:
+        found = [cam(images, [ClassifierOutputTarget(k)] * len(images)) for k in range(number)]
+        return torch.stack([torch.from_numpy(each) for each in found], dim=1)
+
+    try:
+        yield maps
+    finally:
+        # Not its own `with`, which swallows an IndexError.
+        cam.activations_and_grads.release()
+        network.zero_grad(set_to_none=True)  # its backward pass goes into the weights
+
+
+@contextmanager
+def torchcam(network: nn.Module) -> Iterator[Maps]:
+    """`torchcam`: one forward pass, then a backward pass a class."""
+    from torchcam.methods import GradCAM as Theirs
+
+    with Theirs(network, target_layer=network.cam_layer) as cam:
+
+        def maps(images: Tensor, number: int) -> Tensor:
+            scores = network(images)
+            found = [cam(k, scores, normalized=False, retain_graph=k + 1 < number) for k in range(number)]
+            return torch.stack([each for (each,) in found], dim=1)
+
+        yield maps
+
+
+@contextmanager
+def captum(network: nn.Module) -> Iterator[Maps]:
+    """`captum`: a call a class."""
+    from captum.attr import LayerGradCam
+
+    cam = LayerGradCam(network, network.get_submodule(network.cam_layer))
+
+    def maps(images: Tensor, number: int) -> Tensor:
+        # Detached one by one: each holds the graph of a whole pass.
+        found = [cam.attribute(images, target=k, relu_attributions=True).detach() for k in range(number)]
+        return torch.cat(found, dim=1)
+
+    yield maps
+
+
+LIBRARIES = {"grad-cam": grad_cam, "torchcam": torchcam, "captum": captum}
+METHODS: dict[str, Callable[[nn.Module], AbstractContextManager[Maps]]] = {"ours": ours, **LIBRARIES}
+
+
+class Case(NamedTuple):
+    """A network in eval mode and a batch of images for it, and whether both run in fp32 or in bf16."""
+
+    name: str
+    network: nn.Module
+    images: Tensor
+    precision: str
+
+    def forward(self) -> Tensor:
+        """Return the logits: the pass that everything is compared with."""
+        with torch.inference_mode(), self._autocast():
+            return self.network(self.images)
+
+    def maps(self, method: Maps, number: int) -> Tensor:
+        """Return the maps of the first classes."""
+        with self._autocast():
+            return method(self.images, number)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=enabled)
+
+
+def make_case(name: str, given: argparse.Namespace) -> Case:
+    """Return what is measured: the same for each process that asks."""
+    torch.manual_seed(0)
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
+    network = build_network(name, CLASSES).eval().to(device)
+    images = torch.randn(given.batch, 3, given.image_size, given.image_size).to(device)
+    if device.type == "cuda" and given.precision == "bf16":  # the layout that its bf16 convolutions want
+        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))
+    return Case(name, network, images, given.precision)
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Return (…, h, w) maps, each from 0 to 1; one that is the same everywhere is zeros."""
+    maps = maps.float() - maps.float().amin(dim=(-2, -1), keepdim=True)
+    return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def disagreements(case: Case, libraries: list[str]) -> list[str]:
+    """Return a line for each library whose maps are not ours to 1e-4, each map from 0 to 1, in fp32."""
+    lines = []
+    few = case._replace(images=case.images[:2], precision="fp32")
+    for number in (1, CLASSES):
+        with ours(few.network) as method:
+            expected = few.maps(method, number).cpu()
+        for library in libraries:
+            try:
+                with LIBRARIES[library](few.network) as method:
+                    found = few.maps(method, number).cpu()
+            except Exception as error:  # a library's refusal, of whatever type, is a result
+                lines.append(f"{case.name}, {library}: {first_line(error)}")
+                continue
+            # Scaled before it is enlarged, too: rounding would make a picture of a map that is even.
+            same_size = functional.interpolate(min_max(expected), size=found.shape[2:], mode="bilinear")
+            worst = float((min_max(found) - min_max(same_size)).abs().max())
+            if not worst <= 1e-4:
+                lines.append(f"{case.name}, {library}: of {number} classes, a map is {worst:.1e} from ours")
+    return lines
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in a line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall-clock time of some work, with all that it started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+class Timings(NamedTuple):
+    """Seconds of each round and method, those of the forward pass right before it, and errors of libraries."""
+
+    took: dict[str, list[float]]
+    forward: dict[str, list[float]]
+    failed: dict[str, str]
+
+    @property
+    def measured(self) -> set[str]:
+        """The methods that were asked for and did not fail."""
+        return set(self.took) - set(self.failed)
+
+    def ratio(self, method: str) -> float | None:
+        """Return the median over the rounds of a method's time in forward passes; None if there is none."""
+        if method not in self.measured:
+            return None
+        pairs = zip(self.took[method], self.forward[method], strict=True)
+        return statistics.median(time / least for time, least in pairs)
+
+    def median(self, method: str) -> float | None:
+        """Return the median time of a method; None if there is none."""
+        return None if method not in self.measured else statistics.median(self.took[method])
+
+
+def timings(case: Case, number: int, rounds: dict[str, int]) -> Timings:
+    """Time the methods that `rounds` names, as often as it says, after a round that does not count."""
+    times = Timings({method: [] for method in rounds}, {method: [] for method in rounds}, {})
+    for turn in range(max(rounds.values()) + 1):
+        for name in [name for name in rounds if turn <= rounds[name] and name not in times.failed]:
+            least = seconds(case.forward, case.images.device)
+            try:
+                with METHODS[name](case.network) as method:
+                    took = seconds(lambda m=method: case.maps(m, number), case.images.device)
+            except Exception as error:  # a library's refusal, of whatever type, is a result
+                if name == "ours":
+                    raise
+                times.failed[name] = first_line(error)
+                continue
+            if turn:
+                times.took[name].append(took)
+                times.forward[name].append(least)
+    return times
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use at a time: of a GPU since the last reset, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: its ru_maxrss begins with that of the process that started this one (Linux carries it
+    # over fork and exec), which has long needed more.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def map_memory(case: Case, name: str, number: int) -> float:
+    """Return by how many MB (10^6 bytes) an image the maps raise the peak above that of forward passes.
+
+    On a CPU a peak is the process's own, so this must be the first thing that a process does.
+    """
+    device = case.images.device
+    with METHODS[name](case.network):
+        pass  # what it imports is no part of the maps
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    case.forward()
+    case.forward()
+    least = peak_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with METHODS[name](case.network) as method:
+        case.maps(method, number)
+        return (peak_bytes(device) - least) / 1e6 / len(case.images)
+
+
+def map_memory_apart(case: Case, name: str, number: int, given: argparse.Namespace) -> float:
+    """Return `map_memory`, on a CPU of a fresh process. Raises RuntimeError where that process fails."""
+    if case.images.device.type == "cuda":
+        return map_memory(case, name, number)
+    options = ["--networks", case.name, "--batch", str(given.batch), "--image-size", str(given.image_size)]
+    options += ["--device", "cpu", "--precision", given.precision]
+    command = [sys.executable, __file__, *options, "--memory-of", name, "--classes", str(number)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(next(iter(found.stderr.splitlines()[::-1]), f"status {found.returncode}"))
+    return float(found.stdout.splitlines()[-1])
+
+
+def library_rounds(number: int, given: argparse.Namespace) -> int:
+    """Return how often libraries are timed: fewer times, if asked, where they loop over all classes."""
+    return given.rounds if number == 1 else given.library_rounds
+
+
+def record_of(case: Case, number: int, times: Timings, given: argparse.Namespace) -> dict[str, object]:
+    """Return a row without its memory: medians of seconds and of ratios, None for a library that failed."""
+    device = case.images.device
+    record: dict[str, object] = {
+        "name": f"{case.name}, {'one class' if number == 1 else f'all {number} classes'}"
+    }
+    record["forward"] = statistics.median(times.forward["ours"])
+    for name in METHODS:
+        prefix = "" if name == "ours" else f"{name} "
+        record[name] = times.median(name)
+        record[f"{prefix}ratio"] = times.ratio(name)
+        if device.type == "cuda" and record[name]:
+            record[f"{prefix}maps_per_second"] = number * len(case.images) / record[name]
+    return record | {
+        "rounds": given.rounds,
+        "library_rounds": library_rounds(number, given) if given.libraries else 0,
+        "batch": given.batch,
+        "image_size": given.image_size,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "precision": given.precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def measured_row(case: Case, number: int, given: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
+    """Return the record of a row, and a line for each thing that could not be measured."""
+    rounds = {"ours": given.rounds} | dict.fromkeys(given.libraries, library_rounds(number, given))
+    times = timings(case, number, rounds)
+    record = record_of(case, number, times, given)
+    notes = [f"{case.name}, {name}: {error}" for name, error in times.failed.items()]
+    for name in [name for name in rounds if name == "ours" or number == 1]:
+        key = "memory_mb_per_image" if name == "ours" else f"{name} memory_mb_per_image"
+        record[key] = None
+        if name not in times.failed:
+            try:
+                record[key] = map_memory_apart(case, name, number, given)
+            except RuntimeError as error:
+                notes.append(f"{record['name']}, memory of {name}: {first_line(error)}")
+    return record, notes
+
+
+def table_line(record: dict[str, object]) -> str:
+    """Return a row of the table; its head is the row of an empty record."""
+    cells = [f"{record.get('name', ''):27}"]
+    for name in METHODS:
+        ratio = record.get("ratio" if name == "ours" else f"{name} ratio")
+        cells.append(f"{name if not record else '-' if ratio is None else f'{ratio:.2f}':>9}")
+    for key, title in (("forward", "forward (s)"), ("memory_mb_per_image", "MB an image")):
+        value = record.get(key)
+        cells.append(f"{title if not record else '-' if value is None else f'{value:.4g}':>12}")
+    return " ".join(cells)
+
+
+def write_records(records: list[dict[str, object]], path: Path) -> None:
+    """Write a JSON list in one step, so that a run that is broken off leaves the rows before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(records, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description="Time Grad-CAM in forward passes of the same network.")
+    parser.add_argument("--networks", default="vgg16,resnet18,densenet121")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=10, help="of the forward pass and of ours")
+    parser.add_argument(
+        "--library-rounds", type=int, help="of the libraries' loops over all classes (default: as --rounds)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--no-libraries", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cam.json"))
+    # For the processes that measure memory.
+    parser.add_argument("--memory-of", choices=tuple(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=int, default=1, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.library_rounds = given.rounds if given.library_rounds is None else given.library_rounds
+    if min(given.rounds, given.library_rounds, given.batch) < 1:
+        parser.error("rounds and batch must be at least 1; for ours alone give --no-libraries")
+    given.libraries = [] if given.no_libraries else list(LIBRARIES)
+    return given
+
+
+def main() -> None:
+    """Measure, print and write."""
+    given = arguments()
+    if given.memory_of:
+        print(map_memory(make_case(given.networks, given), given.memory_of, given.classes))
+        return
+    records, notes = [], []
+    print(table_line({}))
+    for name in given.networks.split(","):
+        case = make_case(name, given)
+        notes += disagreements(case, given.libraries)
+        for number in (1, CLASSES):
+            record, more = measured_row(case, number, given)
+            notes += more
+            records.append(record)
+            write_records(records, given.output)
+            print(table_line(record), flush=True)
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    main()
