@@ -327,9 +327,11 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     """Return the means by kind of map as `Interval`s over patients (one patient has none) and `verdict`, what
     randomising the network says of a method.
 
-    Columns, those left out that nothing is known for: "empty" maps; "peak in lesion", "share in lesion", "share in
-    lungs"; "probability" of the class; "deletion" and "average drop" (small is faithful), "insertion" and "increase"
-    (large is); "ranks, head random" and "ranks, all random" (correlations: 0 where the map is another one).
+    Columns, those left out that nothing is known for: "empty" maps, if any; "peak in lesion", "share in lesion", each
+    also "minus another's", case by case the difference to `ANOTHER`; "share in lungs"; "probability" of the class;
+    "deletion" and "average drop" (small is faithful), "insertion" and "increase" (large is); "agreement, head
+    random" and "agreement, all random" (absolute rank correlations with the trained network's maps, on which the
+    verdict stands).
     """
     seed = int(rng.integers(2**63))
     stage = scores.randomised["stage"]
@@ -337,25 +339,47 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     columns = {
         "empty": _means(scores.located, "empty", seed),
         "peak in lesion": _means(scores.located, "peak", seed),
+        "peak, minus another's": _differences(scores.located, "peak", seed),
         "share in lesion": _means(scores.located, "in_lesion", seed),
+        "share, minus another's": _differences(scores.located, "in_lesion", seed),
         "share in lungs": _means(scores.located, "in_lungs", seed),
         "probability": _means(scores.faithful, "probability", seed),
         "deletion": _means(scores.faithful, "deletion", seed),
         "insertion": _means(scores.faithful, "insertion", seed),
         "average drop": _means(scores.faithful, "drop", seed),
         "increase": _means(scores.faithful, "increase", seed),
-        "ranks, head random": _means(head, "correlation", seed),
-        "ranks, all random": _means(everything, "correlation", seed),
+        "agreement, head random": _means(head, "agreement", seed),
+        "agreement, all random": _means(everything, "agreement", seed),
     }
     kinds = scores.located["map"].unique()
     unknown = Interval(np.nan, np.nan, np.nan)
     table = pd.DataFrame(
         {name: [c.get(kind, unknown) for kind in kinds] for name, c in columns.items()}, index=kinds
     )
-    table = table[[name for name in table if any(not np.isnan(cell.estimate) for cell in table[name])]]
-    after = _means(head, "agreement", seed), _means(everything, "agreement", seed)
-    said = {kind: verdict(after[0][kind], after[1][kind]) for kind in after[0]}
+    told = {name: [cell.estimate for cell in table[name] if not np.isnan(cell.estimate)] for name in table}
+    table = table[[name for name, known in told.items() if (any(known) if name == "empty" else known)]]
+    rows = zip(
+        columns["agreement, head random"].items(), columns["agreement, all random"].values(), strict=True
+    )
+    said = {kind: verdict(after_head, after_all) for (kind, after_head), after_all in rows}
     return table.assign(verdict=[said.get(kind, "") for kind in kinds])
+
+
+def _differences(located: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
+    """Return by kind the mean of what each case has more than it has with another patient's map."""
+    theirs = located.loc[located["map"] == ANOTHER, column].to_numpy(float)
+    kinds = {kind: own for kind, own in located.groupby("map", sort=False) if kind != ANOTHER}
+    # Every kind has the same cases in the same order.
+    frames = [own.assign(**{column: own[column].to_numpy(float) - theirs}) for own in kinds.values()]
+    return _means(pd.concat(frames), column, seed)
+
+
+def counts(scores: MapScores) -> str:
+    """Return in words how many cases the scores stand on."""
+    one = scores.located[scores.located["map"] == scores.located["map"].iloc[0]]
+    lesions, lungs = (int(one[column].notna().sum()) for column in ("in_lesion", "in_lungs"))
+    asked = scores.faithful["path"].nunique()
+    return f"{len(one)} cases, {lesions} with a lesion or box, {lungs} with lungs; the network was asked of {asked}"
 
 
 def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:

@@ -24,11 +24,12 @@ Probabilities = Callable[[Tensor], Tensor]  # (N, 3, H, W) normalised images -> 
 BLOCKS = 14  # equal pixels come and go in squares of a 14th of the image's side, the patch of many networks
 LEVELS = 2**16  # finer differences between map values are the rounding of upsampling, not an order
 BLUR = 0.1  # sigma as a share of the image's shorter side: a lesion or a rib is no longer there
-# The head makes the difference between the classes: a map that ranks its pixels as before, but for ties and
-# rounding, shows what is in the image, not why it is this class.
-HEAD_LIMIT = 0.95
-# Nothing learnt is left. Some agreement stays even so: every map is smooth and every network sees the same
-# edges; above this, a quarter of the ranks' variance (0.5²) is not the weights' doing.
+# Limits of the mean absolute rank correlation with the trained network's maps. The head makes the difference between
+# the classes: where it is random and half of the ranks' variance (0.7²) is as before, the map shows what is in the
+# image, not why it is this class.
+HEAD_LIMIT = 0.7
+# Nothing learnt is left. Some agreement stays even so: maps have few cells, are smooth, and every network sees the
+# same edges; above this, a quarter of the ranks' variance (0.5²) is not the weights' doing.
 ALL_LIMIT = 0.5
 CHANGES = "changes with the weights"
 
@@ -203,12 +204,12 @@ def verdict(after_head: tuple[float, float, float], after_all: tuple[float, floa
     """
     (_, head_low, head_high), (_, all_low, all_high) = after_head, after_all
     if head_low > HEAD_LIMIT:
-        return "does not depend on the head: it does not explain the decision"
+        return "does not explain the decision"
     if all_low > ALL_LIMIT:
-        return "hardly depends on the weights: it does not explain the model"
+        return "does not explain the model"
     if head_high <= HEAD_LIMIT and all_high <= ALL_LIMIT:
         return CHANGES
-    return "undecided: too few images"
+    return "undecided"
 
 
 def _pixel_ranks(maps: Tensor, seed: int) -> Tensor:

@@ -355,15 +355,19 @@ def _batched_gradients(logits: Tensor, points: list[Tensor], cotangents: Tensor)
 
 def _layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """Return the target modules by name."""
-    names = layer if layer is not None else getattr(model, "cam_layer", None)
+    usual = getattr(model, "cam_layer", None)
+    names = layer if layer is not None else usual
     if not names:
         raise ValueError("this network does not say which layer to use: give GradCAM(model, layer=NAME)")
+    if isinstance(names, nn.Module):
+        raise ValueError("give the layer's name, as in network.named_modules(), and not the module")
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
             spatial = [key for key, module in modules.items() if isinstance(module, nn.Conv2d | nn.ReLU)]
-            raise ValueError(f"no layer {name!r} in this network: try one of {', '.join(spatial[-6:])}")
+            tips = ", ".join(dict.fromkeys([usual] * bool(usual) + spatial[-6:]))
+            raise ValueError(f"no layer {name!r} in this network: try one of {tips}")
     return {name: modules[name] for name in names}
 
 

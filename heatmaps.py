@@ -25,6 +25,8 @@ def overlay(
     colour always means evidence. `colormap` is a name of `COLORMAPS` (OpenCV's). Raises ValueError where
     the shapes differ or the map leaves 0–1.
     """
+    if xray.dtype != np.uint8:
+        raise ValueError(f"the X-ray must be uint8, 0 to 255, not {xray.dtype}")
     if xray.shape != map_.shape:
         raise ValueError(f"X-ray {xray.shape} and map {map_.shape} differ: upsample the map to the X-ray")
     if not (map_.min() >= 0 and map_.max() <= 1):

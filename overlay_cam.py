@@ -223,7 +223,8 @@ def answer(
     entries = []
     for index, map_, peak, path in zip(said.classes, said.maps, said.peaks.tolist(), outputs, strict=True):
         peak = peak if np.isfinite(peak) else None
-        entry = {"label": card.classes[index], "overlay": str(path), "empty": not map_.any()}
+        label = card.classes[index] if _knows_classes(options.method) else None
+        entry = {"label": label, "overlay": str(path), "empty": not map_.any()}
         entry["peak"] = None if peak is None else float(f"{peak:.6g}")
         picture = overlay(xray, map_, **colours)
         if options.boxes is not None:

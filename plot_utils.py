@@ -523,23 +523,21 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
 
 def plot_randomisation(correlations: pd.DataFrame, ax: Axes) -> Axes:
     """Draw how far maps stay the same while a network is made random from the top down: `correlations` as in
-    `cam_scores.MapScores.randomised`, columns map, share and correlation; a line a method, the means.
+    `cam_scores.MapScores.randomised`, columns map, share and agreement; a line a method, the means.
 
     A line that stays at 1 is of a method that shows what is in the image, not what the network has learnt.
     """
     ax.axhline(0, color="0.5", linestyle=":", linewidth=1, zorder=1)
-    means = (
-        correlations.groupby(["map", "share"], sort=False)["correlation"].mean().unstack("map", sort=False)
-    )
+    means = correlations.groupby(["map", "share"], sort=False)["agreement"].mean().unstack("map", sort=False)
     means = means.sort_index()
     # Evenly spaced: the head is one layer of a hundred, and the step that matters most.
     steps = ["nothing", "the head", *(f"{share:.0%}" for share in means.index[1:])]
     for name, style in _styles(list(means)).items():
         dots = {"color": style.color, "marker": style.marker, "markersize": 7, "alpha": 0.8}
         ax.plot(range(len(steps)), [1, *means[name]], **dots, label=name)
-    ax.set(ylim=(-1.05, 1.05), xlabel="layers that are random, from the head down")
+    ax.set(ylim=(0, 1.04), xlabel="layers that are random, from the head down")
     ax.set_xticks(range(len(steps)), steps)
-    ax.set_ylabel("rank correlation with\nthe trained network's map")
+    ax.set_ylabel("agreement with the trained network's\nmap (absolute rank correlation)")
     _legend_beside(ax)
     return ax
 

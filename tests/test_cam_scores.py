@@ -197,7 +197,6 @@ def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
     scores = score_maps(honest, marked_cases[0][:6], methods=["gradcam"], faithful=5, steps=4, seed=0)
     table = summary(scores, rng=np.random.default_rng(0))
     names = {
-        "empty": "empty",
         "peak in lesion": "peak",
         "share in lesion": "in_lesion",
         "share in lungs": "in_lungs",
@@ -211,9 +210,20 @@ def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
         frame = scores.located if field in scores.located else scores.faithful
         for kind, own in frame.groupby("map"):
             assert table.loc[kind, column].estimate == pytest.approx(own[field].mean())
-    for column, stage in (("ranks, head random", 0), ("ranks, all random", scores.randomised["stage"].max())):
-        expected = scores.randomised.loc[scores.randomised["stage"] == stage, "correlation"].mean()
+    for column, stage in (
+        ("agreement, head random", 0),
+        ("agreement, all random", scores.randomised["stage"].max()),
+    ):
+        expected = scores.randomised.loc[scores.randomised["stage"] == stage, "agreement"].mean()
         assert table.loc["Grad-CAM", column].estimate == pytest.approx(expected)
+    assert "empty" not in table  # as none is
+    own, theirs = (scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's"))
+    paired = (own["in_lesion"].to_numpy() - theirs["in_lesion"].to_numpy()).mean()
+    assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)
+    assert (
+        cam_scores.counts(scores)
+        == "6 cases, 6 with a lesion or box, 6 with lungs; the network was asked of 5"
+    )
     uniform = scores.located[scores.located["map"] == "uniform"]
     assert (uniform["peak"] == uniform["in_lesion"]).all()
     assert (uniform["peak"] < 0.5).all()
@@ -249,7 +259,7 @@ def test_one_patient_has_no_interval_and_no_verdict(honest, marked_cases):
     scores = score_maps(honest, marked_cases[0][:1], methods=["gradcam"], faithful=1, steps=2, seed=0)
     table = summary(scores, rng=np.random.default_rng(0))
     assert np.isnan(table.loc["Grad-CAM", "share in lungs"].low)
-    assert table.loc["Grad-CAM", "verdict"] == "undecided: too few images"
+    assert table.loc["Grad-CAM", "verdict"] == "undecided"
     assert table["peak in lesion"].map(lambda cell: np.isnan(cell.estimate)).tolist() == [
         False,
         True,
@@ -308,11 +318,11 @@ def test_eigen_cam_is_said_not_to_explain_and_grad_cam_is_not(honest, marked_cas
     table = summary(scores, rng=np.random.default_rng(0))
     assert table.loc["Grad-CAM", "verdict"] == "changes with the weights"
     assert "does not explain" in table.loc["Eigen-CAM", "verdict"]
-    assert table.loc["Eigen-CAM", "ranks, head random"].estimate == pytest.approx(1)
+    assert table.loc["Eigen-CAM", "agreement, head random"].estimate == pytest.approx(1)
     assert table.loc["uniform", "verdict"] == ""
     text = cam_scores.readable(table)
-    assert text.loc["uniform", "ranks, all random"] == "–"
-    assert text.loc["Eigen-CAM", "ranks, head random"] == "1.00 (1.00–1.00)"
+    assert text.loc["uniform", "agreement, all random"] == "–"
+    assert text.loc["Eigen-CAM", "agreement, head random"] == "1.00 (1.00–1.00)"
 
 
 def test_lungs_are_those_that_a_model_finds_where_the_data_has_none(honest, marked_cases):

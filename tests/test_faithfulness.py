@@ -430,11 +430,11 @@ def test_stacks_of_two_resolutions_are_refused():
     ("after_head", "after_all", "words"),
     [
         ((0.99, 0.96, 1.0), (0.1, 0.0, 0.2), "does not explain the decision"),
-        ((0.9, 0.8, HEAD_LIMIT), (0.7, 0.51, 0.9), "does not explain the model"),
-        ((0.9, 0.8, HEAD_LIMIT), (0.3, 0.1, 0.5), "changes with the weights"),
-        ((0.97, 0.9, 1.0), (0.3, 0.1, 0.5), "undecided: too few images"),
-        ((0.2, 0.1, 0.3), (0.5, 0.3, 0.6), "undecided: too few images"),
-        ((0.2, np.nan, np.nan), (0.1, np.nan, np.nan), "undecided: too few images"),  # one patient
+        ((0.6, 0.5, HEAD_LIMIT), (0.7, 0.51, 0.9), "does not explain the model"),
+        ((0.6, 0.5, HEAD_LIMIT), (0.3, 0.1, 0.5), "changes with the weights"),
+        ((0.75, 0.6, 0.9), (0.3, 0.1, 0.5), "undecided"),
+        ((0.2, 0.1, 0.3), (0.5, 0.3, 0.6), "undecided"),
+        ((0.2, np.nan, np.nan), (0.1, np.nan, np.nan), "undecided"),  # one patient
     ],
 )
 def test_verdict_needs_the_whole_interval_on_one_side_of_a_limit(after_head, after_all, words):
@@ -484,7 +484,7 @@ def test_a_method_that_looks_at_the_head_but_hardly_at_the_weights_does_not_expl
     def nudged_edges(network, images):
         which = int(network[4].weight[0].sum() * 1e4) % images.shape[-1]
         maps = edges(network, images)
-        maps[:, :, which] += 1
+        maps[:, :, [which, (which + 1) % images.shape[-1]]] += 1
         return maps
 
     images = noise(6, 3, 16, 16) - 0.5

@@ -636,9 +636,9 @@ def test_randomisation_begins_at_one_and_goes_through_the_means(ax):
         ("b", 1.0, 0.9),
         ("b", 0.1, 1.0),
     ]
-    plot_utils.plot_randomisation(pd.DataFrame(rows, columns=["map", "share", "correlation"]), ax)
-    lines = {line.get_label(): line.get_ydata() for line in ax.lines[1:]}
-    np.testing.assert_allclose(lines["a"], [1, 0.3, -0.5])
+    plot_utils.plot_randomisation(pd.DataFrame(rows, columns=["map", "share", "agreement"]), ax)
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_allclose(lines["a"], [1, 0.3, 0.5])
     np.testing.assert_allclose(lines["b"], [1, 1, 0.9])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["nothing", "the head", "100%"]
 
