@@ -374,7 +374,7 @@ def _differences(located: pd.DataFrame, column: str, seed: int) -> dict[str, Int
     return _means(pd.concat(frames), column, seed)
 
 
-def counts(scores: MapScores) -> str:
+def case_counts(scores: MapScores) -> str:
     """Return in words how many cases the scores stand on."""
     one = scores.located[scores.located["map"] == scores.located["map"].iloc[0]]
     lesions, lungs = (int(one[column].notna().sum()) for column in ("in_lesion", "in_lungs"))

@@ -321,6 +321,8 @@ class Study(Settings):
         fields |= {key: value for key, value in (("limit", limit), ("seed", seed)) if value is not None}
         if limit is not None:
             _rename(fields, f"-limit{limit}")
+            # Asking the network costs hundreds of passes an image: too long for a look at little data.
+            fields["maps"]["faithful"] = min(fields["maps"]["faithful"], max(2, limit // 20))
         if fold is not None:
             fields["split"]["fold"] = fold
             _rename(fields, f"-fold{fold}")

@@ -221,7 +221,7 @@ def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
     paired = (own["in_lesion"].to_numpy() - theirs["in_lesion"].to_numpy()).mean()
     assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)
     assert (
-        cam_scores.counts(scores)
+        cam_scores.case_counts(scores)
         == "6 cases, 6 with a lesion or box, 6 with lungs; the network was asked of 5"
     )
     uniform = scores.located[scores.located["map"] == "uniform"]

@@ -631,7 +631,7 @@ def test_randomisation_begins_at_one_and_goes_through_the_means(ax):
     rows = [
         ("a", 0.1, 0.2),
         ("a", 0.1, 0.4),
-        ("a", 1.0, -0.5),
+        ("a", 1.0, 0.5),
         ("a", 1.0, np.nan),
         ("b", 1.0, 0.9),
         ("b", 0.1, 1.0),

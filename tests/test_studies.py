@@ -290,3 +290,12 @@ def test_whole_numbers_of_held_out_images_shrink_with_a_limited_study(tmp_path):
     assert load_table(load_study(path)).counts().loc["sick"].to_dict() == {"train": 40, "val": 30, "test": 30}
     limited = load_table(load_study(path, limit=40)).counts()
     assert limited.loc["sick"].to_dict() == {"train": 8, "val": 6, "test": 6}
+
+
+def test_a_limited_study_asks_the_network_of_few_images():
+    study = load_study("demo")
+    assert study.maps.faithful == 8
+    assert load_study("demo", limit=64).maps.faithful == 3
+    assert load_study("demo", limit=10).maps.faithful == 2
+    assert load_study("demo", limit=5000).maps.faithful == 8
+    assert load_study("demo", quick=True).maps.faithful == 6
