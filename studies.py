@@ -323,6 +323,7 @@ class Study(Settings):
             _rename(fields, f"-limit{limit}")
             # Asking the network costs hundreds of passes an image: too long for a look at little data.
             fields["maps"]["faithful"] = min(fields["maps"]["faithful"], max(2, limit // 20))
+            fields["maps"]["steps"] = min(fields["maps"]["steps"], 4)
         if fold is not None:
             fields["split"]["fold"] = fold
             _rename(fields, f"-fold{fold}")

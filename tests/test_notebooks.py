@@ -85,7 +85,7 @@ def test_small_phantom_from_exploration_to_conclusion(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL)
     parameters = {"study": str(tmp_path / "small.toml"), "runs": str(tmp_path / "runs"), "seed": 1}
     first, second, third = (execute(name, tmp_path, **parameters) for name in NOTEBOOKS)
-    assert [len(pictures_of(notebook)) for notebook in (first, second, third)] == [7, 1, 9]
+    assert [len(pictures_of(notebook)) for notebook in (first, second, third)] == [7, 1, 11]
     for network in ("vgg16", "resnet18", "densenet121"):
         assert (tmp_path / "runs" / "small" / network / "model.safetensors").is_file()
     assert (
@@ -111,7 +111,7 @@ def test_own_folder_without_masks_runs_quickly_with_the_same_notebooks(tmp_path)
     assert (tmp_path / "runs" / "mine-quick" / "resnet18" / "model.json").is_file()
     assert "test accuracy" in data_of(third, "text/markdown")[-1]
     printed = "".join(o["text"] for c in third.cells for o in c.get("outputs", []) if "text" in o)
-    assert "nothing to score" in printed
+    assert "0 with a lesion or box" in printed
 
 
 def test_evaluation_without_training_says_what_to_do(tmp_path):

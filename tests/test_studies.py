@@ -296,6 +296,7 @@ def test_a_limited_study_asks_the_network_of_few_images():
     study = load_study("demo")
     assert study.maps.faithful == 8
     assert load_study("demo", limit=64).maps.faithful == 3
+    assert load_study("demo", limit=64).maps.steps == 4
     assert load_study("demo", limit=10).maps.faithful == 2
     assert load_study("demo", limit=5000).maps.faithful == 8
     assert load_study("demo", quick=True).maps.faithful == 6
