@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
 STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
-.PHONY: demo test notebooks clean
+.PHONY: demo test bench notebooks clean
 
 # The three notebooks on the synthetic phantom, then an overlay of one X-ray: see runs/demo/.
 demo: .venv/installed
@@ -21,7 +21,15 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/$(STRIP) --verify *.ipynb
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# How fast it is beside the usual way, and whether it survives kills: tables on the screen and in benchmarks/results/.
+bench: .venv/installed
+	@for name in training frozen_features kills memory decoding read_table "cam --no-libraries"; do \
+		set -- $$name; echo "== benchmarks/$$1.py $$2"; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \
+	done
+	@if [ -f runs/demo/resnet18/model.json ]; then $(BIN)/python benchmarks/overlay.py; \
+	else echo "overlay.py: left out, it needs the network of make demo"; fi
 
 # After `make demo`: take its outputs over into the notebooks that are committed.
 notebooks: .venv/installed-dev

@@ -4,24 +4,35 @@ python finetune.py covid_radiography --data-root DIR --networks resnet18
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import pandas as pd
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from augmentation import Augmentation
 from calibration import fit_temperature
+from checkpoints import Checkpoints, on_cpu, write_whole
+from compute import Compute, measured_compute
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import splits_frame
 from datasets.table import relative_paths
+from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
 from lung_segmentation import default_segmenter, save_segmenter
 from networks import (
@@ -33,30 +44,115 @@ from networks import (
     parameter_count,
     resolve_device,
 )
+from objectives import MULTI_LABEL, SINGLE_LABEL
 from predictions import choose_thresholds
-from results import complete_or_absent, history_log, predictions_frame
+from processes import accelerator_on
+from results import complete_or_absent, history_log, linked, predictions_frame, training_folder
 from studies import PROJECT, Study, Training, load_study, load_table
-from trained_networks import ModelCard, save_network
-from training import MULTI_LABEL, SINGLE_LABEL, FineTuned, fine_tune, predict_logits
-from utils import Preprocessing, augmentation, class_weights, label_weights, make_loaders, seed_everything
+from trained_networks import ModelCard, read_card, save_network
+from training import FineTuned, fine_tune, predict_logits
+from utils import Preprocessing, class_weights, label_weights, make_batches, seed_everything
 
 RUNS = PROJECT / "runs"
 
 
 def fine_tune_study(
-    study: Study, table: XrayTable, network: str, *, runs: Path = RUNS, device: str = "auto"
+    study: Study,
+    table: XrayTable,
+    network: str,
+    *,
+    runs: Path = RUNS,
+    device: str = "auto",
+    restart: bool = False,
 ) -> Path:
     """Fine-tune one network of a study and return its run folder, `runs/<study>/<network>`.
 
-    The folder appears, or replaces an older one, when everything in it is complete: until then the work
-    lies in a hidden folder beside it. The same study, data and machine give the same weights, on a CPU byte
-    for byte.
+    The results appear, or replace older ones, when they are complete. Until then the state is in `resume/` in that
+    folder: a training that was broken off goes on from there when this is called again, or begins anew with
+    `restart`. The same study, data and machine give the same weights, on a CPU byte for byte, broken off or not.
+
+    Raises ValueError where `resume/` is of other settings, or another process is training into the folder.
     """
     training, kind = study.training_of(network), architecture(network)
     where = resolve_device(device)
+    accelerator = accelerator_on(where)
     outputs = _number_of_outputs(training, table)
-    masking, failed = _lung_masking(study, table, runs)
-    seed_everything(study.seed)
+    if training.batch_size < accelerator.num_processes:
+        raise ValueError(
+            f"batch_size {training.batch_size} is shared by {accelerator.num_processes} processes: raise it"
+        )
+    folder = runs / study.name / network
+    with training_folder(folder, restart=restart, write=accelerator.is_main_process) as working:
+        with accelerator.main_process_first():  # it writes what the others then read
+            masking, failed = _lung_masking(study, table, runs)
+            preprocessing = _preprocessing(study, network, masking)
+            rows = {split: (table.subset(split)["path"], table.targets(split)) for split in SPLITS}
+            images = _cached_images(rows, preprocessing, training, runs, title=kind.title)
+        batches = make_batches(
+            rows,
+            preprocessing,
+            num_classes=len(table.classes),
+            batch_size=training.batch_size,
+            augment=Augmentation(**study.augmentation.model_dump()),
+            oversample=training.balance == "oversample",
+            seed=study.seed,
+            images=images,
+            num_workers=training.num_workers,
+        )
+        seed_everything(study.seed)
+        model = _built(network, outputs, training)
+        if accelerator.is_main_process:
+            _announce(network, model, study, table)
+        with accelerator.main_process_first():
+            compute = _compute(working, runs, model, study, network, where, len(batches["train"].sizes()))
+        with history_log(working if accelerator.is_main_process else None) as log:
+            done = fine_tune(
+                model,
+                batches,
+                training=training,
+                objective=MULTI_LABEL if table.multilabel else SINGLE_LABEL,
+                loss_weights=_loss_weights(training, table),
+                device=device,
+                compute=compute,
+                title=kind.title,
+                on_epoch=_after_epoch(log, model, working if training.keep_checkpoints else None),
+                checkpoints=Checkpoints(
+                    working,
+                    _fixed_settings(study, table, network)
+                    | {
+                        "images": preprocessing.key,
+                        "processes": accelerator.num_processes,
+                        "device": where.type,
+                    },
+                ),
+                scratch=working,
+            )
+        if training.temporary_batch_norm:
+            fold_batch_norm(model)
+        logits = {
+            split: predict_logits(model, batches["train_plain" if split == "train" else split], device=where)
+            for split in SPLITS
+        }
+        if accelerator.is_main_process:
+            origin = {
+                "settings": _settings_digest(study, table, network),
+                "processes": accelerator.num_processes,
+                "computed": str(compute),
+            }
+            card = _card(study, table, network, model, done, logits["val"], origin)
+            with complete_or_absent(folder) as results:
+                _write_results(results, table, card, model, done, logits)
+                if masking is not None:
+                    save_segmenter(results / "lungs", masking.segmenter)
+                    failed.to_csv(results / "lungs_failed.csv", index=False)
+                for kept in ("checkpoints", "tensorboard"):
+                    if (working / kept).is_dir():
+                        shutil.copytree(working / kept, results / kept, copy_function=linked)
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def _built(network: str, outputs: int, training: Training) -> nn.Module:
     model = build_network(
         network,
         outputs,
@@ -65,57 +161,112 @@ def fine_tune_study(
         residual_gain=training.residual_gain,
         hidden_units=training.hidden_units,
     )
-    size, settings = study.image_size_of(network), study.preprocessing
-    preprocessing = Preprocessing(size, settings.mean, settings.std, lungs=masking)
-    loaders = make_loaders(
-        {split: (table.subset(split)["path"], table.targets(split)) for split in SPLITS},
-        preprocessing,
-        num_classes=len(table.classes),
-        batch_size=training.batch_size,
-        augment=augmentation(size, **study.augmentation.model_dump()),
-        oversample=training.balance == "oversample",
-        num_workers=training.num_workers,
-        generator=torch.Generator().manual_seed(study.seed),
-    )
-    targets = table.targets("train")
-    print(
-        f"{kind.title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
-        f"{training.weights}, {size} px, {len(targets)} training images"
-    )
-    if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
-        print(f"{kind.title}: the frozen layers keep random weights, which is for trying things out only")
     if training.temporary_batch_norm:
         add_batch_norm(model)
-    folder = runs / study.name / network
-    with complete_or_absent(folder) as partial, history_log(partial) as log:
-        done = fine_tune(
-            model,
-            loaders,
-            training=training,
-            objective=MULTI_LABEL if table.multilabel else SINGLE_LABEL,
-            loss_weights=_loss_weights(training, table),
-            device=device,
-            title=kind.title,
-            on_epoch=_after_epoch(log, model, partial if training.keep_checkpoints else None),
-            scratch=partial,
+    return model
+
+
+def _preprocessing(study: Study, network: str, masking: LungMasking | None) -> Preprocessing:
+    settings = study.preprocessing
+    return Preprocessing(study.image_size_of(network), settings.mean, settings.std, lungs=masking)
+
+
+def _cached_images(
+    rows: Mapping[str, tuple[Sequence[str], object]],
+    preprocessing: Preprocessing,
+    training: Training,
+    runs: Path,
+    *,
+    title: str,
+) -> dict[str, ImageFile] | None:
+    """Return the decoded images of each split, from a file in `runs/image_cache/`, or None to decode them in every
+    epoch, where the study wants that or the file cannot be written.
+    """
+    if not training.cache_images:
+        return None
+    try:
+        return cached(
+            {split: paths for split, (paths, _) in rows.items()},
+            preprocessing,
+            runs / "image_cache",
+            title=title,
         )
-        if training.temporary_batch_norm:
-            fold_batch_norm(model)
-        model.to(where)
-        logits = {
-            split: predict_logits(model, loaders["train_plain" if split == "train" else split], device=where)
-            for split in SPLITS
-        }
-        card = _card(study, table, network, model, done, logits["val"])
-        for split, values in logits.items():
-            predictions = predictions_frame(table, split, card.probabilities(values).numpy())
-            predictions.to_csv(partial / f"predictions_{split}.csv", index=False)
-        splits_frame(table).to_csv(partial / "splits.csv", index=False)
-        if masking is not None:
-            save_segmenter(partial / "lungs", masking.segmenter)
-            failed.to_csv(partial / "lungs_failed.csv", index=False)
-        save_network(partial, model, card)
-    return folder
+    except CacheFailed as error:
+        print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
+        return None
+
+
+def _compute(
+    working: Path,
+    runs: Path,
+    model: nn.Module,
+    study: Study,
+    network: str,
+    device: torch.device,
+    batches: int,
+) -> Compute:
+    """Return how to compute; a training that goes on computes as it did, whatever was measured since."""
+    kept, training = working / "compute.json", study.training_of(network)
+    if kept.is_file():
+        return Compute(**json.loads(kept.read_text(encoding="utf-8")))
+    chosen = measured_compute(
+        model,
+        study.image_size_of(network),
+        training,
+        device,
+        steps=sum(phase.epochs for phase in training.stretches) * batches,
+        kept=runs / "compute.json",
+        title=architecture(network).title,
+    )
+    write_whole(kept, json.dumps(asdict(chosen)))
+    return chosen
+
+
+def _announce(network: str, model: nn.Module, study: Study, table: XrayTable) -> None:
+    training, title = study.training_of(network), architecture(network).title
+    print(
+        f"{title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
+        f"{training.weights}, {study.image_size_of(network)} px, {len(table.subset('train'))} training images"
+    )
+    if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
+        print(f"{title}: the frozen layers keep random weights, which is for trying things out only")
+
+
+def _fixed_settings(study: Study, table: XrayTable, network: str) -> dict[str, object]:
+    """Return, flat, all that must be the same when a training goes on."""
+    idle = {"num_workers", "cache_images", "checkpoint_minutes", "keep_checkpoints", "threshold"}
+    training = study.training_of(network).model_dump(mode="json", exclude=idle)
+    groups = {
+        "preprocessing": study.preprocessing.model_dump(mode="json"),
+        "augmentation": study.augmentation.model_dump(mode="json"),
+    }
+    flat = {f"{group} {key}": value for group, values in groups.items() for key, value in values.items()}
+    return {
+        **training,
+        **flat,
+        "image_size": study.image_size_of(network),
+        "seed": study.seed,
+        "data": data_fingerprint(table),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _write_results(
+    folder: Path,
+    table: XrayTable,
+    card: ModelCard,
+    model: nn.Module,
+    done: FineTuned,
+    logits: Mapping[str, Tensor],
+) -> None:
+    done.history.to_csv(folder / "history.csv", index=False)
+    done.timing.to_csv(folder / "timing.csv", index=False)
+    for split, values in logits.items():
+        predictions = predictions_frame(table, split, card.probabilities(values).numpy())
+        predictions.to_csv(folder / f"predictions_{split}.csv", index=False)
+    splits_frame(table).to_csv(folder / "splits.csv", index=False)
+    save_network(folder, model, card)
 
 
 def _number_of_outputs(training: Training, table: XrayTable) -> int:
@@ -177,14 +328,20 @@ def _after_epoch(
         log(history)
         if folder is not None:
             (folder / "checkpoints").mkdir(exist_ok=True)
-            state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-            save_file(state, folder / "checkpoints" / f"epoch_{len(history):02}.safetensors")
+            file = folder / "checkpoints" / f"epoch_{len(history):02}.safetensors"
+            write_whole(file, partial(save_file, on_cpu(model.state_dict())))
 
     return after
 
 
 def _card(
-    study: Study, table: XrayTable, network: str, model: nn.Module, done: FineTuned, val_logits: Tensor
+    study: Study,
+    table: XrayTable,
+    network: str,
+    model: nn.Module,
+    done: FineTuned,
+    val_logits: Tensor,
+    origin: Mapping[str, object],
 ) -> ModelCard:
     """Return the model card, with the temperature and the thresholds that validation chooses."""
     training, targets = study.training_of(network), table.targets("val")
@@ -204,12 +361,12 @@ def _card(
         multilabel=table.multilabel,
         lung_masking=study.preprocessing.lung_model is not None,
         temperature=1.0 if table.multilabel else fit_temperature(class_logits(val_logits).numpy(), targets),
-        origin=_origin(study, table, device=str(device), parameters=parameter_count(model)),
+        origin=_origin(study, table, device=str(device), parameters=parameter_count(model), **origin),
         validation={
             "best_epoch": done.best_epoch,
             "epochs": len(done.history),
             **{name.removeprefix("val_"): float(best[name]) for name in measured},
-            "training_seconds": round(float(done.history["seconds"].sum()), 1),
+            "training_seconds": round(float(done.timing["seconds"].sum()), 1),
         },
     )
     if training.threshold == "none":
@@ -266,34 +423,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)"
     )
+    parser.add_argument(
+        "--seeds", metavar="A,B", help="train once with each seed, split alike, to see what chance does"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew what was broken off, instead of going on"
+    )
     given = parser.parse_args(arguments)
     try:
-        study = load_study(given.study, data_root=given.data_root).overridden(
-            networks=tuple(given.networks.split(",")) if given.networks else None,
-            weights=given.weights,
-            epochs=given.epochs,
-            image_size=given.image_size,
-            batch_size=given.batch_size,
-            limit=given.limit,
-            fold=given.fold,
-            seed=given.seed,
-        )
-        check_weights(study)
-        table = load_table(study)
-        print("\n".join((f"{study.title}: {len(table)} images", table.counts().to_string(), *table.notes)))
-        if table.has_patient_ids:
-            print(f"of {table.frame['patient'].nunique()} patients:\n{table.patient_counts().to_string()}")
-        for network in study.networks:
-            folder = fine_tune_study(study, table, network, runs=given.runs, device=given.device)
-            print(f"saved {folder}")
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        studies = _studies(given)
+        check_weights(studies[0])
+        accelerator = accelerator_on(resolve_device(given.device))
+        with accelerator.main_process_first():  # a phantom is drawn once
+            table = load_table(studies[0])
+        if accelerator.is_main_process:
+            print(
+                "\n".join(
+                    (f"{studies[0].title}: {len(table)} images", table.counts().to_string(), *table.notes)
+                )
+            )
+            if table.has_patient_ids:
+                number = table.frame["patient"].nunique()
+                print(f"of {number} patients:\n{table.patient_counts().to_string()}")
+        with contextlib.ExitStack() as told:
+            if not accelerator.is_main_process:  # what all would say, one says
+                silence = told.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                told.enter_context(contextlib.redirect_stdout(silence))
+            _fine_tune_all(studies, table, given, first=accelerator.is_main_process)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
         # A loader's worker sends a traceback as text: its last line is the error.
         print(f"finetune.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("finetune.py: stopped; finished networks are saved, this one is not", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"finetune.py: {stopped or 'stopped; run the same again to go on'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _studies(given: argparse.Namespace) -> list[Study]:
+    """Return the study that the command line asks for, once a seed."""
+    if given.seed is not None and given.seeds is not None:
+        raise ValueError("give either --seed or --seeds")
+    study = load_study(given.study, data_root=given.data_root).overridden(
+        networks=tuple(given.networks.split(",")) if given.networks else None,
+        weights=given.weights,
+        epochs=given.epochs,
+        image_size=given.image_size,
+        batch_size=given.batch_size,
+        limit=given.limit,
+        fold=given.fold,
+        seed=given.seed,
+    )
+    if given.seeds is None:
+        return [study]
+    try:
+        return [study.repeated(seed) for seed in dict.fromkeys(map(int, given.seeds.split(",")))]
+    except ValueError as error:
+        wrong = "invalid literal" in str(error)
+        raise ValueError(
+            f"--seeds {given.seeds}: give whole numbers, as in 0,1,2" if wrong else error
+        ) from None
+
+
+def _fine_tune_all(
+    studies: Sequence[Study], table: XrayTable, given: argparse.Namespace, *, first: bool
+) -> None:
+    """Fine-tune every network of every study; after an interruption those that were finished before are kept."""
+    jobs = [
+        (study, network, given.runs / study.name / network) for study in studies for network in study.networks
+    ]
+    asked = {folder: _settings_digest(study, table, network) for study, network, folder in jobs}
+    if not given.restart:
+        for study, network, folder in jobs:  # before any of them is trained
+            Checkpoints(folder / "resume", _fixed_settings(study, table, network)).fits()
+    command = hashlib.sha256("".join(asked.values()).encode()).hexdigest()[:12]
+    # From when this command is begun until it is done: then, results that are newer are its own.
+    mark = given.runs / studies[0].name / f".unfinished-{command}"
+    if first and (given.restart or not mark.is_file()):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(mark, "")
+    accelerator_on(resolve_device(given.device)).wait_for_everyone()
+    done = [folder for folder, settings in asked.items() if _finished_since(mark, folder, settings)]
+    for study, network, folder in jobs:
+        if folder in done:
+            print(f"{folder} was finished before the interruption")
+            continue
+        if len(studies) > 1:
+            print(f"seed {study.seed}, into {folder}")
+        fine_tune_study(study, table, network, runs=given.runs, device=given.device, restart=given.restart)
+        print(f"saved {folder}")
+    if first:
+        mark.unlink(missing_ok=True)
+
+
+def _settings_digest(study: Study, table: XrayTable, network: str) -> str:
+    settings = json.dumps(_fixed_settings(study, table, network), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def _finished_since(mark: Path, folder: Path, settings: str) -> bool:
+    """Return whether a run folder holds results of these settings that are newer than a mark."""
+    try:
+        newer = (folder / "model.json").stat().st_mtime_ns > mark.stat().st_mtime_ns
+        return newer and read_card(folder).origin.get("settings") == settings
+    except (OSError, ValueError):
+        return False
 
 
 def check_weights(study: Study) -> None:

@@ -59,6 +59,11 @@ class LungMasking:
         self.folder = None if cache is None else Path(cache) / f"{segmenter.fingerprint}-{METHOD}"
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
+    @property
+    def key(self) -> str:
+        """What the result depends on beside the X-ray."""
+        return f"{self.segmenter.fingerprint}-{METHOD}-{self.margin}"
+
     def __call__(self, xray: np.ndarray) -> np.ndarray:
         """Return an (H, W) uint8 X-ray with 0 outside the lungs, or as it is where they were not found."""
         mask, reason = self.mask_of(xray)

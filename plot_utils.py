@@ -63,6 +63,7 @@ __all__ = [
     "plot_randomisation",
     "plot_reliability",
     "plot_roc",
+    "plot_seeds",
     "plot_threshold_tradeoff",
 ]
 
@@ -491,6 +492,37 @@ def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.grid(axis="x", alpha=0.3)
     ax.margins(x=0.12)
     ax.set_xlabel("score (marker) and its interval (whiskers)")
+    _legend_beside(ax)
+    return ax
+
+
+def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw a dot a seed and their mean as a line, and below them the interval of the first seed: what another
+    training changes above what other patients would.
+
+    `scores` has the levels network and seed, `intervals` a row a network with estimate, low, high; networks
+    from top to bottom. Beside the dots stand mean and standard deviation (n - 1).
+    """
+    by_network = scores.groupby(level="network", sort=False)
+    means, networks = by_network.mean(), list(scores.index.unique("network"))
+    rows, first = np.arange(len(networks)), intervals.loc[networks]
+    # A height a seed, so that equal scores do not hide one another.
+    steps = (by_network.cumcount() + 0.5) / by_network.transform("size")
+    heights = scores.index.get_level_values("network").map(networks.index) - 0.4 + 0.4 * steps
+    ax.vlines(means, rows - 0.4, rows, color=COLORS[0], linewidth=2, label="mean of the seeds")
+    ax.plot(scores, heights, "o", color=COLORS[0], markersize=6, alpha=0.8, label="one seed")
+    reach = np.maximum([first["estimate"] - first["low"], first["high"] - first["estimate"]], 0)
+    bars = {"fmt": "s", "color": COLORS[3], "markersize": 6, "capsize": 3}
+    ax.errorbar(
+        first["estimate"], rows + 0.2, xerr=reach, **bars, label="first seed, its interval\nover patients"
+    )
+    for row, (name, own) in enumerate(by_network):
+        _note(f"{means[name]:.3f} ± {own.std():.3f}", (own.max(), row - 0.2), ax)
+    ax.set_yticks(range(len(networks)), networks)
+    ax.set_ylim(len(networks) - 0.45, -0.55)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", alpha=0.3)
+    ax.margins(x=0.12)
     _legend_beside(ax)
     return ax
 

@@ -1,6 +1,8 @@
 """What a training leaves on disk, `runs/<study>/<network>/`: written by `finetune.py`, read back by notebook 3."""
 
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
+from checkpoints import STATE, flush, write_whole
 from datasets import XrayTable
 from datasets.table import relative_paths, target_names
+from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
 from studies import Study
@@ -48,12 +53,13 @@ class Run:
 
 def read_runs(study: Study, runs: Path) -> dict[str, Run]:
     """Return the trained networks of a study by title: its own, those of its folds and those of the studies
-    that it is compared with, as far as they are there.
+    that it is compared with, as far as they are there. Where one was trained with other seeds only
+    (`Study.repeated`), the lowest of them stands in.
 
     Raises FileNotFoundError where the study has no trained network at all, ValueError where two of them know
     other classes or were tested on other images: their figures could not be compared.
     """
-    found = {title: folder for title, folder in _folders(study, runs) if (folder / "model.json").is_file()}
+    found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
         networks = ", ".join(study.networks)
         others = sorted(path.name for path in runs.glob(f"{study.name}-*") if any(path.glob("*/model.json")))
@@ -61,12 +67,53 @@ def read_runs(study: Study, runs: Path) -> dict[str, Run]:
         raise FileNotFoundError(
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{there}"
         )
-    read = {
-        title: Run(folder, read_card(folder), pd.read_csv(folder / "history.csv"))
-        for title, folder in found.items()
-    }
+    read = {title: _read_run(folder) for title, folder in found.items()}
     _refuse_other_tests(read)
     return read
+
+
+def read_seeds(study: Study, runs: Path) -> dict[str, dict[int, Run]]:
+    """Return, by the titles of `read_runs`, each network's runs by seed: first the one that `read_runs` returns,
+    then the study's repeats with other seeds, ascending.
+
+    Raises ValueError where the seeds of a network know other classes, were tested on other images or trained with
+    other settings.
+    """
+    seeds = {}
+    for title, folder in _folders(study, runs):
+        by_seed: dict[int, Run] = {}
+        for run in map(_read_run, _of_all_seeds(folder)):
+            by_seed.setdefault(run.card.origin["seed"], run)  # the study's own beside a repeat of its seed
+        if by_seed:
+            named = {f"{title}, seed {seed}": run for seed, run in by_seed.items()}
+            _refuse_other_tests(named)
+            _refuse_other_settings(named)
+            seeds[title] = by_seed
+    return seeds
+
+
+def seed_scores(seeds: Mapping[str, Mapping[int, Run]]) -> pd.DataFrame:
+    """Return the test scores of `read_seeds`: a row a network and seed, `metrics.METRICS` as columns, each as in
+    the macro row of `metrics.classification_scores`.
+    """
+    rows = {}
+    for title, by_seed in seeds.items():
+        for seed, run in by_seed.items():
+            targets, probabilities, *_, thresholds = run.predictions("test")
+            scores = classification_scores(targets, probabilities, run.card.classes, thresholds=thresholds)
+            rows[title, seed] = scores.loc[MACRO, list(METRICS)]
+    return pd.DataFrame(rows).T.rename_axis(["network", "seed"])
+
+
+def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return, of a table of `seed_scores`, a row a network and metric: mean, standard deviation (n - 1; NaN of
+    one seed), lowest and highest score over seeds, and the number of seeds.
+    """
+    spread = {}
+    for title, own in scores.groupby(level="network", sort=False):
+        figures = {"mean": own.mean(), "std": own.std(), "lowest": own.min(), "highest": own.max()}
+        spread[title] = pd.DataFrame(figures).assign(seeds=len(own))
+    return pd.concat(spread, names=["network", "metric"])
 
 
 def _folders(study: Study, runs: Path) -> Iterator[tuple[str, Path]]:
@@ -82,9 +129,23 @@ def _folders(study: Study, runs: Path) -> Iterator[tuple[str, Path]]:
             yield (other if alone else f"{title}, {other}"), runs / other / network
 
 
+def _of_all_seeds(folder: Path) -> list[Path]:
+    """Return the folders with one trained network: the study's own, then those of its repeats by seed."""
+    runs, own = folder.parent.parent, f"{folder.parent.name}-seed"
+    seeds = [path.name.removeprefix(own) for path in runs.glob(f"{own}*")]
+    repeats = [runs / f"{own}{seed}" / folder.name for seed in sorted(filter(str.isdecimal, seeds), key=int)]
+    return [path for path in (folder, *repeats) if (path / "model.json").is_file()]
+
+
+def _read_run(folder: Path) -> Run:
+    return Run(folder, read_card(folder), pd.read_csv(folder / "history.csv"))
+
+
 def _trained_besides(study: Study, runs: Path) -> list[str]:
     """Return the networks that were trained for a study without being in its file."""
-    folders = [runs / study.name, *runs.glob(f"{study.name}-fold[0-9]*")]
+    folders = [runs / study.name]
+    for kind in ("fold", "seed"):
+        folders += runs.glob(f"{study.name}-{kind}[0-9]*")
     found = sorted({card.parent.name for folder in folders for card in folder.glob("*/model.json")})
     return [name for name in found if name in ARCHITECTURES and name not in study.networks]
 
@@ -95,6 +156,23 @@ def _refuse_other_tests(read: Mapping[str, Run]) -> None:
     for title, other in others:
         if other.card.classes != run.card.classes or not tested.equals(_test_targets(other)):
             raise ValueError(f"{first} and {title} were tested on other images or classes: train them again")
+
+
+def _refuse_other_settings(read: Mapping[str, Run]) -> None:
+    def settings(run: Run) -> dict[str, object]:
+        study = run.card.origin["study"]
+        own = study["networks"].get(run.card.architecture, {})
+        return {**{key: study[key] for key in ("augmentation", "preprocessing")}, **study["training"], **own}
+
+    (first, run), *others = read.items()
+    expected = settings(run)
+    for title, other in others:
+        found = settings(other)
+        wrong = [key for key in expected | found if expected.get(key) != found.get(key)]
+        if wrong:
+            raise ValueError(
+                f"{first} and {title} were trained with another {wrong[0]}: train them again, or delete {other.folder}"
+            )
 
 
 def _test_targets(run: Run) -> pd.Series:
@@ -119,7 +197,8 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
         folds = [name for name in runs if name.startswith(f"{title}, fold ")]
         teams[f"{title}, ensemble of {len(folds)} folds"] = folds
     if not any(teams.values()):
-        own = [name for name, run in runs.items() if run.folder.parent.name == study.name]
+        folder = re.compile(re.escape(study.name) + r"(-seed\d+)?")
+        own = [name for name, run in runs.items() if folder.fullmatch(run.folder.parent.name)]
         teams = {f"Ensemble of {len(own)}": own}
     return {name: members for name, members in teams.items() if len(members) > 1}
 
@@ -145,10 +224,13 @@ def predictions_frame(table: XrayTable, split: str, probabilities: np.ndarray) -
 
 
 @contextmanager
-def history_log(folder: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+def history_log(folder: Path | None) -> Iterator[Callable[[pd.DataFrame], None]]:
     """Yield a function that writes the history so far to `history.csv`, and its last row to TensorBoard too
-    where that is installed.
+    where that is installed; without a folder, one that does nothing.
     """
+    if folder is None:
+        yield lambda history: None
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -157,8 +239,7 @@ def history_log(folder: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
         writer = None
 
     def log(history: pd.DataFrame) -> None:
-        history.to_csv(folder / "history.csv.tmp", index=False)
-        os.replace(folder / "history.csv.tmp", folder / "history.csv")
+        write_whole(folder / "history.csv", history.to_csv(index=False))
         if writer is not None:
             for column in history.columns.drop(["epoch", "phase"]):
                 writer.add_scalar(column, history[column].iloc[-1], int(history["epoch"].iloc[-1]))
@@ -171,11 +252,78 @@ def history_log(folder: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
 
 
 @contextmanager
+def training_folder(folder: Path, *, restart: bool, write: bool = True) -> Iterator[Path]:
+    """Yield `resume/` in a run folder, for the state of a training, while no other process may have it.
+
+    `restart` empties it first. Of several processes that train together the one that may `write` prepares it.
+    Raises ValueError where another training is at work on the folder.
+    """
+    working = folder / "resume"
+    if not write:
+        yield working
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0)
+    except Timeout:
+        who = _text_in(working / "process")
+        raise ValueError(
+            f"another process{who and f' ({who})'} is training into {folder}: wait for it, or give another --runs"
+        ) from None
+    with lock:
+        _undo_half_swap(folder)
+        if restart:
+            shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True, exist_ok=True)
+        for left in working.glob("features-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        for left in working.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        (working / "process").write_text(f"number {os.getpid()} on {platform.node()}", encoding="utf-8")
+        try:
+            yield working
+        finally:
+            if working.is_dir() and not (working / STATE).is_file():
+                shutil.rmtree(working, ignore_errors=True)  # nothing to go on from
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _text_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def linked(source: str, target: str) -> None:
+    """Give a file a second name, where the disk can, else copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Return where results are filled in, and where older ones go while the new take their place."""
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+
+
+def _undo_half_swap(folder: Path) -> None:
+    """Put an older folder back that a process, killed in between, had moved away but not replaced."""
+    partial, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `folder` to fill, which takes its place when all went well; otherwise it
     is removed, and an older `folder` stays as it was.
     """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial, old = _beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -183,8 +331,10 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for file in (*partial.rglob("*"), partial):
+        flush(file)  # before the older results and the state to go on from are gone
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

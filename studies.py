@@ -92,8 +92,10 @@ class Split(Settings):
     With `folds`, part `fold` of all that is not the test is the validation set, and `val` is not used.
     `keep_without_finding` thins, in the training split of a multi-label study, the images without any.
     `boxes_in_test` puts all images of patients who have a box into the test split, beside those drawn.
+    `seed` draws the splits, and the images of a limited study; without one the study's own seed does.
     """
 
+    seed: Seed | None = None
     val: SplitSize = 0.1
     test: SplitSize = 0.1
     folds: Annotated[int, Field(ge=2)] | None = None
@@ -158,6 +160,10 @@ class Training(Settings):
     `trainable`, `epochs` and `learning_rate`. `hidden_units` asks for a new head of that many layers in place
     of the network's own, see `networks.build_network`. `patience` epochs without a better `select` on
     validation end a phase. `threshold` is the rule by which decision thresholds are chosen on validation.
+
+    `precision` and `memory_format` are measured on the machine where they are "auto", `compile` is done where it saves
+    more than it costs (see `compute.measured_compute`). `cache_images` keeps decoded images in `runs/image_cache/`.
+    Within an epoch the state is saved every `checkpoint_minutes`.
     """
 
     weights: str = "imagenet"
@@ -184,6 +190,10 @@ class Training(Settings):
     temporary_batch_norm: bool = False
     residual_gain: float = Field(default=1.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    compile: bool = False
+    cache_images: bool = True
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
     num_workers: int = Field(default=0, ge=0)
 
     @property
@@ -274,6 +284,11 @@ class Study(Settings):
         """The data of the study, one or several."""
         return self.datasets or (self.data,)
 
+    @property
+    def split_seed(self) -> int:
+        """The seed that limits and splits the data."""
+        return self.seed if self.split.seed is None else self.split.seed
+
     def training_of(self, network: str) -> Training:
         """Return the training settings of one network: the study's, with the network's own on top."""
         if network not in self.networks:
@@ -327,6 +342,19 @@ class Study(Settings):
         if fold is not None:
             fields["split"]["fold"] = fold
             _rename(fields, f"-fold{fold}")
+        return _validated(fields, self.name)
+
+    def repeated(self, seed: int) -> "Study":
+        """Return the same experiment on the same split with another seed for all else: initial weights, order
+        and augmentation.
+
+        It has a name, and so a folder of results, of its own; with the study's own seed it is the study itself.
+        """
+        if seed == self.seed:
+            return self
+        fields = self.model_dump() | {"seed": seed}
+        fields["split"]["seed"] = self.split_seed
+        _rename(fields, f"-seed{seed}")
         return _validated(fields, self.name)
 
     def quickened(self) -> "Study":
@@ -478,7 +506,7 @@ def _read_source(source: Data) -> XrayTable:
 
 def _split(table: XrayTable, study: Study, *, kept: float) -> XrayTable:
     """Return the share `kept` of a table's images, split."""
-    split, seed = study.split, study.seed
+    split, seed = study.split, study.split_seed
     if kept < 1:
         table = table.limited(max(1, round(kept * len(table))), seed=seed)
     val, test = (size if size < 1 else max(1, round(kept * size)) for size in (split.val, split.test))

@@ -3,18 +3,26 @@
 Stands under the command line too, so it imports nothing but NumPy, Pillow and torch at the top.
 """
 
-import copy
+from __future__ import annotations
+
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset
+
+from augmentation import Augmentation
+
+if TYPE_CHECKING:
+    from image_cache import ImageFile
 
 # Bits that X-ray detectors and their converters store in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
@@ -23,13 +31,16 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag; Pillow minds it in 8-bit files only
 
 
-def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
+def read_xray(path: str | os.PathLike[str], *, at_least: int | None = None) -> np.ndarray:
     """Return the image in a file as (H, W) uint8, 0 = black, whatever its mode on disk.
 
     8-bit greyscale comes back as it is stored; RGB, palette and CMYK by ITU-R 601 luma; transparent parts
     on black; 16-bit and 32-bit integer greyscale scaled from the smallest of 8, 10, 12, 14, 16 bits that
     holds its maximum (a 12-bit detector's image in a 16-bit file would otherwise be almost black), floating
     point greyscale from its own minimum and maximum. EXIF orientation is applied.
+
+    `at_least`: a JPEG may come at a half, a quarter or an eighth of its size, as long as both sides keep so many
+    pixels; its decoder is faster at that.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is no readable image.
     """
@@ -40,6 +51,8 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
         raise ValueError(f"{path} is a folder, not an image")
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # does nothing to other formats
             grey = _grey(ImageOps.exif_transpose(image))
             wide = image.mode.startswith(("I", "F"))
             inverted = wide and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
@@ -85,6 +98,19 @@ class Preprocessing:
     std: tuple[float, float, float]
     lungs: Callable[[np.ndarray], np.ndarray] | None = None
 
+    @property
+    def key(self) -> str:
+        """What decoded and resized images depend on beside their files; `lungs` needs a `key` of its own."""
+        return f"{self.image_size} px, lungs {'whole' if self.lungs is None else self.lungs.key}"
+
+    def read(self, path: str | os.PathLike[str]) -> Tensor:
+        """Return the image in a file, for training, as `resize` makes it of `read_xray`'s.
+
+        A JPEG is decoded at no more than the size that leaves two pixels for each one of the result, which is
+        faster and differs by 0.3 of 255 grey levels on average (`benchmarks/decoding.py`); lungs are found in it whole.
+        """
+        return self.resize(read_xray(path, at_least=None if self.lungs is not None else 2 * self.image_size))
+
     def resize(self, image: np.ndarray) -> Tensor:
         """Return an (H, W) uint8 image, or what `lungs` leaves of it, as a (1, S, S) uint8 tensor."""
         from torchvision.transforms.v2 import functional
@@ -95,10 +121,11 @@ class Preprocessing:
         return functional.resize(torch.from_numpy(image)[None], size, antialias=True)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return (…, 1, S, S) uint8 images as (…, 3, S, S) float32 on the same device."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return (images / 255 - mean) / std
+        """Return (…, 1, S, S) images of 0 to 255 as (…, 3, S, S) float32 on the same device, channels last in
+        memory: convolutions are faster on that.
+        """
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        return ((images / 255).movedim(-3, -1) - mean).div_(std).movedim(-1, -3)
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """Return an (H, W) uint8 image as a network's input, (3, S, S) float32."""
@@ -125,70 +152,12 @@ def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
     )
 
 
-def augmentation(
-    image_size: int,
-    *,
-    horizontal_flip: bool = False,
-    smallest_crop: float = 1.0,
-    rotation: float = 0.0,
-    translation: float = 0.0,
-    scale: tuple[float, float] = (1.0, 1.0),
-    brightness: float = 0.0,
-    contrast: float = 0.0,
-) -> Callable[[Tensor], Tensor] | None:
-    """Return the random transform of (1, S, S) uint8 training images, or None where there is nothing to do.
-
-    `smallest_crop`: a window with this share of the image's area, or any up to the whole, is enlarged to
-    S = `image_size` (aspect kept within 10 %). `rotation`: up to so many degrees to either side.
-    `translation`: up to this share of the side, along either axis. `scale`: a factor from the first to the
-    second. What these three uncover is black. `brightness`, `contrast`: factors from 1 - b to 1 + b. Draws
-    from torch's global generator: seed it (`seed_everything`) for the same images again.
-    """
-    from torchvision.transforms import v2
-
-    steps: list[torch.nn.Module] = []
-    if smallest_crop < 1:
-        steps.append(v2.RandomResizedCrop(image_size, scale=(smallest_crop, 1), ratio=(0.9, 1.1)))
-    if rotation or translation or scale != (1.0, 1.0):
-        shift = (translation, translation) if translation else None
-        bilinear = v2.InterpolationMode.BILINEAR
-        steps.append(v2.RandomAffine(rotation, translate=shift, scale=scale, interpolation=bilinear, fill=0))
-    if brightness or contrast:
-        steps.append(v2.ColorJitter(brightness=brightness, contrast=contrast))
-    if horizontal_flip:
-        steps.append(RandomFlip())
-    if not steps:
-        return None
-    return steps[0] if len(steps) == 1 else v2.Compose(steps)
-
-
-class RandomFlip(torch.nn.Module):
-    """A horizontal flip of every second image, at random. It has two views only, so what a frozen network
-    makes of each need be computed only once.
-    """
-
-    views = 2
-
-    def draw(self) -> int:
-        """Return which view is next, from torch's global generator."""
-        return int(torch.rand(()) < 0.5)
-
-    def view(self, image: Tensor, number: int) -> Tensor:
-        """Return (…, H, W) as it is for view 0, flipped for view 1."""
-        return image.flip(-1) if number else image
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return a view at random."""
-        return self.view(image, self.draw())
-
-
 class XrayDataset(Dataset):
-    """Images and targets for a DataLoader: item i is ((1, S, S) uint8, target); give the loader `collate`, which
-    normalises whole batches (image by image takes as long as a small network does).
+    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for B row numbers.
 
-    `targets` are (N,) class indices, or (N, C) of 0 and 1, which become (C,) float32. Each file is decoded
-    and resized once a process; the (1, S, S) uint8 result is kept in memory until `cache_bytes` are used,
-    after which further images are read anew each time.
+    `targets` are (N,) class indices, which come as (B,) int64, or (N, C) of 0 and 1, as (B, C) float32. Images come
+    from `images`, resized already (`image_cache.ImageFile`); without it each file is decoded and resized, on all
+    cores, when it is asked for, and kept in memory until `cache_bytes` are used.
     """
 
     def __init__(
@@ -197,49 +166,139 @@ class XrayDataset(Dataset):
         targets: Sequence[int] | np.ndarray,
         preprocessing: Preprocessing,
         *,
-        augment: Callable[[Tensor], Tensor] | None = None,
-        cache_bytes: int = 2 * 1024**3,
+        images: ImageFile | None = None,
+        cache_bytes: int = 1024**3,
     ) -> None:
         if len(paths) != len(targets):
             raise ValueError(f"{len(paths)} images but {len(targets)} labels")
-        self.paths, self.targets = list(paths), np.asarray(targets)
-        self.preprocessing, self.augment = preprocessing, augment
-        self._cached: dict[int, Tensor] = {}
-        self._cache_length = cache_bytes // preprocessing.image_size**2
+        self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
+        values = torch.from_numpy(np.array(targets))
+        self.targets = values.float() if values.ndim == 2 else values.long()
+        self._kept: dict[int, Tensor] = {}
+        self._most_kept = cache_bytes // preprocessing.image_size**2
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        image = self.resized(index)
-        if self.augment is not None:
-            image = self.augment(image)
-        return image, self.target(index)
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images(rows), self.targets[rows]
 
-    def collate(self, samples: Sequence[tuple[Tensor, int | Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return (B, 3, S, S) float32 normalised images and (B,) or (B, C) targets of B items."""
-        images, targets = zip(*samples, strict=True)
-        return self.preprocessing.normalise(torch.stack(images)), default_collate(targets)
+    def images(self, rows: Tensor) -> Tensor:
+        """Return (B, 1, S, S) uint8, the images before augmentation and normalisation."""
+        if self._file is not None:
+            return self._file.images(rows)
+        if not len(rows):  # of a last batch, one of several processes may have none
+            size = self.preprocessing.image_size
+            return torch.empty(0, 1, size, size, dtype=torch.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return torch.stack(list(pool.map(self._image, rows.tolist())))
 
-    def resized(self, index: int) -> Tensor:
-        """Return (1, S, S) uint8, the image before augmentation and normalisation."""
-        image = self._cached.get(index)
+    def _image(self, row: int) -> Tensor:
+        image = self._kept.get(row)
         if image is None:
-            image = self.preprocessing.resize(read_xray(self.paths[index]))
-            if len(self._cached) < self._cache_length:
-                self._cached[index] = image
+            image = self.preprocessing.read(self.paths[row])
+            if len(self._kept) < self._most_kept:
+                self._kept[row] = image
         return image
 
-    def target(self, index: int) -> int | Tensor:
-        """Return the class index, or (C,) float32 of 0 and 1."""
-        target = self.targets[index]
-        return int(target) if target.ndim == 0 else torch.from_numpy(target.astype(np.float32))
 
-    def plain(self) -> "XrayDataset":
-        """Return the same images without augmentation; decoded images are shared, not kept twice."""
-        dataset = copy.copy(self)
-        dataset.augment = None
-        return dataset
+class Share(NamedTuple):
+    """Which part of every batch is this process's: the `index`-th (from 0) of `of`."""
+
+    index: int = 0
+    of: int = 1
+
+    def slice(self, number: int) -> slice:
+        """Return the rows of a batch of `number` that are this process's; shares differ by one row at most."""
+        each, more = divmod(number, self.of)
+        start = self.index * each + min(self.index, more)
+        return slice(start, start + each + (self.index < more))
+
+
+WHOLE = Share()
+
+
+class Batch(NamedTuple):
+    """A process's share of a batch on its device: `images` (b, 3, S, S) float32 in channels-last order, their
+    `targets`, and their places `rows` among all images of the epoch.
+    """
+
+    images: Tensor
+    targets: Tensor
+    rows: slice
+
+
+class Batches:
+    """The batches of a dataset (its items are (images, targets) of given rows), in an order that is a function of
+    `seed` and epoch alone, and so are the views of `augment`. So a training that was broken off can go on with the
+    batch that would have been next, and several processes can each take their share of one and the same batch.
+
+    Without a seed images keep their order. `weights` (N,) draw images with replacement, each in proportion to its
+    own. `prepare` makes network inputs of images on their device. A last batch of a single image, or of fewer than
+    there are processes, is left out of a shuffled epoch: batch normalisation cannot train on one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        weights: Tensor | None = None,
+        augment: Augmentation | None = None,
+        prepare: Callable[[Tensor], Tensor] = lambda images: images,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self.seed, self.weights, self.augment, self.prepare = seed, weights, augment, prepare
+
+    def sizes(self, share: Share = WHOLE) -> list[int]:
+        """Return how many images each batch of an epoch has, over all processes."""
+        whole, rest = divmod(len(self.dataset), self.batch_size)
+        left_out = self.seed is not None and whole and rest < max(2, share.of)
+        return [self.batch_size] * whole + ([] if left_out or not rest else [rest])
+
+    def chosen(self, epoch: int) -> Tensor:
+        """Return (N,) which image stands at each place of an epoch."""
+        number = len(self.dataset)
+        if self.seed is None:
+            return torch.arange(number)
+        generator = derived_generator(self.seed, epoch)
+        if self.weights is None:
+            return torch.randperm(number, generator=generator)
+        return torch.multinomial(self.weights, number, replacement=True, generator=generator)
+
+    def epoch(
+        self,
+        number: int = 0,
+        *,
+        start: int = 0,
+        device: torch.device | str = "cpu",
+        share: Share = WHOLE,
+    ) -> Iterator[Batch]:
+        """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
+        sizes = self.sizes(share)
+        places, own = 0, []
+        for size in sizes:
+            part = share.slice(size)
+            own.append(slice(places + part.start, places + part.stop))
+            places += size
+        order = self.chosen(number)
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,  # the dataset makes batches itself, which is faster
+            sampler=[order[rows] for rows in own[start:]],
+            num_workers=self.num_workers,
+            pin_memory=torch.device(device).type == "cuda",
+            generator=torch.Generator(),  # the global one is the network's: what a resumed epoch draws must not vary
+        )
+        for step, (images, targets) in enumerate(loader, start):
+            rows = own[step]
+            images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
+            if self.augment is not None:
+                draws = self.augment.draw(sizes[step], derived_generator(self.seed, number, step))
+                images = self.augment(images, draws.rows(share.slice(sizes[step])))
+            yield Batch(self.prepare(images), targets, rows)
 
 
 def class_counts(labels: Sequence[int], num_classes: int) -> Tensor:
@@ -250,15 +309,11 @@ def class_counts(labels: Sequence[int], num_classes: int) -> Tensor:
     return counts
 
 
-def balanced_sampler(
-    labels: Sequence[int], num_classes: int, generator: torch.Generator
-) -> WeightedRandomSampler:
-    """Return a sampler that draws, with replacement, each class equally often; an epoch keeps its length.
-
-    Weight of an image: 1 / the number of images of its class.
+def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
+    """Return (N,) float64 weights with which a weighted draw takes each class equally often: 1 / the number of
+    images of the image's class.
     """
-    weights = 1.0 / class_counts(labels, num_classes)[torch.as_tensor(list(labels))].double()
-    return WeightedRandomSampler(weights.tolist(), len(weights), replacement=True, generator=generator)
+    return 1.0 / class_counts(labels, num_classes)[torch.as_tensor(list(labels))].double()
 
 
 def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
@@ -279,44 +334,40 @@ def label_weights(targets: np.ndarray) -> Tensor:
     return torch.stack([share, 1 - share]).float()
 
 
-def make_loaders(
+def make_batches(
     rows: Mapping[str, tuple[Sequence[str], Sequence[int] | np.ndarray]],
     preprocessing: Preprocessing,
     *,
     num_classes: int,
     batch_size: int,
-    augment: Callable[[Tensor], Tensor] | None,
+    augment: Augmentation | None,
     oversample: bool,
-    num_workers: int,
-    generator: torch.Generator,
-) -> dict[str, DataLoader]:
-    """Return loaders of (images (B, 3, S, S), targets (B,) or (B, C)): "train", "train_plain", "val", "test".
+    seed: int,
+    images: Mapping[str, ImageFile] | None = None,
+    num_workers: int = 0,
+) -> dict[str, Batches]:
+    """Return the batches of "train", "train_plain", "val" and "test": (b, 3, S, S) images with their targets.
 
-    `rows` has the paths and the targets of each split (see `XrayDataset`). "train" is augmented and either shuffled or
-    drawn by `balanced_sampler`; the others keep their order and show images as at inference.
+    `rows` has the paths and the targets of each split, `images` their decoded images where there are any (see
+    `XrayDataset`). "train" is augmented and either shuffled or drawn so that classes are equally frequent; the
+    others keep their order and show images as at inference.
     """
-    sets = {split: XrayDataset(paths, targets, preprocessing) for split, (paths, targets) in rows.items()}
-    train = sets["train"]
-    train.augment = augment
-    sampler = balanced_sampler(train.targets, num_classes, generator) if oversample else None
-    loaders = {
-        "train": DataLoader(
-            train,
-            batch_size=batch_size,
-            collate_fn=train.collate,
-            sampler=sampler,
-            shuffle=sampler is None,
-            generator=generator,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,  # they hold the decoded images
-            drop_last=len(train) % batch_size == 1,  # batch normalisation cannot train on a single image
-        )
+    ready = images or dict.fromkeys(rows)
+    sets = {
+        split: XrayDataset(paths, targets, preprocessing, images=ready[split])
+        for split, (paths, targets) in rows.items()
     }
-    for name, dataset in (sets | {"train_plain": train.plain()}).items():
-        if name != "train":
-            options = {"batch_size": batch_size, "num_workers": num_workers}
-            loaders[name] = DataLoader(dataset, collate_fn=dataset.collate, **options)
-    return loaders
+    options = {"prepare": preprocessing.normalise, "num_workers": num_workers}
+    train = sets["train"]
+    weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
+    plain = {
+        name: Batches(dataset, batch_size, **options)
+        for name, dataset in (sets | {"train_plain": train}).items()
+        if name != "train"
+    }
+    return plain | {
+        "train": Batches(train, batch_size, seed=seed, weights=weights, augment=augment, **options)
+    }
 
 
 def seed_everything(seed: int) -> None:
@@ -324,3 +375,9 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath may still use the legacy generator
     torch.manual_seed(seed)
+
+
+def derived_generator(*numbers: int) -> torch.Generator:
+    """Return a generator on the CPU that is seeded by several numbers at once: a seed, an epoch, a batch."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))

@@ -14,38 +14,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from reports import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from augmentation import Augmentation
 from networks import build_network
 from studies import Training, load_study
 from training import fine_tune
-from utils import Preprocessing, RandomFlip, XrayDataset
+from utils import Batches, Preprocessing, XrayDataset
 
 
 class RandomXrays(XrayDataset):
     """Noise in place of files, so that no disk is measured."""
 
-    def __init__(self, number: int, size: int, augment: RandomFlip | None) -> None:
-        targets = np.arange(number) % 4
-        super().__init__([""] * number, targets, Preprocessing(size, (0, 0, 0), (1, 1, 1)), augment=augment)
+    def __init__(self, number: int, size: int) -> None:
+        super().__init__([""] * number, np.arange(number) % 4, Preprocessing(size, (0, 0, 0), (1, 1, 1)))
         self.pictures = torch.randint(0, 256, (number, 1, size, size), dtype=torch.uint8)
 
-    def resized(self, index: int) -> torch.Tensor:
-        """Return a picture that is there already."""
-        return self.pictures[index]
+    def images(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return pictures that are there already."""
+        return self.pictures[rows]
 
 
-def seconds(
-    name: str, training: Training, loaders: dict[str, DataLoader], epochs: int
-) -> tuple[float, float]:
+def seconds(name: str, training: Training, batches: dict[str, Batches], epochs: int) -> tuple[float, float]:
     """Return how much longer the first epoch of a training takes than the median of the others, and that (of a
     single epoch: 0 and its own).
     """
     network = build_network(name, 4, hidden_units=training.hidden_units)
     settings = training.model_copy(update={"epochs": epochs, "patience": epochs})
-    took = fine_tune(network, loaders, training=settings, device="cpu").history["seconds"].tolist()
+    took = fine_tune(network, batches, training=settings, device="cpu").timing["seconds"].tolist()
     epoch = statistics.median(took[1:] or took)
     return took[0] - epoch, epoch
 
@@ -61,23 +59,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     study = load_study("covid_frozen")
-    train, val = RandomXrays(given.images, given.size, RandomFlip()), RandomXrays(16, given.size, None)
-    loaders = {
-        "train": DataLoader(train, 16, shuffle=True, collate_fn=train.collate),
-        "val": DataLoader(val, 16, collate_fn=val.collate),
+    train, val = RandomXrays(given.images, given.size), RandomXrays(16, given.size)
+    normalise, flip = train.preprocessing.normalise, Augmentation(horizontal_flip=True)
+    batches = {
+        "train": Batches(train, 16, seed=0, augment=flip, prepare=normalise),
+        "val": Batches(val, 16, prepare=normalise),
     }
+    rows = []
     for name in given.networks.split(","):
         once = study.training_of(name).model_copy(update={"weights": "none", "precision": "fp32"})
         usual = once.model_copy(update={"cache_features": False})
         rounds = [
-            (*seconds(name, once, loaders, 5), seconds(name, usual, loaders, 1)[1])
+            (*seconds(name, once, batches, 5), seconds(name, usual, batches, 1)[1])
             for _ in range(given.rounds)
         ]
         start, epoch, plain = (statistics.median(values) for values in zip(*rounds, strict=True))
-        print(
-            f"{name}: features {start:.2f} s once, then {epoch:.3f} s an epoch; usual way {plain:.2f} s an epoch: "
-            f"{plain / epoch:.0f} times; 20 epochs {20 * plain / (start + 20 * epoch):.1f} times"
-        )
+        whole = {"name": f"20 epochs {name}", "ours": start + 20 * epoch, "plain": 20 * plain}
+        rows += [{"name": f"epoch {name}", "ours": epoch, "plain": plain, "ratio": plain / epoch}]
+        rows += [{**whole, "ratio": whole["plain"] / whole["ours"], "features": start}]
+    report("frozen_features", rows)
 
 
 if __name__ == "__main__":

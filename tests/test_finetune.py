@@ -26,12 +26,13 @@ def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
         "model.safetensors",
         "model.json",
         "history.csv",
+        "timing.csv",
         "splits.csv",
         "predictions_train.csv",
         "predictions_val.csv",
         "predictions_test.csv",
     }
-    assert not list(trained_run.parent.glob(".*"))
+    assert [path.name for path in trained_run.parent.glob(".*")] == [".resnet18.lock"]
     card = json.loads((trained_run / "model.json").read_text())
     assert card["classes"] == ["COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"]
     assert card["origin"]["seed"] == tiny_study.seed
@@ -89,7 +90,7 @@ def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(tiny_study
     with pytest.raises(OSError, match="No space left"):
         fine_tune_study(tiny_study.overridden(seed=9), table, "resnet18", runs=tmp_path, device="cpu")
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
-    assert not list(tmp_path.rglob(".*"))  # what was unfinished is gone
+    assert {path.suffix for path in tmp_path.rglob(".*")} == {".lock"}  # what was unfinished is gone
 
 
 def test_temperature_is_fitted_on_the_validation_images(tiny_study, tmp_path, monkeypatch):
@@ -116,8 +117,8 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
 
     seen = {}
 
-    def capture(network, loaders, **options):
-        seen.update(options, network=network, loaders=loaders)
+    def capture(network, batches, **options):
+        seen.update(options, network=network, batches=batches)
         raise Stop
 
     monkeypatch.setattr(finetune, "fine_tune", capture)
@@ -129,23 +130,26 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
         return seen
 
     plain = settings(balance="none")
-    assert isinstance(plain["loaders"]["train"].sampler, torch.utils.data.RandomSampler)
+    assert plain["batches"]["train"].weights is None
+    assert plain["batches"]["train"].seed == tiny_study.seed
     assert plain["loss_weights"] is None
     weighted = settings(balance="loss", schedule="one_cycle", patience=7, learning_rate=0.5, batch_size=3)
     counts = table.counts()["train"].to_numpy()
     np.testing.assert_allclose(weighted["loss_weights"], counts.sum() / (4 * counts), rtol=1e-6)
     training = weighted["training"]
     assert (training.schedule, training.patience, training.learning_rate) == ("one_cycle", 7, 0.5)
-    assert weighted["loaders"]["train"].batch_size == 3
+    assert weighted["batches"]["train"].batch_size == 3
+    labels = torch.tensor(table.targets("train"))
     sampled = settings(balance="oversample", temporary_batch_norm=True, residual_gain=0.25, epochs=9)
-    assert isinstance(sampled["loaders"]["train"].sampler, torch.utils.data.WeightedRandomSampler)
+    shares = [sampled["batches"]["train"].weights[labels == c].sum() for c in range(4)]
+    np.testing.assert_allclose(shares, 1)  # every class weighs the same
     assert sampled["loss_weights"] is None
     assert sampled["training"].epochs == 9
     norms = [module for module in sampled["network"].modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 40  # the 20 of a ResNet-18 and one more behind each of its 20 convolutions
     assert (sampled["network"].layer4[1].bn2.weight == 0.25).all()
-    assert sampled["loaders"]["train"].dataset.augment is not None
-    assert sampled["loaders"]["val"].dataset.augment is None
+    assert sampled["batches"]["train"].augment.horizontal_flip
+    assert sampled["batches"]["val"].augment is None
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score
-from torch.utils.data import DataLoader
 
 import lung_masking
 import lung_segmentation
@@ -37,7 +35,7 @@ from lung_segmentation import (
     split_pairs,
     two_lungs,
 )
-from utils import Preprocessing, XrayDataset, read_mask, read_xray
+from utils import Batches, Preprocessing, XrayDataset, read_mask, read_xray
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
 PROJECT = Path(lung_segmentation.__file__).parent
@@ -494,15 +492,17 @@ masking.prepare([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[
 
 def test_workers_of_a_loader_see_what_this_process_sees(segmenter, pairs, tmp_path):
     images = [str(pair.image) for pair in pairs[:6]]
-    masking = pickle.loads(pickle.dumps(LungMasking(segmenter, tmp_path)))
+    masking = LungMasking(segmenter, tmp_path)
     masking.prepare(images[:3])  # the other half is predicted in the workers
     preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, lungs=masking)
     dataset = XrayDataset(images, [0] * 6, preprocessing)
-    loaders = [DataLoader(dataset, batch_size=2, num_workers=n) for n in (2, 0)]
-    theirs, ours = (torch.cat([batch for batch, _ in loader]) for loader in loaders)
+    theirs, ours = (
+        torch.cat([batch.images for batch in Batches(dataset, 2, num_workers=number).epoch()])
+        for number in (2, 0)
+    )
     assert torch.equal(theirs, ours)
     whole = XrayDataset(images, [0] * 6, Preprocessing(32, (0.5,) * 3, (0.25,) * 3))
-    assert not torch.equal(ours[0], whole[0][0])
+    assert not torch.equal(ours[0], whole[torch.tensor([0])][0][0])
 
 
 # --- command line ----------------------------------------------------------------------------------------

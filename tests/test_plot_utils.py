@@ -495,6 +495,31 @@ def test_whiskers_reach_from_low_to_high_and_a_missing_interval_is_a_bare_dot(fi
     assert inside_figure(fig)
 
 
+def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax):
+    scores = pd.Series(
+        [0.8, 0.9, 0.9, 0.7, 0.6],
+        pd.MultiIndex.from_tuples(
+            [("vgg16", 0), ("vgg16", 1), ("vgg16", 2), ("resnet18", 0), ("resnet18", 3)],
+            names=["network", "seed"],
+        ),
+    )
+    first = pd.DataFrame(
+        {"estimate": [0.7, 0.5, 0.8], "low": [0.6, 0.4, np.nan], "high": [0.75, 0.6, np.nan]},
+        index=["resnet18", "an ensemble", "vgg16"],
+    )
+    assert plot_utils.plot_seeds(scores, first, ax) is ax
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["vgg16", "resnet18"]
+    dots = ax.lines[0].get_xydata()
+    np.testing.assert_allclose(dots[:, 0], scores)
+    assert (np.round(dots[:, 1] + 0.2) == [0, 0, 0, 1, 1]).all()
+    assert len({tuple(dot) for dot in dots.tolist()}) == 5  # equal scores do not hide one another
+    means, whiskers = (drawn.get_segments() for drawn in ax.collections)
+    np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
+    np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])
+    assert [text.get_text() for text in ax.texts] == ["0.867 ± 0.058", "0.650 ± 0.071"]
+    assert inside_figure(fig)
+
+
 def test_reliability_points_are_the_filled_bins(ax):
     table = pd.DataFrame(
         {"confidence": [np.nan, 0.5, 0.9], "accuracy": [np.nan, 0.4, 0.95], "count": [0, 10, 30]}

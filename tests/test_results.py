@@ -1,5 +1,6 @@
 """Results on disk: what belongs together is found, and what does not is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from layouts import write_kermany
 from sklearn.metrics import roc_auc_score
 
-from finetune import main
-from results import ensembles, out_of_fold, read_runs, with_ensembles
-from studies import load_study
+from finetune import fine_tune_study, main
+from metrics import METRICS
+from results import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
+from studies import load_study, load_table
 
 STUDY = """
 title = "Folds"
@@ -98,3 +100,99 @@ def test_folds_of_a_network_that_the_file_does_not_name_are_found(folds, tmp_pat
 def test_a_study_without_results_says_how_to_get_them(folds, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trained network of mine \(lenet5\).*run notebook 2"):
         read_runs(load_study(folds / "mine.toml"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def repeats(folds):
+    """The folder of runs of that study's repeats with the seeds 2 and 11; of fold 1, with 2."""
+    study, runs = load_study(folds / "mine.toml"), folds / "repeats"
+    for each in (study.repeated(2), study.repeated(11), study.overridden(fold=1).repeated(2)):
+        fine_tune_study(each, load_table(each), "lenet5", runs=runs, device="cpu")
+    return runs
+
+
+def as_own(repeats, tmp_path, *, seed):
+    """Copy the runs, with seed 2's run as that of the study itself, its card telling of another seed."""
+    shutil.copytree(repeats, tmp_path / "runs")
+    own = tmp_path / "runs" / "mine" / "lenet5"
+    shutil.copytree(repeats / "mine-seed2" / "lenet5", own)
+    card = json.loads((own / "model.json").read_text())
+    card["origin"]["seed"] = seed
+    (own / "model.json").write_text(json.dumps(card))
+    return own
+
+
+def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_train(folds, repeats):
+    runs = read_runs(load_study(folds / "mine.toml"), repeats)
+    assert {title: run.folder.parent.name for title, run in runs.items()} == {
+        "LeNet-5": "mine-seed2",
+        "LeNet-5, fold 1": "mine-fold1-seed2",
+    }
+
+
+def test_the_runs_of_a_network_are_found_by_seed_the_own_one_first(folds, repeats, tmp_path):
+    study = load_study(folds / "mine.toml")
+    assert [list(by_seed) for by_seed in read_seeds(study, repeats).values()] == [[2, 11], [2]]
+    own = as_own(repeats, tmp_path, seed=5)
+    shutil.copytree(own, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # no repeat: another study's
+    found = read_seeds(study, tmp_path / "runs")["LeNet-5"]
+    assert list(found) == [5, 2, 11]
+    assert found[5].folder == own == read_runs(study, tmp_path / "runs")["LeNet-5"].folder
+
+
+def test_a_repeat_of_the_seed_that_the_study_itself_has_does_not_count_twice(folds, repeats, tmp_path):
+    own = as_own(repeats, tmp_path, seed=11)
+    found = read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
+    assert list(found) == [11, 2]
+    assert found[11].folder == own
+
+
+def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats):
+    first, second = read_seeds(load_study(folds / "mine.toml"), repeats)["LeNet-5"].values()
+    assert first.splits().equals(second.splits())
+    a, b = first.predictions("test"), second.predictions("test")
+    np.testing.assert_array_equal(a.paths, b.paths)
+    assert np.abs(a.probabilities - b.probabilities).max() > 1e-4
+
+
+def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_path):
+    own = as_own(repeats, tmp_path, seed=5)
+    splits = pd.read_csv(own / "splits.csv")
+    splits.loc[splits["split"] == "test", "split"] = "train"
+    splits.to_csv(own / "splits.csv", index=False)
+    with pytest.raises(ValueError, match="LeNet-5, seed 5 and LeNet-5, seed 2 were tested on other images"):
+        read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs")
+
+
+def test_networks_that_only_seeds_know_are_found_and_make_an_ensemble(folds, repeats, tmp_path):
+    shutil.copytree(repeats, tmp_path / "runs", ignore=shutil.ignore_patterns("mine-fold*"))
+    shutil.copytree(repeats / "mine-seed2" / "lenet5", tmp_path / "runs" / "mine-seed2" / "small_cnn")
+    study = load_study(folds / "mine.toml")
+    runs = read_runs(study, tmp_path / "runs")
+    assert ensembles(study, runs) == {"Ensemble of 2": ["LeNet-5", "Small CNN"]}
+
+
+def test_spread_over_seeds_is_that_of_the_scores_of_hand_made_predictions(folds, repeats, tmp_path):
+    shutil.copytree(repeats, tmp_path / "runs")
+    for seed, correct in ((2, 3), (11, 4)):
+        # Of 2 normal and 3 ill the first `correct` are, at a threshold of 0.5, decided as they are.
+        folder = tmp_path / "runs" / f"mine-seed{seed}" / "lenet5"
+        target = np.array([0, 0, 1, 1, 1])
+        ill = np.where((np.arange(5) < correct) == (target == 1), 0.9, 0.2)
+        frame = pd.DataFrame({"path": list("abcde"), "patient": list("abcde")})
+        frame["target"] = np.array(["Normal", "Pneumonia"])[target]
+        frame = frame.assign(Normal=1 - ill, Pneumonia=ill)
+        frame.to_csv(folder / "predictions_test.csv", index=False)
+        card = json.loads((folder / "model.json").read_text()) | {"thresholds": [0.5, 0.5]}
+        (folder / "model.json").write_text(json.dumps(card))
+    scores = seed_scores(read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs"))
+    assert list(scores.columns) == list(METRICS)
+    accuracy, recall = [3 / 5, 4 / 5], [(1 + 1 / 3) / 2, (1 + 2 / 3) / 2]
+    np.testing.assert_allclose(scores.loc["LeNet-5", "accuracy"], accuracy)
+    np.testing.assert_allclose(scores.loc["LeNet-5", "recall"], recall)
+    spread = seed_spread(scores)
+    for metric, values in (("accuracy", accuracy), ("recall", recall)):
+        expected = [np.mean(values), np.std(values, ddof=1), min(values), max(values), 2]
+        np.testing.assert_allclose(spread.loc[("LeNet-5", metric)].tolist(), expected)
+    assert spread.loc[("LeNet-5, fold 1", "accuracy"), "seeds"] == 1
+    assert np.isnan(spread.loc[("LeNet-5, fold 1", "accuracy"), "std"])

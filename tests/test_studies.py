@@ -52,6 +52,8 @@ def test_default_split_is_80_10_10(tmp_path):
         ("[training]\nbalance = 'smote'", r"'balance' in \[training\]"),
         ("[split]\nval = 1.5", "fraction below 1 or a whole number"),
         ("[data", "not valid TOML"),
+        ("[split]\nsed = 1", r"'sed' in \[split\]: did you mean 'seed'"),
+        ("[split]\nseed = -1", r"'seed' in \[split\]: Input should be greater than or equal to 0"),
         ("[split]\ntest = 0", r"'test' in \[split\]: Input should be greater than 0"),
     ],
 )
@@ -90,6 +92,41 @@ def test_limited_study_never_replaces_the_real_one(tiny_study):
 def test_split_follows_the_seed(tiny_study):
     tests = [set(load_table(tiny_study.overridden(seed=seed)).subset("test")["path"]) for seed in (0, 0, 1)]
     assert tests[0] == tests[1] != tests[2]
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_repeats_with_other_seeds_share_split_and_limit(tiny_study, limit):
+    study = tiny_study.overridden(seed=3, limit=limit)
+    own, repeat = (load_table(each).frame[["path", "split"]] for each in (study, study.repeated(4)))
+    assert own.equals(repeat)
+    assert not own.equals(load_table(study.overridden(seed=4)).frame[["path", "split"]])
+
+
+def test_a_repeat_is_the_same_experiment_but_for_seed_and_name(tiny_study):
+    study = tiny_study.overridden(seed=3).model_copy(update={"compare": ("other",)})
+    repeat = study.repeated(4)
+    assert (repeat.name, repeat.compare, repeat.seed) == ("tiny-seed4", ("other-seed4",), 4)
+    assert (study.split_seed, repeat.split_seed) == (3, 3)
+    same = {"name": True, "compare": True, "seed": True, "split": {"seed"}}
+    assert repeat.model_dump(exclude=same) == study.model_dump(exclude=same)
+    assert study.repeated(3) is study
+
+
+def test_a_repeat_of_a_limited_fold_names_limit_fold_and_seed(tmp_path):
+    study = load_study(write(tmp_path, "base", BASE + "[split]\nfolds = 3\n"))
+    repeat = study.overridden(limit=9, fold=2).repeated(5)
+    assert repeat.name == "base-limit9-fold2-seed5"
+    assert (repeat.split.fold, repeat.limit) == (2, 9)
+
+
+def test_a_study_file_may_fix_its_split_whatever_the_seed(tmp_path):
+    study = load_study(write(tmp_path, "base", BASE + "[split]\nseed = 7\n"), seed=2)
+    assert (study.seed, study.split_seed, study.repeated(3).split_seed) == (2, 7, 7)
+
+
+def test_a_seed_that_is_none_is_refused(tiny_study):
+    with pytest.raises(ValueError, match="study tiny: 'seed': Input should be greater than or equal to 0"):
+        tiny_study.repeated(-1)
 
 
 def test_unknown_study_lists_those_that_exist():

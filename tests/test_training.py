@@ -7,20 +7,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from augmentation import Augmentation
+from compute import resolve_precision
 from networks import build_network
+from objectives import MULTI_LABEL, SINGLE_LABEL, multi_label_loss, single_label_loss
 from studies import Training
-from training import (
-    MULTI_LABEL,
-    SINGLE_LABEL,
-    fine_tune,
-    multi_label_loss,
-    predict_logits,
-    resolve_precision,
-    single_label_loss,
-)
-from utils import Preprocessing, RandomFlip, XrayDataset, label_weights
+from training import fine_tune, predict_logits
+from utils import Batches, Preprocessing, XrayDataset, label_weights
 
 
 class Linear(nn.Module):
@@ -38,7 +33,7 @@ class Linear(nn.Module):
 
 def loader(values, labels, **options):
     images = torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
-    return DataLoader(TensorDataset(images, torch.tensor(labels)), batch_size=4, **options)
+    return Batches(TensorDataset(images, torch.tensor(labels)), 4, **options)
 
 
 def run(
@@ -101,9 +96,9 @@ def test_history_has_a_row_an_epoch_with_the_contracted_columns():
         "train_accuracy",
         "val_loss",
         "val_accuracy",
-        "seconds",
-        "images_per_second",
     ]
+    assert done.timing.columns.tolist() == ["epoch", "seconds", "images_per_second"]
+    assert done.timing["seconds"].gt(0).all()
 
 
 def test_one_cycle_rises_and_falls_and_constant_stays():
@@ -193,7 +188,7 @@ def test_several_labels_are_learnt_and_chosen_by_the_mean_area_under_the_curve()
     grey = torch.linspace(-2, 2, 16)
     targets = torch.stack([(grey > 0).float(), (grey < -0.3).float()], dim=1)
     images = grey[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
-    loaders = dict.fromkeys(("train", "val"), DataLoader(TensorDataset(images, targets), batch_size=4))
+    loaders = dict.fromkeys(("train", "val"), Batches(TensorDataset(images, targets), 4))
     model = Linear()
     done = run(model, loaders, objective=MULTI_LABEL, select="auc", epochs=30, patience=30)
     assert done.history["val_auc"].iloc[done.best_epoch - 1] == done.history["val_auc"].max() == 1
@@ -204,31 +199,33 @@ def test_several_labels_are_learnt_and_chosen_by_the_mean_area_under_the_curve()
 class Xrays(XrayDataset):
     """Random pictures in place of files."""
 
-    def __init__(self, number, augment=None):
+    def __init__(self, number):
         super().__init__([""] * number, np.arange(number) % 2, Preprocessing(32, (0, 0, 0), (1, 1, 1)))
-        self.augment = augment
         self.pictures = torch.randint(0, 256, (number, 1, 32, 32), dtype=torch.uint8)
 
-    def resized(self, index):
-        return self.pictures[index]
+    def images(self, rows):
+        return self.pictures[rows]
 
 
-def xray_loaders(number=24, augment=None):
+def xray_batches(number=24, augment=None):
     torch.manual_seed(5)
-    generator = torch.Generator().manual_seed(3)
-    train, val = Xrays(number, augment), Xrays(8)
+    train, val = Xrays(number), Xrays(8)
+    normalise = train.preprocessing.normalise
     return {
-        "train": DataLoader(train, 8, shuffle=True, generator=generator, collate_fn=train.collate),
-        "val": DataLoader(val, 8, collate_fn=val.collate),
+        "train": Batches(train, 8, seed=3, augment=augment, prepare=normalise),
+        "val": Batches(val, 8, prepare=normalise),
     }
 
 
+FLIP = Augmentation(horizontal_flip=True)
+
+
 @pytest.mark.parametrize(("name", "hidden"), [("resnet18", (7,)), ("densenet121", ()), ("lenet5", (5,))])
-@pytest.mark.parametrize("augment", [None, RandomFlip()])
+@pytest.mark.parametrize("augment", [None, FLIP])
 def test_features_computed_once_give_the_weights_that_images_give(name, hidden, augment):
     found = []
     for cached in (True, False):
-        loaders = xray_loaders(augment=augment)
+        loaders = xray_batches(augment=augment)
         torch.manual_seed(1)
         model = build_network(name, 2, hidden_units=hidden, dropout=0.5)
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -244,7 +241,7 @@ def test_features_computed_once_give_the_weights_that_images_give(name, hidden, 
 
 
 def test_batch_normalisation_of_the_backbone_stays_as_it_was_in_both_phases():
-    loaders = xray_loaders(augment=RandomFlip())
+    loaders = xray_batches(augment=FLIP)
     torch.manual_seed(2)
     model = build_network("resnet18", 1, hidden_units=(), dropout=0.3)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -269,16 +266,15 @@ def test_batch_normalisation_of_the_backbone_stays_as_it_was_in_both_phases():
 
 def test_computing_features_counts_as_training_time():
     class SlowXrays(Xrays):
-        def resized(self, index):
-            time.sleep(0.02)
-            return super().resized(index)
+        def images(self, rows):
+            time.sleep(0.02 * len(rows))
+            return super().images(rows)
 
-    loaders = xray_loaders()
-    slow = SlowXrays(24)
-    loaders["train"] = DataLoader(slow, 8, collate_fn=slow.collate)
+    loaders = xray_batches()
+    loaders["train"].dataset = SlowXrays(24)
     model = build_network("lenet5", 2, hidden_units=())
     done = run(model, loaders, trainable="head", epochs=2)
-    assert done.history["seconds"].iloc[0] > 24 * 0.02 > done.history["seconds"].iloc[1]
+    assert done.timing["seconds"].iloc[0] > 24 * 0.02 > done.timing["seconds"].iloc[1]
 
 
 def test_the_validation_loss_of_several_labels_is_the_quantity_that_is_trained():
@@ -286,7 +282,7 @@ def test_the_validation_loss_of_several_labels_is_the_quantity_that_is_trained()
     grey = torch.linspace(-2, 2, 16)
     targets = torch.stack([(grey > 1.8).float(), (grey < -1.5).float()], dim=1)  # rare
     images = grey[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
-    loaders = dict.fromkeys(("train", "val"), DataLoader(TensorDataset(images, targets), batch_size=16))
+    loaders = dict.fromkeys(("train", "val"), Batches(TensorDataset(images, targets), 16))
     weights = label_weights(targets.numpy())
     settings = {"loss_weights": weights, "epochs": 1, "learning_rate": 1e-9}
     row = run(Linear(), loaders, objective=MULTI_LABEL, **settings).history.iloc[0]

@@ -6,19 +6,19 @@ import torch
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
+from augmentation import Augmentation
 from studies import IMAGENET_MEAN, IMAGENET_STD
 from utils import (
+    Batches,
     Preprocessing,
+    Share,
     XrayDataset,
-    augmentation,
-    balanced_sampler,
+    balanced_weights,
     class_weights,
-    make_loaders,
+    make_batches,
     read_mask,
     read_xray,
-    seed_everything,
 )
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
@@ -123,30 +123,6 @@ def test_preprocessing_equals_torchvision_transforms():
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
 
 
-def test_flip_mirrors_about_half_of_the_images_and_is_off_by_default():
-    image = torch.from_numpy(RAMP[None, :, :16].copy())
-    assert augmentation(16) is None
-    seed_everything(0)
-    flip = augmentation(16, horizontal_flip=True)
-    flipped = [torch.equal(flip(image), functional.horizontal_flip(image)) for _ in range(400)]
-    assert 160 < sum(flipped) < 240
-
-
-def test_crops_keep_the_size_and_show_at_least_the_smallest_share():
-    # Along a ramp of one grey level a pixel, the range that is seen is the width that was cut out.
-    image = torch.from_numpy(np.tile(np.arange(64, dtype=np.uint8), (64, 1))[None])
-    crop = augmentation(64, smallest_crop=0.5)
-    seed_everything(0)
-    widths = []
-    for _ in range(200):
-        made = crop(image)
-        assert made.shape == (1, 64, 64)
-        widths.append((int(made.max()) - int(made.min()) + 1) / 64)
-    assert min(widths) > (0.5 * 0.9) ** 0.5 - 0.05
-    assert min(widths) < 0.8
-    assert max(widths) > 0.95
-
-
 def make_dataset(tmp_path, number=4, **options):
     paths = []
     for i in range(number):
@@ -155,76 +131,10 @@ def make_dataset(tmp_path, number=4, **options):
     return XrayDataset(paths, range(number), Preprocessing(16, (0, 0, 0), (1, 1, 1)), **options)
 
 
-def test_decoded_images_are_kept_only_while_they_fit(tmp_path):
-    dataset = make_dataset(tmp_path, cache_bytes=2 * 16 * 16)
-    first = [dataset[i][0].double().mean().item() for i in range(4)]
-    assert first == pytest.approx([0, 10, 20, 30], abs=1e-4)
-    for path in dataset.paths:
-        with open(path, "wb"):
-            pass
-    assert dataset[1][0].double().mean() == 10
-    with pytest.raises(ValueError, match=r"3\.png"):
-        dataset[3]
-
-
-def test_sampler_draws_each_class_equally_often_with_replacement():
-    labels = [0] * 900 + [1] * 90 + [2] * 10
-    drawn = list(balanced_sampler(labels, 3, torch.Generator().manual_seed(0)))
-    counts = np.bincount(np.asarray(labels)[drawn], minlength=3)
-    assert len(drawn) == 1000
-    # Binomial with p = 1/3: four standard deviations are 60.
-    assert np.abs(counts - 1000 / 3).max() < 60
-    assert len(set(drawn)) < 1000
-
-
-def test_sampler_repeats_with_its_generator_and_refuses_an_absent_class():
-    first, second = (
-        list(balanced_sampler([0, 0, 1], 2, torch.Generator().manual_seed(seed))) for seed in (1, 1)
-    )
-    assert first == second
-    with pytest.raises(ValueError, match="class 1"):
-        balanced_sampler([0, 2, 2], 3, torch.Generator())
-
-
 def test_class_weights_are_scikit_learns_balanced():
     labels = np.repeat([0, 1, 2], [50, 30, 7])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(class_weights(labels, 3).numpy(), expected, rtol=1e-6)
-
-
-def test_loaders_augment_and_resample_the_training_images_only(tmp_path):
-    paths = make_dataset(tmp_path, 17).paths
-    rows = {
-        "train": (paths[:13], [0] * 10 + [1] * 3),
-        "val": (paths[13:15], [0, 1]),
-        "test": (paths[15:], np.array([1, 0])),
-    }
-    loaders = make_loaders(
-        rows,
-        Preprocessing(16, (0, 0, 0), (1, 1, 1)),
-        num_classes=2,
-        batch_size=4,
-        augment=lambda image: 255 - image,
-        oversample=False,
-        num_workers=0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert len(loaders["train"]) == 3  # a last batch of one image is left out
-    means = {
-        name: torch.cat([images.mean((1, 2, 3)) for images, _ in loader]) for name, loader in loaders.items()
-    }
-    assert means["train"].min() > 0.5
-    torch.testing.assert_close(means["train_plain"] * 255, torch.arange(13) * 10.0)
-    torch.testing.assert_close(means["val"] * 255, torch.tensor([130.0, 140.0]))
-    assert [label for _, labels in loaders["test"] for label in labels.tolist()] == [1, 0]
-
-
-def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
-    paths = make_dataset(tmp_path, 2).paths
-    targets = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.uint8)
-    dataset = XrayDataset(paths, targets, Preprocessing(16, (0, 0, 0), (1, 1, 1)))
-    assert dataset[0][1].dtype == torch.float32
-    assert [dataset[i][1].tolist() for i in (0, 1)] == targets.tolist()
 
 
 def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
@@ -239,25 +149,130 @@ def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
     assert (resized[:, 9:] == 200).all()
 
 
-def test_the_flip_shows_both_views_equally_often_and_nothing_else():
-    torch.manual_seed(0)
-    image = torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3)
-    flip = augmentation(3, horizontal_flip=True)
-    seen = [flip(image)[0, 0].tolist() for _ in range(400)]
-    assert {tuple(row) for row in seen} == {(0, 1, 2), (2, 1, 0)}
-    assert 160 < seen.count([2, 1, 0]) < 240  # four standard deviations
+def test_decoded_images_are_kept_only_while_they_fit(tmp_path):
+    dataset = make_dataset(tmp_path, cache_bytes=2 * 16 * 16)
+    first = [dataset[torch.tensor([i])][0].double().mean().item() for i in range(4)]
+    assert first == pytest.approx([0, 10, 20, 30], abs=1e-4)
+    for path in dataset.paths:
+        with open(path, "wb"):
+            pass
+    assert dataset[torch.tensor([1])][0].double().mean() == 10
+    with pytest.raises(ValueError, match=r"3\.png"):
+        dataset[torch.tensor([1, 3])]
 
 
-def test_what_a_shift_uncovers_is_black_and_grey_values_keep_their_range():
-    torch.manual_seed(0)
-    image = torch.full((1, 64, 64), 120, dtype=torch.uint8)
-    moved = augmentation(64, rotation=10, translation=0.1, scale=(0.8, 0.9))
-    views = torch.stack([moved(image) for _ in range(20)])
-    assert views.dtype == torch.uint8
-    assert views.shape == (20, 1, 64, 64)
-    assert views[:, :, 20:44, 20:44].eq(120).all()  # the middle stays inside
-    assert (views == 0).any(dim=(1, 2, 3)).all()
-    brighter = augmentation(64, brightness=0.5)
-    means = torch.stack([brighter(image).double().mean() for _ in range(200)])
-    assert 60 <= means.min() < 75
-    assert 165 < means.max() <= 180
+def test_a_jpeg_is_decoded_at_reduced_size_to_nearly_the_same_small_image(tmp_path):
+    y, x = np.mgrid[:800, :1000] / 100
+    noise = np.random.default_rng(0).normal(0, 5, x.shape)
+    grey = (120 + 60 * np.sin(x) * np.cos(1.3 * y) + noise).clip(0, 255).astype(np.uint8)
+    path = save(tmp_path, Image.fromarray(grey), "x.jpg", quality=92)
+    reduced = read_xray(path, at_least=200)
+    assert reduced.shape == (200, 250)
+    assert read_xray(path, at_least=201).shape == (400, 500)  # a quarter would be too small
+    preprocessing = Preprocessing(100, (0, 0, 0), (1, 1, 1))
+    exact = preprocessing.resize(read_xray(path)).int()
+    error = (preprocessing.read(path).int() - exact).abs()
+    assert 0 < error.double().mean() < 0.5
+    png = save(tmp_path, Image.fromarray(grey), "x.png")
+    np.testing.assert_array_equal(read_xray(png, at_least=10), grey)
+
+
+def numbers(number, **options):
+    """Batches of the numbers from 0 on, so that each image says which it is."""
+    values = torch.arange(float(number))
+    return Batches(torch.utils.data.TensorDataset(values, values), 4, **options)
+
+
+def test_weighted_draws_take_each_class_equally_often_with_replacement():
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    drawn = numbers(1000, seed=0, weights=balanced_weights(labels, 3)).chosen(1)
+    counts = np.bincount(np.asarray(labels)[drawn], minlength=3)
+    assert len(drawn) == 1000
+    # Binomial with p = 1/3: four standard deviations are 60.
+    assert np.abs(counts - 1000 / 3).max() < 60
+    assert len(set(drawn.tolist())) < 1000
+    with pytest.raises(ValueError, match="class 1"):
+        balanced_weights([0, 2, 2], 3)
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own_that_its_number_gives_back():
+    batches = numbers(18, seed=5)
+    first, again, second = ([batch.images for batch in batches.epoch(number)] for number in (1, 1, 2))
+    assert [len(images) for images in first] == batches.sizes() == [4, 4, 4, 4, 2]
+    assert sorted(torch.cat(first).tolist()) == list(range(18))
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    assert not torch.equal(
+        torch.cat(first), torch.cat([batch.images for batch in numbers(18, seed=6).epoch(1)])
+    )
+    assert torch.equal(torch.cat([batch.images for batch in numbers(18).epoch(1)]), torch.arange(18.0))
+
+
+def test_an_epoch_that_is_taken_up_goes_on_with_the_batches_that_were_left():
+    whole, rest = (list(numbers(18, seed=5).epoch(3, start=start)) for start in (0, 2))
+    assert len(rest) == 3
+    for expected, batch in zip(whole[2:], rest, strict=True):
+        assert torch.equal(expected.images, batch.images)
+        assert expected.rows == batch.rows
+
+
+@pytest.mark.parametrize(("processes", "batches"), [(1, 4), (2, 4), (3, 4), (4, 3)])
+def test_processes_share_each_batch_without_an_image_missing_or_shown_twice(processes, batches):
+    shares = [list(numbers(15, seed=1).epoch(1, share=Share(index, processes))) for index in range(processes)]
+    whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three leaves one of four without
+    assert {len(share) for share in shares} == {len(whole)}
+    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert max(len(part.images) for part in parts) - min(len(part.images) for part in parts) <= 1
+
+
+def test_views_are_of_the_seed_the_epoch_and_the_batch_whoever_computes_them(tmp_path):
+    pictures = torch.randint(0, 256, (10, 1, 16, 16), dtype=torch.uint8)
+    augment = Augmentation(horizontal_flip=True, rotation=20, brightness=0.3)
+    batches = Batches(torch.utils.data.TensorDataset(pictures, torch.arange(10)), 5, seed=2, augment=augment)
+    whole = [batch.images for batch in batches.epoch(4)]
+    halves = [[batch.images for batch in batches.epoch(4, share=Share(i, 2))] for i in (0, 1)]
+    assert torch.equal(
+        torch.cat(whole), torch.cat([part for pair in zip(*halves, strict=True) for part in pair])
+    )
+    assert torch.equal(whole[1], next(batches.epoch(4, start=1)).images)
+    order = batches.chosen(4)
+    assert not torch.equal(torch.cat(whole), pictures[order].float())
+
+
+def test_batches_augment_and_resample_the_training_images_only(tmp_path):
+    paths = make_dataset(tmp_path, 17).paths
+    rows = {
+        "train": (paths[:13], [0] * 10 + [1] * 3),
+        "val": (paths[13:15], [0, 1]),
+        "test": (paths[15:], np.array([1, 0])),
+    }
+    batches = make_batches(
+        rows,
+        Preprocessing(16, (0, 0, 0), (1, 1, 1)),
+        num_classes=2,
+        batch_size=4,
+        augment=Augmentation(brightness=0.5),
+        oversample=True,
+        seed=0,
+    )
+    assert batches["train"].sizes() == [4, 4, 4]  # a last batch of one image is left out
+    means = {
+        name: torch.cat([batch.images.mean((1, 2, 3)) for batch in each.epoch(1)]) * 255
+        for name, each in batches.items()
+    }
+    assert not torch.isin(means["train"].round(), torch.arange(13) * 10.0).all()
+    torch.testing.assert_close(means["train_plain"], torch.arange(13) * 10.0)
+    torch.testing.assert_close(means["val"], torch.tensor([130.0, 140.0]))
+    assert [label for batch in batches["test"].epoch() for label in batch.targets.tolist()] == [1, 0]
+    drawn = torch.cat([batch.targets for epoch in range(1, 40) for batch in batches["train"].epoch(epoch)])
+    assert 0.4 < drawn.double().mean() < 0.6  # 3 of 13 without resampling
+
+
+def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
+    paths = make_dataset(tmp_path, 2).paths
+    targets = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.uint8)
+    dataset = XrayDataset(paths, targets, Preprocessing(16, (0, 0, 0), (1, 1, 1)))
+    found = dataset[torch.tensor([1, 0])][1]
+    assert found.dtype == torch.float32
+    assert found.tolist() == targets[::-1].tolist()

@@ -1,0 +1,421 @@
+"""Images decoded once are the images decoded each time, and their file is whole or not there at all."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import fine_tune_study
+from image_cache import CacheFailed, cached
+from studies import PROJECT, load_table
+from utils import Batches, Preprocessing, XrayDataset, read_xray
+
+SMALL = Preprocessing(32, (0.5,) * 3, (0.2,) * 3)
+MODES = ("L", "RGB", "RGBA", "P", "I;16")
+
+
+def write(path, mode="L", seed=0, size=(40, 56)):
+    """Write a random X-ray; return its path."""
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 4096, size, dtype=np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).convert(mode)
+    image.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """Paths of X-rays of all modes and of many sizes: the splits overlap, and have orders of their own."""
+    sizes = ((40, 56), (32, 32), (61, 33), (20, 100), (300, 7))
+    paths = [
+        write(tmp_path / "data" / f"{i}.png", MODES[i % 5], seed=i, size=sizes[i % 4]) for i in range(12)
+    ]
+    return {"train": [paths[i] for i in (7, 2, 9, 0, 4, 1)], "val": paths[9:12][::-1], "test": paths[:9]}
+
+
+def expected(paths, preprocessing=SMALL):
+    return torch.stack([preprocessing.resize(read_xray(path)) for path in paths])
+
+
+def pixels(splits, folder, preprocessing=SMALL):
+    """Return the images of each split, all rows."""
+    files = cached(splits, preprocessing, folder)
+    return {split: file.images(range(len(file))) for split, file in files.items()}
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[split], wanted[split]) for split in wanted)
+
+
+def kept(folder):
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def test_images_are_the_same_with_the_file_and_without_it_large_jpegs_too(tmp_path):
+    y, x = np.mgrid[:400, :500] / 40
+    grey = (120 + 60 * np.sin(x) * np.cos(y) + np.random.default_rng(0).normal(0, 9, x.shape)).clip(0, 255)
+    paths = [str(tmp_path / f"{name}") for name in ("a.jpg", "b.png")]
+    for path in paths:
+        Image.fromarray(grey.astype(np.uint8)).save(path)
+    preprocessing = Preprocessing(48, (0.5,) * 3, (0.2,) * 3)
+    images = cached({"all": paths}, preprocessing, tmp_path / "cache")["all"]
+    rows = torch.tensor([0, 1])
+    kept, decoded = (
+        XrayDataset(paths, [0, 1], preprocessing, images=file)[rows][0] for file in (images, None)
+    )
+    assert torch.equal(kept, decoded)
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_each_split_has_its_own_images_in_its_own_order_bit_for_bit(splits, tmp_path):
+    found = pixels(splits, tmp_path / "cache")
+    same(found, {split: expected(paths) for split, paths in splits.items()})
+    assert found["train"].shape == (6, 1, 32, 32)
+    assert found["train"].dtype == torch.uint8
+
+
+def test_rows_come_in_the_order_in_which_they_are_asked_for_repeated_ones_too(splits, tmp_path):
+    file = cached(splits, SMALL, tmp_path / "cache")["test"]
+    assert len(file) == 9
+    for rows in ([3], [8, 0, 0, 5, 8], torch.tensor([4, 2, 4])):
+        assert torch.equal(file.images(rows), expected([splits["test"][row] for row in rows]))
+
+
+def test_a_batch_may_be_changed_without_changing_the_file(splits, tmp_path):
+    file = cached(splits, SMALL, tmp_path / "cache")["val"]
+    file.images([0, 1]).zero_()
+    assert torch.equal(file.images([0, 1]), expected(splits["val"][:2]))
+
+
+def spoil(path, *, later=0):
+    """Fill a file with zeros: no image any more, but of the same size, and of a time `later` nanoseconds after."""
+    stat = os.stat(path)
+    Path(path).write_bytes(bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
+
+
+def test_no_image_is_read_a_second_time(splits, tmp_path):
+    before = pixels(splits, tmp_path / "cache")
+    for path in splits["test"] + splits["val"]:
+        spoil(path)
+    same(pixels(splits, tmp_path / "cache"), before)
+
+
+def test_an_image_of_another_time_is_read_anew(splits, tmp_path):
+    pixels(splits, tmp_path / "cache")
+    spoil(splits["val"][1], later=1)
+    with pytest.raises(ValueError, match=Path(splits["val"][1]).name):
+        pixels(splits, tmp_path / "cache")
+
+
+def test_an_image_of_another_size_is_read_anew_and_the_stale_file_is_removed(splits, tmp_path):
+    before = pixels(splits, tmp_path / "cache")
+    stale = kept(tmp_path / "cache")
+    changed = Path(splits["train"][2])
+    times = os.stat(changed)
+    write(changed, size=(70, 70), seed=99)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = pixels(splits, tmp_path / "cache")
+    assert not torch.equal(after["train"][2], before["train"][2])
+    same(after, {split: expected(paths) for split, paths in splits.items()})
+    assert len(kept(tmp_path / "cache")) == 1
+    assert kept(tmp_path / "cache") != stale
+
+
+def test_an_added_image_is_found(splits, tmp_path):
+    pixels(splits, tmp_path / "cache")
+    more = splits | {"val": [*splits["val"], write(tmp_path / "data" / "new.png", seed=50)]}
+    same(pixels(more, tmp_path / "cache"), {split: expected(paths) for split, paths in more.items()})
+
+
+class Half:
+    """Blackens the left half, or the right: a masking with a key of its own."""
+
+    def __init__(self, side):
+        self.key = side
+
+    def __call__(self, image):
+        columns = np.arange(image.shape[1]) < image.shape[1] / 2
+        return np.where(columns == (self.key == "left"), 0, image).astype(np.uint8)
+
+
+def test_another_size_or_other_lungs_are_made_beside_what_is_there(splits, tmp_path):
+    for number, other in enumerate(
+        [SMALL]
+        + [Preprocessing(48, SMALL.mean, SMALL.std)]
+        + [Preprocessing(32, SMALL.mean, SMALL.std, lungs=Half(side)) for side in ("left", "right")],
+        start=1,
+    ):
+        wanted = {split: expected(paths, other) for split, paths in splits.items()}
+        same(pixels(splits, tmp_path / "cache", other), wanted)
+        assert len(kept(tmp_path / "cache")) == number
+
+
+def test_an_unreadable_image_is_named_all_are_counted_and_nothing_is_left(splits, tmp_path):
+    bad = splits["val"][0]
+    spoil(bad)
+    with pytest.raises(ValueError, match=rf"^{bad} is not an image[^()]*$"):
+        pixels(splits, tmp_path / "cache")
+    others = {bad, *splits["train"][:2]}
+    for path in others:
+        spoil(path)
+    with pytest.raises(ValueError, match=rf"is not an image .* \({len(others)} such images"):
+        pixels(splits, tmp_path / "cache")
+    assert kept(tmp_path / "cache") == []
+
+
+def test_a_missing_image_is_named(splits, tmp_path):
+    missing = splits["train"].pop()
+    os.unlink(missing)
+    splits["test"].append(missing)
+    with pytest.raises(FileNotFoundError, match=missing):
+        pixels(splits, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("left", [0, 60, 128, 2000, -1, "more"])
+def test_a_file_that_lost_or_gained_bytes_is_made_anew(splits, tmp_path, left):
+    before = pixels(splits, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    content = file.read_bytes()
+    file.write_bytes(content + b"x" if left == "more" else content[:left])
+    same(pixels(splits, tmp_path / "cache"), before)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("blocked", ["a file in its place", "a file above it"])
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(splits, tmp_path, blocked):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / ("cache" if "above" in blocked else "")
+    with pytest.raises(CacheFailed, match=rf"^cannot write {folder}: [^\n]+$"):
+        pixels(splits, folder)
+
+
+# --- in other processes ---
+
+MAKE = """
+import sys, threading, time
+from hashlib import sha256
+from pathlib import Path
+from image_cache import cached
+from utils import Preprocessing
+
+class Slow:
+    key, calls, alone = "slow", 0, threading.Lock()
+
+    def __call__(self, image):
+        with self.alone:
+            self.calls += 1
+            time.sleep(0.005)
+        return image
+
+folder, names = map(Path, sys.argv[1:])
+slow, paths = Slow(), sorted(map(str, names.glob("*.png")))
+print("ready", flush=True)
+sys.stdin.readline()
+file = cached({"all": paths}, Preprocessing(96, (0.5,) * 3, (0.2,) * 3, lungs=slow), folder)["all"]
+print(sha256(file.images(range(len(file))).numpy()).hexdigest(), slow.calls)
+"""
+NUMBER = 300
+
+
+class Quick:
+    """Stands for the lungs of the other processes: all there is of the X-ray."""
+
+    key = "slow"
+
+    def __call__(self, image):
+        return image
+
+
+MADE = Preprocessing(96, (0.5,) * 3, (0.2,) * 3, lungs=Quick())
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder of 300 files that are one X-ray, and its resized pixels."""
+    folder = tmp_path_factory.mktemp("many")
+    first = write(folder / "0.png")
+    for i in range(1, NUMBER):
+        os.link(first, folder / f"{i}.png")
+    return folder, MADE.resize(read_xray(first))
+
+
+def start(*processes):
+    """Start processes that each decode the images of a folder into another; they have imported all they need."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKE, str(folder), str(names)],
+            cwd=PROJECT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for folder, names in processes
+    ]
+    for process in started:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return started
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_kill_while_images_are_decoded_leaves_nothing_that_is_taken_for_whole(many, tmp_path):
+    (names, image), folder = many, tmp_path / "cache"
+    (killed,) = start((folder, names))
+    while not list(folder.glob("*.part")):
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.005)
+    time.sleep(0.2)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = kept(folder)
+    assert left.endswith(".part")
+    found = pixels({"all": sorted(map(str, names.glob("*.png")))}, folder, MADE)["all"]
+    assert torch.equal(found, image.expand(NUMBER, 1, 96, 96))
+    assert [Path(name).suffix for name in kept(folder)] == [".npy"]
+
+
+def test_of_two_processes_one_decodes_and_both_have_the_images(many, tmp_path):
+    (names, image), folder = many, tmp_path / "cache"
+    outputs = [process.communicate() for process in start((folder, names), (folder, names))]
+    digests, calls = zip(*[output.splitlines()[-1].split() for output, _ in outputs], strict=True)
+    right = image.expand(NUMBER, 1, 96, 96).contiguous().numpy()
+    assert digests == (sha256(right).hexdigest(),) * 2, outputs
+    assert sorted(map(int, calls)) == [0, NUMBER]
+    assert len(kept(folder)) == 1
+
+
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from image_cache import CacheFailed, cached
+from utils import Preprocessing
+
+def make(room):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        file = cached({"all": paths}, Preprocessing(96, (0.5,) * 3, (0.2,) * 3), folder)["all"]
+        print("made of", len(file))
+    except CacheFailed as error:
+        print(error)
+        assert {path.suffix for path in folder.iterdir()} <= {".lock"}
+
+folder, names = map(Path, sys.argv[1:])
+paths = sorted(map(str, names.glob("*.png")))
+make(0)
+make(100_000)
+del os.posix_fallocate  # where room cannot be asked for, decoding begins
+make(100_000)
+make(resource.RLIM_INFINITY)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fallocate"), reason="takes limits to a process's files, and fallocate"
+)
+def test_a_full_disk_is_told_in_a_line_and_leaves_nothing_until_there_is_room(many, tmp_path):
+    folder = tmp_path / "cache"
+    made = subprocess.run(
+        [sys.executable, "-c", FULL, str(folder), str(many[0])],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    said = (line for line in made.stdout.splitlines() if ": decoding " not in line)
+    at_once, reserving, writing, last = said
+    assert at_once == f"cannot write {folder}: File too large"
+    assert reserving == f"no room for 0.0028 GB of images in {folder}: File too large"
+    assert writing == f"cannot write {folder}: File too large"
+    assert last == f"made of {NUMBER}"
+
+
+WALK = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from image_cache import ImageFile
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+number = 4_000
+names = [str(row) for row in range(number)]
+file = ImageFile(Path(sys.argv[1]), names, names)
+order = np.random.default_rng(0).permutation(number)
+before, most, total = resident(), 0, 0
+for start in range(0, number, 50):
+    total += int(file.images(order[start : start + 50]).numpy().sum(dtype=np.int64))
+    most = max(most, resident() - before)
+print(total, most)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read in /proc")
+def test_going_through_a_large_file_does_not_fill_the_process_memory(tmp_path):
+    file, rows = tmp_path / "large.npy", np.arange(4_000, dtype=np.uint8)
+    large = np.lib.format.open_memmap(file, "w+", np.uint8, (4_000, 224, 224), version=(1, 0))
+    large[:] = rows[:, None, None]
+    large.flush()
+    walked = subprocess.run(
+        [sys.executable, "-c", WALK, str(file)], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert walked.returncode == 0, walked.stderr
+    total, most = map(int, walked.stdout.split())
+    assert total == rows.sum(dtype=np.int64) * 224 * 224
+    assert most < file.stat().st_size / 5
+
+
+# --- in a training ---
+
+
+def test_worker_processes_of_a_loader_read_the_same_batches(splits, tmp_path):
+    images = cached(splits, SMALL, tmp_path / "cache")["test"]
+    dataset = XrayDataset(splits["test"], range(9), SMALL, images=images)
+    plain, shared = (
+        list(Batches(dataset, 4, seed=5, num_workers=workers, prepare=SMALL.normalise).epoch(3))
+        for workers in (0, 2)
+    )
+    assert [len(batch.targets) for batch in plain] == [4, 4]
+    for one, other in zip(plain, shared, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+
+
+def test_a_pickle_has_the_name_of_the_file_and_not_its_pixels(splits, tmp_path):
+    file = cached(splits, SMALL, tmp_path / "cache")["test"]
+    wanted = file.images(range(9))
+    travels = pickle.dumps(file)
+    assert len(travels) < 2000 < wanted.nbytes
+    assert torch.equal(pickle.loads(travels).images(range(9)), wanted)
+
+
+def test_a_training_without_room_for_the_file_says_so_and_gives_the_same_network(
+    tiny_study, trained_run, tmp_path, capsys
+):
+    assert list((trained_run.parent.parent / "image_cache").glob("*-64px-*.npy"))
+    (tmp_path / "image_cache").write_text("in the way")
+    capsys.readouterr()
+    folder = fine_tune_study(tiny_study, load_table(tiny_study), "resnet18", runs=tmp_path, device="cpu")
+    said = capsys.readouterr().out
+    assert f"cannot write {tmp_path / 'image_cache'}" in said
+    assert "decoded anew in every epoch" in said
+    assert (folder / "model.safetensors").read_bytes() == (trained_run / "model.safetensors").read_bytes()

@@ -1,0 +1,128 @@
+"""Several processes, started by accelerate's launcher, train the network that one trains."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY_STUDY
+from safetensors.torch import load_file
+
+from studies import PROJECT
+from utils import Share
+
+# Without and with batch normalisation. Dropout is off: each process draws its own. Adam divides a gradient by its own
+# size, so that one that is nothing but rounding, as many are behind batch normalisation, makes a whole step.
+NETWORKS = {"lenet5": "", "small_cnn": 'dropout = 0.0\noptimizer = "sgd"\nlearning_rate = 1e-3'}
+
+
+def launched(study, runs, *, processes):
+    """Train by the command of the README."""
+    alone = [sys.executable]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+    ]
+    # A configuration that asks for half precision must not change the study.
+    launcher += ["--num_machines", "1", "--mixed_precision", "bf16"]
+    command = [*(launcher if processes > 1 else alone), str(PROJECT / "finetune.py"), str(study)]
+    return subprocess.Popen(
+        [*command, "--runs", str(runs), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def printed_by(process):
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_root, tmp_path_factory):
+    """Both networks, trained by one process and by two, with batches that do not divide evenly."""
+    study = phantom_root.parent / "shared.toml"
+    study.write_text(
+        TINY_STUDY.replace("batch_size = 8", "batch_size = 7\ncheckpoint_minutes = 0")
+        .replace("horizontal_flip = true", "horizontal_flip = true\nrotation = 10")
+        .replace(
+            "[networks.resnet18]", "".join(f"[networks.{name}]\n{more}\n" for name, more in NETWORKS.items())
+        )
+    )
+    runs = tmp_path_factory.mktemp("shared")
+    printed = {n: printed_by(launched(study, runs / str(n), processes=n)) for n in (1, 2)}
+    return {number: runs / str(number) / "shared" for number in printed}, printed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_give_the_weights_of_one(trained, name):
+    folders, _ = trained
+    one, two = (load_file(folders[number] / name / "model.safetensors") for number in (1, 2))
+    for key, value in one.items():
+        torch.testing.assert_close(
+            two[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_metrics_over_two_processes_count_every_image_once(trained, name):
+    folders, _ = trained
+    one, two = (pd.read_csv(folders[number] / name / "history.csv") for number in (1, 2))
+    np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), rtol=1e-4, atol=1e-6)
+    for split in ("train", "val", "test"):
+        said = [pd.read_csv(folders[number] / name / f"predictions_{split}.csv") for number in (1, 2)]
+        assert said[0][["path", "patient", "target"]].equals(said[1][["path", "patient", "target"]])
+        np.testing.assert_allclose(said[0].iloc[:, 3:], said[1].iloc[:, 3:], atol=1e-4)
+
+
+def test_one_process_writes_and_prints_for_all(trained):
+    folders, printed = trained
+    assert printed[2].count("saved ") == len(NETWORKS)
+    for text in ("parameters for 4 classes", "computed in", "epoch 1/2"):
+        assert printed[2].count(text) == printed[1].count(text) == len(NETWORKS), text
+    assert {path.name for path in folders[2].iterdir()} == {path.name for path in folders[1].iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom_root, tmp_path):
+    folders, _ = trained
+    study, working = phantom_root.parent / "shared.toml", tmp_path / "shared" / "small_cnn" / "resume"
+    process = launched(study, tmp_path, processes=2)
+    while process.poll() is None and not (working / "history.csv").is_file():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert process.poll() is None, process.stderr.read()
+    # The launcher first: it would tidy up. What it has started has process groups of its own.
+    process.kill()
+    process.wait()
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(tmp_path).encode() in status.read_bytes():
+                os.kill(int(status.parent.name), signal.SIGKILL)
+    assert (working / "state.pt").is_file()
+    assert "going on after" in printed_by(launched(study, tmp_path, processes=2))
+    for name in NETWORKS:
+        for file in ("model.safetensors", "history.csv"):
+            assert (tmp_path / "shared" / name / file).read_bytes() == (folders[2] / name / file).read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_shares_are_whole_and_even(processes):
+    for number in range(30):
+        shares = [range(number)[Share(index, processes).slice(number)] for index in range(processes)]
+        assert [row for share in shares for row in share] == list(range(number))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

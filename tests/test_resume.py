@@ -1,0 +1,369 @@
+"""A training that is broken off, however, ends as if nothing had happened; what goes wrong is named."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_STUDY
+from torch import nn
+
+import finetune
+from augmentation import Augmentation
+from checkpoints import Checkpoints, random_states, set_random_states, write_whole
+from finetune import fine_tune_study, main
+from results import training_folder
+from studies import PROJECT, Training, load_study, load_table
+from training import fine_tune
+from utils import Batches, Preprocessing, XrayDataset
+
+COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
+LONGER = TINY_STUDY.replace(
+    "epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0"
+).replace(
+    "learning_rate = 1e-3",
+    "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]",
+)
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in COMPARED}
+
+
+def start(study, runs):
+    command = [
+        sys.executable,
+        str(PROJECT / "finetune.py"),
+        str(study),
+        "--runs",
+        str(runs),
+        "--device",
+        "cpu",
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_three_kills_at_random_moments_leave_the_same_files_byte_for_byte(phantom_root, tmp_path):
+    study = phantom_root.parent / "killed.toml"
+    study.write_text(LONGER)
+    whole = start(study, tmp_path / "whole")
+    working, rng = tmp_path / "killed" / "killed" / "resnet18" / "resume", random.Random(0)
+    for epochs in (0, 1, 3):
+        process = start(study, tmp_path / "killed")
+        history = working / "history.csv"
+        while process.poll() is None and not (
+            (working / "state.pt").is_file()
+            and (epochs == 0 or (history.is_file() and len(history.read_text().splitlines()) > epochs))
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        assert process.poll() is None, process.stderr.read()
+        process.kill()
+        process.communicate()
+        assert (working / "state.pt").is_file()
+        assert not (working.parent / "model.json").exists()
+    last = start(study, tmp_path / "killed")
+    for process in (whole, last):
+        assert process.wait() == 0, process.stderr.read()
+    assert files(tmp_path / "killed" / "killed" / "resnet18") == files(
+        tmp_path / "whole" / "killed" / "resnet18"
+    )
+    assert not working.exists()
+
+
+# --- the same in one process, at chosen moments ---
+
+
+class Pictures(XrayDataset):
+    """Random pictures in place of files; `trouble` is called before each batch with its number."""
+
+    def __init__(self, number, trouble=lambda count: None):
+        super().__init__([""] * number, np.arange(number) % 2, Preprocessing(32, (0.5,) * 3, (0.2,) * 3))
+        generator = torch.Generator().manual_seed(0)
+        self.pictures = torch.randint(0, 256, (number, 1, 32, 32), dtype=torch.uint8, generator=generator)
+        self.trouble, self.count = trouble, 0
+
+    def images(self, rows):
+        self.count += 1
+        self.trouble(self.count)
+        return self.pictures[rows]
+
+
+SETTINGS = {
+    "phases": [
+        {"trainable": "head", "epochs": 2, "learning_rate": 1e-2},
+        {"epochs": 3, "learning_rate": 1e-2},
+    ],
+    "schedule": "plateau",
+    "plateau_patience": 1,
+    "precision": "fp32",
+    "memory_format": "channels_last",
+}
+
+
+def network():
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 6, 3, stride=4), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3)]
+    model = nn.Sequential(*layers)
+    model.add_module("head", nn.Linear(6 * 64, 2))
+    model.head_name = "head"
+    return model
+
+
+FLIP = Augmentation(horizontal_flip=True)  # two views: the head is trained on features that are computed once
+VARIED = Augmentation(horizontal_flip=True, rotation=10, brightness=0.2)
+
+
+def train(folder, trouble=lambda count: None, val_trouble=lambda count: None, augment=VARIED, **settings):
+    """Train a small network; return its weights and history."""
+    model = network()
+    training = Training(**(SETTINGS | settings))
+    data, checked = Pictures(22, trouble), Pictures(9, val_trouble)
+    prepare = data.preprocessing.normalise
+    batches = {
+        "train": Batches(data, 6, seed=4, augment=augment, prepare=prepare),
+        "val": Batches(checked, 6, prepare=prepare),
+    }
+    checkpoints = None if folder is None else Checkpoints(folder, {"rate": str(settings)})
+    done = fine_tune(model, batches, training=training, device="cpu", title="T", checkpoints=checkpoints)
+    return model.state_dict(), done
+
+
+def same(first, second):
+    (weights, done), (others, theirs) = first, second
+    assert done.history.equals(theirs.history)
+    assert done.best_epoch == theirs.best_epoch
+    assert all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+def at(number, error):
+    def trouble(count):
+        if count == number:
+            raise error
+
+    return trouble
+
+
+@pytest.fixture
+def heard():
+    """Ctrl-C is not ignored, as it is where the tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("augment", "number"), [*((VARIED, n) for n in (1, 4, 5, 9, 18, 20)), *((FLIP, n) for n in (3, 5, 12))]
+)
+def test_an_unreadable_image_is_named_and_costs_nothing_that_was_done(tmp_path, augment, number):
+    with pytest.raises(ValueError, match="broken image"):
+        train(tmp_path, at(number, ValueError("broken image")), augment=augment)
+    same(train(tmp_path, augment=augment), train(None, augment=augment))
+
+
+def test_an_unreadable_image_of_validation_does_not_cost_the_epoch(tmp_path):
+    with pytest.raises(ValueError, match="broken image"):
+        train(tmp_path, val_trouble=at(3, ValueError("broken image")))
+    seen = []
+    again = train(tmp_path, trouble=seen.append)
+    assert len(seen) == 3 * 4  # the epochs of the second phase: those of the first are done
+    same(again, train(None))
+
+
+def test_ctrl_c_while_features_are_computed_is_obeyed_at_once(tmp_path, heard):
+    def press(count):
+        assert count < 3, "went on computing features"
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="phase 1"):
+        train(tmp_path, press, augment=FLIP)
+    same(train(tmp_path, augment=FLIP), train(None, augment=FLIP))
+
+
+@pytest.mark.parametrize("number", [2, 7, 13, 19])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_go_on(tmp_path, heard, number, signal_number):
+    def press(count):
+        if count == number:
+            signal.raise_signal(signal_number)
+
+    with pytest.raises(KeyboardInterrupt, match="run the same again to go on"):
+        train(tmp_path, press)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    same(train(tmp_path), train(None))
+
+
+def test_ctrl_c_during_validation_does_not_cost_the_epoch(tmp_path, heard):
+    def press(count):
+        if count == 3:  # the first batch of the second validation
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"phase 1/2 \(head\) epoch 2/2"):
+        train(tmp_path, val_trouble=press)
+    seen = []
+    again = train(tmp_path, trouble=seen.append)
+    assert len(seen) == 3 * 4  # the three epochs of the second phase
+    same(again, train(None))
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept(tmp_path):
+    with pytest.raises(ValueError, match="stop here"):
+        train(tmp_path, at(6, ValueError("stop here first")))
+    kept = (tmp_path / "state.pt").read_bytes()
+
+    model = network()
+    data = Pictures(22)
+    batches = {
+        "train": Batches(data, 6, seed=4, prepare=lambda images: images.expand(-1, 3, -1, -1) * float("nan")),
+        "val": Batches(Pictures(9), 6, prepare=data.preprocessing.normalise),
+    }
+    with pytest.raises(FloatingPointError, match=r"epoch 2: the loss is not finite \(batch 2\); set a lower"):
+        fine_tune(
+            model,
+            batches,
+            training=Training(**SETTINGS),
+            device="cpu",
+            title="T",
+            checkpoints=Checkpoints(tmp_path, {"rate": "{}"}),
+        )
+    assert (tmp_path / "state.pt").read_bytes() == kept
+    same(train(tmp_path), train(None))
+
+
+def test_a_full_disk_is_named_and_the_last_state_kept(tmp_path):
+    with pytest.raises(ValueError, match="later"):
+        train(tmp_path, at(7, ValueError("later")))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code = f"""
+import resource, sys
+sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests")!r}]
+from pathlib import Path
+from test_resume import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    train(Path({str(tmp_path)!r}))
+except OSError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "cannot save the training's state" in said
+    assert "File too large" in said
+    assert "the last state is kept there: make room and run the same again" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    same(train(tmp_path), train(None))
+
+
+def test_a_state_of_other_settings_is_refused_and_damage_is_named(tmp_path):
+    with pytest.raises(ValueError, match="later"):
+        train(tmp_path, at(7, ValueError("later")))
+    with pytest.raises(
+        ValueError, match=r"other settings \(rate: \{\}, now .*patience.*: go on with those, or start"
+    ):
+        train(tmp_path, patience=9)
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"no state that can be read .* start anew with --restart"):
+        train(tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x"
+    write_whole(file, "first")
+    with pytest.raises(TypeError):
+        write_whole(file, 3)
+    assert file.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_random_states_come_back():
+    states = random_states()
+    first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: NPY002
+    torch.save(states, "/dev/null")
+    set_random_states(states, torch.device("cpu"))
+    assert first == (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: NPY002
+
+
+# --- the run folder ---
+
+
+def test_a_second_training_into_one_folder_is_refused(tiny_study, tmp_path):
+    with (
+        training_folder(tmp_path / "tiny" / "resnet18", restart=False),
+        pytest.raises(ValueError, match="another process"),
+    ):
+        fine_tune_study(tiny_study, load_table(tiny_study), "resnet18", runs=tmp_path, device="cpu")
+
+
+def test_results_that_a_kill_left_half_exchanged_come_back(tmp_path):
+    folder = tmp_path / "study" / "net"
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text("older")
+    folder.rename(folder.with_name(".net.old"))  # what was killed had moved it away ...
+    folder.with_name(".net.partial").mkdir()  # ... and not put the new one in its place
+    with training_folder(folder, restart=False):
+        assert (folder / "model.json").read_text() == "older"
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".net.lock", "net"]
+
+
+def test_the_command_goes_on_begins_anew_when_told_to_and_keeps_what_was_finished(
+    phantom_root, tmp_path, capsys, monkeypatch
+):
+    study = phantom_root.parent / "two.toml"
+    study.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]\n[networks.small_cnn]"))
+    command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
+    real, calls = fine_tune_study, []
+
+    def interrupted(plan, table, network, **options):
+        calls.append(network)
+        if calls == ["lenet5", "small_cnn"]:
+            raise KeyboardInterrupt("stopped in small_cnn")
+        return real(plan, table, network, **options)
+
+    monkeypatch.setattr("finetune.fine_tune_study", interrupted)
+    assert main(command) == 130
+    assert "stopped in small_cnn" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "lenet5 was finished before the interruption" in capsys.readouterr().out
+    assert main(command) == 0
+    assert calls == ["lenet5", "small_cnn", "small_cnn", "lenet5", "small_cnn"]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "lenet5",
+        "small_cnn",
+        ".lenet5.lock",
+        ".small_cnn.lock",
+    }
+
+
+def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root, tmp_path, capsys):
+    file = phantom_root.parent / "pair.toml"
+    file.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]\n[networks.small_cnn]"))
+    command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
+    assert main([*command, "--networks", "lenet5"]) == 0
+    before = (tmp_path / "pair" / "lenet5" / "model.json").read_bytes()
+    settings = finetune._fixed_settings(study, load_table(study), "small_cnn")
+    Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save(
+        {"best_epoch": 0, "best_state": {}}
+    )
+    kept = sorted(path.name for path in (tmp_path / "pair").iterdir())
+    capsys.readouterr()
+    assert main([*command, "--epochs", "7"]) == 2
+    assert "other settings (epochs: 2, now 7): go on with those, or start anew" in capsys.readouterr().err
+    assert (tmp_path / "pair" / "lenet5" / "model.json").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == kept
+
+
+def test_seeds_are_trained_side_by_side_with_one_split(phantom_root, tmp_path, capsys):
+    study = phantom_root.parent / "seeds.toml"
+    study.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]"))
+    command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--seeds", "0,3"]) == 0
+    own, other = (tmp_path / name / "lenet5" for name in ("seeds", "seeds-seed3"))
+    assert (own / "splits.csv").read_bytes() == (other / "splits.csv").read_bytes()
+    assert (own / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    assert main([*command, "--seeds", "0,x"]) == 2
+    assert "give whole numbers" in capsys.readouterr().err
+    assert main([*command, "--seeds", "0", "--seed", "1"]) == 2
+    assert load_study(study).repeated(3).name == "seeds-seed3"
