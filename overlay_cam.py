@@ -7,49 +7,77 @@
 Prints each class with its probability and writes, for each image, an overlay at the image's own size. Of
 several runs, an ensemble, the mean is given. Where a lung model is at hand (the network's own, or the one in
 `lungs` beside the studies' folders) it says how much of each map lies inside the lungs.
-Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done.
+
+Of a folder, or of several images, `predictions.csv` in the output folder gets a row as soon as an image's
+overlays are written: image (absolute path), predicted (of a multi-label network findings, joined with |, or
+"No Finding"), each class's probability, lungs and in_lungs (what is said of them, and the share of the first
+map inside), overlay (the first map's file), and the image's bytes and time of change. The same command goes on
+where it was stopped: it does images again only if they or their overlays have changed or gone. With another
+model or other options for the maps the table is begun anew. Started several times at once by `accelerate launch
+--multi_gpu --num_processes N overlay_cam.py …` or `torchrun --nproc-per-node N overlay_cam.py …`, each process
+does a share of the images, on a GPU of its own, and all write to that table.
+
+Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done, or the disk
+is full; 130 stopped by Ctrl-C. Of several processes one with some images undone ends with 0 too: else the
+launcher would stop the others.
 """
 
 import argparse
-import itertools
+import contextlib
+import errno
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import cv2
-import numpy as np
 import torch
 
+from answers import MapOptions, answer, check_layers, lung_finder, lung_folder, text_of
 from cam_methods import METHODS, cam_method
-from explanations import cam_of, explain
-from heatmaps import COLORMAPS, boxes_from_map, draw_boxes, overlay, with_colour_bar
+from heatmaps import COLORMAPS
 from networks import resolve_device
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
-from utils import read_xray
+from utils import Share
+from xray_files import TABLE, Job, images_in, names_file, output_paths, prediction_table, resume, row_of
 
 if TYPE_CHECKING:
-    from lung_masking import LungMask
+    from answers import LungFinder
+    from resumable_table import ResumableTable
 
-    LungFinder = Callable[[np.ndarray], LungMask]
+# No space, no quota, over the largest size of a file, and nobody reads what is printed: so will every image fare.
+HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE})
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 
-
-class MapOptions(NamedTuple):
-    """How maps are made and drawn: `method` and `layer` as `explain` takes them, `alpha` and `colormap` as
-    `overlay`; `boxes` around what is above this share of a map's maximum (None: no boxes); `bar`: a colour bar.
+class Work(NamedTuple):
+    """What this process has to do: `answer`'s arguments, the `jobs` that remain of its `number` of them, and the
+    `table` for more than one image, which may be `begun_anew`.
     """
 
-    method: str
-    layer: tuple[str, ...] | None
-    alpha: float
-    colormap: str
-    boxes: float | None
-    bar: bool
+    members: list[TrainedNetwork]
+    wanted: str | list[int]
+    options: MapOptions
+    lungs: "LungFinder | None"
+    share: Share
+    number: int
+    jobs: list[Job]
+    table: "ResumableTable | None" = None
+    begun_anew: bool = False
+
+
+def share_of(environment: Mapping[str, str]) -> Share:
+    """Return the share that accelerate or torchrun has given this process: all images where neither started it.
+
+    Raises ValueError where RANK and WORLD_SIZE make no sense.
+    """
+    rank, of = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    if not rank.isdecimal() or not of.isdecimal() or int(rank) >= int(of):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {of}: unset them, or start with accelerate launch")
+    return Share(int(rank), int(of))
 
 
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
@@ -83,232 +111,6 @@ def suffixes(wanted: str | list[int], card: ModelCard) -> list[str]:
     return [f"_{slug if unique else index}" for index, slug in enumerate(slugs)]
 
 
-def images_in(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files that are named, and from the folders that are named those with an image's suffix that
-    are no overlays of ours.
-
-    Raises ValueError for a folder without images.
-    """
-    files = []
-    for path in inputs:
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if _is_xray(file))
-        if not found:
-            raise ValueError(f"no images in the folder {path}: its sub-folders are not searched")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def _is_xray(file: Path) -> bool:
-    overlay_of_ours = re.search(r"_cam(_\w+)?\.png$", file.name)
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not overlay_of_ours
-
-
-def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[str]) -> list[list[Path]]:
-    """Return the files that each image's overlays go to, one an ending: `<name>_cam<ending>.png` in the folder
-    `output` (default: here), or `output` itself where it names a PNG or JPEG file.
-
-    Images of one name from several folders are numbered. Raises ValueError where one file would have to
-    hold the overlays of several images, or where an overlay would replace an X-ray.
-    """
-    names = output is not None and output.suffix and not output.is_dir()
-    if names and output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"cannot write {output.suffix} files: give -o a .png or .jpg file or a folder")
-    if names and len(images) > 1:
-        raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
-    taken = {image.resolve() for image in images} if not names else set()
-    paths = []
-    for image in images:
-        numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
-        for number in numbers:
-            base = output if names else (output or Path()) / f"{image.stem}{number}_cam.png"
-            own = [base.with_name(f"{base.stem}{ending}{base.suffix}") for ending in endings]
-            if names or not taken & {path.resolve() for path in own}:
-                break
-        taken |= {path.resolve() for path in own}
-        paths.append(own)
-    originals = {image.resolve() for image in images}
-    for path in itertools.chain.from_iterable(paths):
-        if path.resolve() in originals:
-            raise ValueError(f"{path} is an X-ray that was given: choose another -o")
-    return paths
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ValueError(f"cannot write {path}")
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        unfinished.write_bytes(encoded.tobytes())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> None:
-    """Raise ValueError, naming the network, unless every network can be explained at these layers.
-
-    Each is run once, on a black image: that a layer gives no map, only a forward pass tells.
-    """
-    for member in members:
-        size, device = member.card.image_size, next(member.network.parameters()).device
-        try:
-            with cam_of(member, layer=layer) as cam:
-                for name, maps in zip(
-                    cam.layers, cam(torch.zeros(1, 3, size, size, device=device)).layers, strict=True
-                ):
-                    if maps.raw.shape[2:] == (1, 1):
-                        raise ValueError(
-                            f"layer {name!r} has one cell, which is no map: take one before the pooling"
-                        )
-        except ValueError as error:
-            raise ValueError(f"{member.card.architecture}: {error}") from None
-
-
-def lung_finder(
-    wanted: str | None, members: Sequence[TrainedNetwork], folder: Path, device: torch.device
-) -> "LungFinder | None":
-    """Return what finds an X-ray's lungs: the model in the folder `wanted`; by default what a network masks
-    its lungs with, else the model in `lungs` beside the studies of the run `folder`, else None; None for "none".
-
-    Raises ValueError or OSError where the model in `wanted` cannot be loaded. Of another one, that costs no
-    more than the shares, a line on stderr says so.
-    """
-    own = _own_finders(members)
-    place = folder.parent.parent / "lungs" if wanted is None else Path(wanted)
-    if wanted == "none":
-        return None
-    if wanted is None and (own or not (place / "model.json").is_file()):
-        return own[0] if own else None
-    # Imported here: they take a second, and nobody without a lung model has a use for them.
-    from lung_masking import LungMasking
-    from lung_segmentation import load_segmenter
-
-    try:
-        return LungMasking(load_segmenter(place, device)).mask_of
-    except (ValueError, OSError) as error:
-        if wanted is not None:
-            raise
-        print(f"overlay_cam.py: shares inside the lungs are left out: {error}", file=sys.stderr)
-        return None
-
-
-def _own_finders(members: Sequence[TrainedNetwork]) -> "list[LungFinder]":
-    return [member.lungs.mask_of for member in members if hasattr(member.lungs, "mask_of")]
-
-
-def answer(
-    members: Sequence[TrainedNetwork],
-    image: Path,
-    wanted: str | list[int],
-    outputs: Sequence[Path],
-    *,
-    options: MapOptions,
-    lungs: "LungFinder | None" = None,
-) -> dict[str, object]:
-    """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
-    a multi-label network "findings"), and of each map the label, the file, the raw maximum ("peak", None
-    where several networks or layers have no scale in common), the "boxes" that were asked for and, where
-    there is a lung model, the share inside the lungs ("in_lungs", None where they were not found).
-
-    Raises ValueError or OSError where the image cannot be read or an overlay not be written.
-    """
-    xray, card = read_xray(image), ensemble_card([member.card for member in members])
-    said = explain(members, xray, wanted, method=options.method, layer=options.layer)
-    found = lungs(xray) if lungs else None
-    colours = {"alpha": options.alpha, "colormap": options.colormap}
-    entries = []
-    for index, map_, peak, path in zip(said.classes, said.maps, said.peaks.tolist(), outputs, strict=True):
-        peak = peak if np.isfinite(peak) else None
-        label = card.classes[index] if _knows_classes(options.method) else None
-        entry = {"label": label, "overlay": str(path), "empty": not map_.any()}
-        entry["peak"] = None if peak is None else float(f"{peak:.6g}")
-        picture = overlay(xray, map_, **colours)
-        if options.boxes is not None:
-            boxes = boxes_from_map(map_, options.boxes)
-            picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
-        if found is not None:
-            entry["in_lungs"] = _share_inside(map_, found)
-        _write(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
-        entries.append(entry)
-    record = {
-        "image": str(image),
-        "networks": len(members) if len(members) > 1 else None,
-        "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
-        **_decision(card, said.probabilities),
-        "probabilities": {
-            n: round(p, 4) for n, p in zip(card.classes, said.probabilities.tolist(), strict=True)
-        },
-        "method": options.method,
-        "layers": options.layer,
-        "boxes_above": options.boxes,
-        "maps": entries,
-    }
-    return {key: value for key, value in record.items() if value is not None}
-
-
-def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
-    if lungs.reason is not None or not map_.any():
-        return None
-    return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
-
-
-def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
-    decided = card.decide(torch.from_numpy(probabilities)[None])[0]
-    if card.multilabel:
-        return {"findings": [name for name, there in zip(card.classes, decided, strict=True) if there]}
-    return {"predicted": card.classes[int(decided)]}
-
-
-def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray, other: "LungMask | None") -> str | None:
-    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them, and
-    why those that another model found, if it did, are not believed.
-    """
-    own = [mask_of(xray).reason for mask_of in _own_finders(members)]
-    said = ["masked" if reason is None else f"kept whole: {reason}" for reason in own]
-    if other is not None and other.reason is not None:
-        said.append(f"not found ({other.reason})")
-    return "; ".join(dict.fromkeys(said)) or None
-
-
-def _text(record: dict[str, object]) -> str:
-    width = max(len(name) for name in record["probabilities"])
-    ranked = sorted(record["probabilities"].items(), key=lambda item: -item[1])
-    lines = [record["image"], *(f"  {name:<{width}}  {value:.3f}" for name, value in ranked)]
-    if "findings" in record:
-        found = ", ".join(record["findings"]) or "none"
-        lines.append(f"  Findings: {found} (by their thresholds; these probabilities are not calibrated)")
-    elif record["predicted"] != ranked[0][0]:
-        lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
-    if "lungs" in record:
-        lines.append(f"  Lungs: {record['lungs']}")
-    title = METHODS[record["method"]].title
-    title += f" ({' + '.join(record['layers'])})" if "layers" in record else ""
-    for entry in record["maps"]:
-        of = f"for {entry['label']}" if _knows_classes(record["method"]) else "of no class"
-        lines.append(f"  {title} {of}{_notes(entry, record)}: {entry['overlay']}")
-    return "\n".join(lines)
-
-
-def _knows_classes(method: str) -> bool:
-    return METHODS[method].needs != "activation"
-
-
-def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
-    if entry["empty"]:
-        return " (empty: nothing in the image speaks for it)"
-    notes = ""
-    if entry.get("in_lungs") is not None:
-        notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
-    if "boxes" in entry:
-        number = len(entry["boxes"])
-        notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
-    return notes
-
-
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -328,7 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Probabilities and class activation maps of chest X-rays. For research, not for diagnosis."
     )
     add = parser.add_argument
-    add("-i", "--image", metavar="IMAGE|FOLDER", nargs="+", type=Path, required=True)
+    table = (
+        f"X-rays, or folders of them; of several, {TABLE} in the output folder tells what the same command"
+    )
+    table += " need not do again"
+    add("-i", "--image", metavar="IMAGE|FOLDER", nargs="+", type=Path, required=True, help=table)
     several = "a run folder or STUDY/NETWORK; of several runs with the same classes, the mean"
     add("-m", "--model", metavar="RUN", nargs="+", required=True, help=several)
     add("-l", "--label", help="the class to explain, or all (default: the predicted one)")
@@ -362,41 +168,122 @@ def _options(given: argparse.Namespace) -> MapOptions:
     return MapOptions(method, layer, given.alpha, given.colormap, given.boxes, given.bar)
 
 
+def _device(name: str, share: Share) -> torch.device:
+    device = resolve_device(name)
+    if name != "auto" or device.type != "cuda" or share.of == 1:
+        return device
+    local = os.environ.get("LOCAL_RANK", str(share.index))  # counts the processes on this machine
+    if not local.isdecimal():
+        raise ValueError(f"LOCAL_RANK {local}: unset it, or start with accelerate launch")
+    return torch.device("cuda", int(local) % torch.cuda.device_count())
+
+
+def _prepare(given: argparse.Namespace) -> Work:
+    options, share = _options(given), share_of(os.environ)
+    if given.json and share.of > 1:
+        raise ValueError(f"--json: several processes cannot print one list: leave it out, {TABLE} has it all")
+    device = _device(given.device, share)
+    images = images_in(given.image)
+    folders = list(dict.fromkeys(run_folder(model).resolve() for model in given.model))
+    card = ensemble_card([read_card(folder) for folder in folders])
+    wanted = chosen_labels(given.label, card)
+    endings = suffixes(wanted, card)
+    bases = output_paths(images, given.output, endings)
+    members = [load_network(folder, device) for folder in folders]
+    if options.layer:
+        check_layers(members, options.layer)
+    lungs = lung_finder(given.lungs, members, folders[0], device)
+    jobs = [Job(image, base, endings) for image, base in zip(images, bases, strict=True)]
+    mine = jobs[share.index :: share.of]
+    work = Work(members, wanted, options, lungs, share, len(mine), mine)
+    if names_file(given.output) or (len(jobs) == 1 and not any(path.is_dir() for path in given.image)):
+        return work
+    lungs_from = lung_folder(given.lungs, [member.card for member in members], folders[0])
+    settings = {"labels": wanted, **options._asdict()}
+    table = prediction_table(given.output or Path(), folders, lungs=lungs_from, options=settings)
+    return work._replace(table=table, **resume(table, jobs, share)._asdict())
+
+
+def _announce(work: Work, *, as_json: bool) -> None:
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if work.share.of > 1:
+        say(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
+    if work.begun_anew:
+        say(f"{work.table.path} is begun anew: it was made by another model or with other options")
+    done = work.number - len(work.jobs)
+    if done == work.number > 0:
+        say(f"all {done} images are done already, see {work.table.path}")
+    elif done:
+        say(f"skips {done} of {work.number} images: they are in {work.table.path}")
+    if len(work.members) > 1 and not as_json:
+        print(f"mean of {len(work.members)} networks")
+
+
+def _say(record: dict[str, object], *, as_json: bool, first: bool) -> None:
+    if as_json:
+        start = "[\n" if first else ",\n"
+        print(start + textwrap.indent(json.dumps(record, indent=2), "  "), end="", flush=True)
+    elif "error" not in record:
+        print(text_of(record), flush=True)
+
+
+def _attempt(work: Work, job: Job) -> dict[str, object]:
+    """Do a job and write its row; return its record, or what it failed for. Raises OSError where all would fail."""
+    state = job.state()  # before the image is read: if it changes meanwhile, it is done again next time
+    try:
+        record = answer(
+            work.members, job.image, work.wanted, job.overlays, options=work.options, lungs=work.lungs
+        )
+    except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+        if work.table is not None and getattr(error, "errno", None) in HOPELESS:
+            raise
+        print(f"overlay_cam.py: {error}", file=sys.stderr)
+        return {"image": str(job.image), "error": str(error)}
+    if work.table is not None:
+        work.table.append(row_of(record, state))
+    return record
+
+
+def _answer_all(work: Work, *, as_json: bool) -> int:
+    """Do the jobs that remain, telling of each; return the exit status."""
+    told = failed = status = 0
+    reason = ""
+    try:
+        for job in work.jobs:
+            record = _attempt(work, job)
+            _say(record, as_json=as_json, first=told == 0)
+            told, failed = told + 1, failed + ("error" in record)
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        status, reason = 2, f"{error}: "
+    if as_json:
+        with contextlib.suppress(BrokenPipeError):
+            print("\n]" if told else "[]", flush=True)
+    if failed and work.number > 1:
+        print(f"overlay_cam.py: {failed} of {work.number} images could not be done", file=sys.stderr)
+    if status:
+        said = f"stopped after {work.number - len(work.jobs) + told} of {work.number} images"
+        onwards = "; the same command goes on from there" if work.table is not None else ""
+        print(f"overlay_cam.py: {reason}{said}{onwards}", file=sys.stderr)
+    if status or not failed or work.share.of > 1:
+        return status
+    return 1 if failed < work.number else 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        options = _options(given)
-        device = resolve_device(given.device)
-        images = images_in(given.image)
-        folders = list(dict.fromkeys(run_folder(model).resolve() for model in given.model))
-        card = ensemble_card([read_card(folder) for folder in folders])
-        wanted = chosen_labels(given.label, card)
-        outputs = output_paths(images, given.output, suffixes(wanted, card))
-        members = [load_network(folder, device) for folder in folders]
-        if options.layer:
-            check_layers(members, options.layer)
-        lungs = lung_finder(given.lungs, members, folders[0], device)
+        work = _prepare(given)
+    except KeyboardInterrupt:
+        print("overlay_cam.py: stopped before the first image", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"overlay_cam.py: {error}", file=sys.stderr)
         return 2
-    if len(members) > 1 and not given.json:
-        print(f"mean of {len(members)} networks")
-    records: list[dict[str, object]] = []
-    for image, paths in zip(images, outputs, strict=True):
-        try:
-            records.append(answer(members, image, wanted, paths, options=options, lungs=lungs))
-            if not given.json:
-                print(_text(records[-1]), flush=True)
-        except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
-            records.append({"image": str(image), "error": str(error)})
-            print(f"overlay_cam.py: {error}", file=sys.stderr)
-    if given.json:
-        print(json.dumps(records, indent=2))
-    failed = sum("error" in record for record in records)
-    if failed and len(records) > 1:
-        print(f"overlay_cam.py: {failed} of {len(records)} images could not be done", file=sys.stderr)
-    return 0 if not failed else 1 if failed < len(records) else 2
+    _announce(work, as_json=given.json)
+    return _answer_all(work, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """The command line: one X-ray in, probabilities and an overlay out; mistakes answered in one line."""
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from answers import MapOptions, answer
 from cam_methods import METHODS
 from explanations import explain
 from grad_cam import GradCAM
 from heatmaps import boxes_from_map, overlay, with_colour_bar
 from lung_segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
-from overlay_cam import MapOptions, answer, chosen_labels, main, suffixes
+from overlay_cam import chosen_labels, main, suffixes
 from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
 from utils import read_xray
 
@@ -132,7 +137,7 @@ def test_numbered_names_do_not_collide_with_real_ones(capsys, xray, trained_run,
         inputs.append(path)
     _, out, _ = call(capsys, "-i", *inputs, "-m", trained_run, "-o", tmp_path / "out", "--json")
     overlays = {record["maps"][0]["overlay"] for record in json.loads(out)}
-    assert len(overlays) == 3 == len(list((tmp_path / "out").iterdir()))
+    assert len(overlays) == 3 == len(list((tmp_path / "out").glob("*.png")))
 
 
 def test_maps_of_all_labels_never_replace_an_xray(capsys, xray, trained_run, tmp_path):
@@ -352,6 +357,19 @@ def said(capsys, *arguments):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
+
+
+def test_ctrl_c_before_the_first_image_is_one_line_and_status_130(capsys, noise, small_run, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    interrupt = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
+    with (out / ".predictions.csv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as long as another one has it, no image is begun
+        interrupt.start()
+        try:
+            status, text, err = call(capsys, "-i", noise.parent, "-m", small_run, "-o", out)
+        finally:
+            interrupt.cancel()
+    assert (status, text, err) == (130, "", "overlay_cam.py: stopped before the first image\n")
 
 
 @pytest.mark.parametrize(
@@ -618,5 +636,7 @@ def test_command_line_imports_only_what_one_image_needs(noise, small_run, tmp_pa
         "lung_masking",
         "studies",
         "finetune",
+        "filelock",
+        "resumable_table",
     }
     assert not heavy & set(modules)

@@ -1,0 +1,217 @@
+"""What is said of one X-ray: its record, its text and the overlays that are written."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from cam_methods import METHODS
+from explanations import cam_of, explain
+from heatmaps import boxes_from_map, draw_boxes, overlay, with_colour_bar
+from trained_networks import ModelCard, TrainedNetwork, ensemble_card
+from utils import read_xray
+
+if TYPE_CHECKING:
+    from lung_masking import LungMask
+
+    LungFinder = Callable[[np.ndarray], LungMask]
+
+
+class MapOptions(NamedTuple):
+    """How maps are made and drawn: `method` and `layer` as `explain` takes them, `alpha` and `colormap` as
+    `overlay`; `boxes` around what is above this share of a map's maximum (None: no boxes); `bar`: a colour bar.
+    """
+
+    method: str
+    layer: tuple[str, ...] | None
+    alpha: float
+    colormap: str
+    boxes: float | None
+    bar: bool
+
+
+def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> None:
+    """Raise ValueError, naming the network, unless every network can be explained at these layers.
+
+    Each is run once, on a black image: that a layer gives no map, only a forward pass tells.
+    """
+    for member in members:
+        size, device = member.card.image_size, next(member.network.parameters()).device
+        try:
+            with cam_of(member, layer=layer) as cam:
+                for name, maps in zip(
+                    cam.layers, cam(torch.zeros(1, 3, size, size, device=device)).layers, strict=True
+                ):
+                    if maps.raw.shape[2:] == (1, 1):
+                        raise ValueError(
+                            f"layer {name!r} has one cell, which is no map: take one before the pooling"
+                        )
+        except ValueError as error:
+            raise ValueError(f"{member.card.architecture}: {error}") from None
+
+
+def lung_folder(wanted: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
+    """Return the folder of the lung model that `lung_finder` loads; None where it loads none."""
+    if wanted is not None:
+        return None if wanted == "none" else Path(wanted)
+    place = folder.parent.parent / "lungs"
+    return None if any(card.lung_masking for card in cards) or not (place / "model.json").is_file() else place
+
+
+def lung_finder(
+    wanted: str | None, members: Sequence[TrainedNetwork], folder: Path, device: torch.device
+) -> "LungFinder | None":
+    """Return what finds an X-ray's lungs: the model in the folder `wanted`; by default what a network masks
+    its lungs with, else the model in `lungs` beside the studies of the run `folder`, else None; None for "none".
+
+    Raises ValueError or OSError where the model in `wanted` cannot be loaded. Of another one, that costs no
+    more than the shares, a line on stderr says so.
+    """
+    if wanted == "none":
+        return None
+    place = lung_folder(wanted, [member.card for member in members], folder)
+    if place is None:
+        return next(iter(_own_finders(members)), None)
+    # Imported here: they take a second, and nobody without a lung model has a use for them.
+    from lung_masking import LungMasking
+    from lung_segmentation import load_segmenter
+
+    try:
+        return LungMasking(load_segmenter(place, device)).mask_of
+    except (ValueError, OSError) as error:
+        if wanted is not None:
+            raise
+        print(f"overlay_cam.py: shares inside the lungs are left out: {error}", file=sys.stderr)
+        return None
+
+
+def _own_finders(members: Sequence[TrainedNetwork]) -> "list[LungFinder]":
+    return [member.lungs.mask_of for member in members if hasattr(member.lungs, "mask_of")]
+
+
+def answer(
+    members: Sequence[TrainedNetwork],
+    image: Path,
+    wanted: str | list[int],
+    outputs: Sequence[Path],
+    *,
+    options: MapOptions,
+    lungs: "LungFinder | None" = None,
+) -> dict[str, object]:
+    """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
+    a multi-label network "findings"), and of each map the label, the file, the raw maximum ("peak", None
+    where several networks or layers have no scale in common), the "boxes" that were asked for and, where
+    there is a lung model, the share inside the lungs ("in_lungs", None where they were not found).
+
+    Raises ValueError or OSError where the image cannot be read or an overlay not be written.
+    """
+    xray, card = read_xray(image), ensemble_card([member.card for member in members])
+    said = explain(members, xray, wanted, method=options.method, layer=options.layer)
+    found = lungs(xray) if lungs else None
+    colours = {"alpha": options.alpha, "colormap": options.colormap}
+    entries = []
+    for index, map_, peak, path in zip(said.classes, said.maps, said.peaks.tolist(), outputs, strict=True):
+        peak = peak if np.isfinite(peak) else None
+        label = card.classes[index] if _knows_classes(options.method) else None
+        entry = {"label": label, "overlay": str(path), "empty": not map_.any()}
+        entry["peak"] = None if peak is None else float(f"{peak:.6g}")
+        picture = overlay(xray, map_, **colours)
+        if options.boxes is not None:
+            boxes = boxes_from_map(map_, options.boxes)
+            picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
+        if found is not None:
+            entry["in_lungs"] = _share_inside(map_, found)
+        _write(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
+        entries.append(entry)
+    record = {
+        "image": str(image),
+        "networks": len(members) if len(members) > 1 else None,
+        "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
+        **_decision(card, said.probabilities),
+        "probabilities": {
+            n: round(p, 4) for n, p in zip(card.classes, said.probabilities.tolist(), strict=True)
+        },
+        "method": options.method,
+        "layers": options.layer,
+        "boxes_above": options.boxes,
+        "maps": entries,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise ValueError(f"cannot write {path}")
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.write_bytes(encoded.tobytes())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
+    if lungs.reason is not None or not map_.any():
+        return None
+    return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
+
+
+def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
+    decided = card.decide(torch.from_numpy(probabilities)[None])[0]
+    if card.multilabel:
+        return {"findings": [name for name, there in zip(card.classes, decided, strict=True) if there]}
+    return {"predicted": card.classes[int(decided)]}
+
+
+def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray, other: "LungMask | None") -> str | None:
+    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them, and
+    why those that another model found, if it did, are not believed.
+    """
+    own = [mask_of(xray).reason for mask_of in _own_finders(members)]
+    said = ["masked" if reason is None else f"kept whole: {reason}" for reason in own]
+    if other is not None and other.reason is not None:
+        said.append(f"not found ({other.reason})")
+    return "; ".join(dict.fromkeys(said)) or None
+
+
+def text_of(record: dict[str, object]) -> str:
+    """Return what is printed of a record of `answer`: classes from the most probable one on, remarks, maps."""
+    width = max(len(name) for name in record["probabilities"])
+    ranked = sorted(record["probabilities"].items(), key=lambda item: -item[1])
+    lines = [record["image"], *(f"  {name:<{width}}  {value:.3f}" for name, value in ranked)]
+    if "findings" in record:
+        found = ", ".join(record["findings"]) or "none"
+        lines.append(f"  Findings: {found} (by their thresholds; these probabilities are not calibrated)")
+    elif record["predicted"] != ranked[0][0]:
+        lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
+    if "lungs" in record:
+        lines.append(f"  Lungs: {record['lungs']}")
+    title = METHODS[record["method"]].title
+    title += f" ({' + '.join(record['layers'])})" if "layers" in record else ""
+    for entry in record["maps"]:
+        of = f"for {entry['label']}" if _knows_classes(record["method"]) else "of no class"
+        lines.append(f"  {title} {of}{_notes(entry, record)}: {entry['overlay']}")
+    return "\n".join(lines)
+
+
+def _knows_classes(method: str) -> bool:
+    return METHODS[method].needs != "activation"
+
+
+def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
+    if entry["empty"]:
+        return " (empty: nothing in the image speaks for it)"
+    notes = ""
+    if entry.get("in_lungs") is not None:
+        notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
+    if "boxes" in entry:
+        number = len(entry["boxes"])
+        notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
+    return notes
