@@ -3,7 +3,7 @@
     python benchmarks/overlay.py -m demo/resnet18 [-i IMAGE] [-n 7]
 
 The least: a Python that imports torch and torchvision, plus one forward pass of the same network at the same
-size (timed inside that process). Runs alternate; medians and their ratio are printed.
+size (timed inside that process). Runs alternate; medians and their ratio (ours / least) are given.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from reports import report
 
 PROJECT = Path(__file__).resolve().parent.parent
 FORWARD = """
@@ -66,8 +68,9 @@ def main() -> None:
             forwards.append(float(found.stdout))
     # The first round fills the file cache and does not count.
     ours, imports, forwards = (statistics.median(times[1:]) for times in (ours, imports, forwards))
-    print(f"overlay_cam.py {ours:.2f} s; imports {imports:.2f} s + forward pass {forwards:.3f} s")
-    print(f"ratio {ours / (imports + forwards):.2f}")
+    least = imports + forwards
+    row = {"name": f"one X-ray, {given.model}", "ours": ours, "plain": least, "ratio": ours / least}
+    report("overlay", [{**row, "imports": imports, "forward": forwards}])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from reports import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -63,10 +64,8 @@ def main() -> None:
         plain = median_seconds(lambda: pd.read_csv(file), given.rounds)
         read = median_seconds(lambda: read_chestxray14(Path(folder)), given.rounds)
         split = median_seconds(lambda: split_by_patient(table, val=0.05, test=0.15, seed=0), given.rounds)
-    print(
-        f"{given.rows:,} rows: read {read:.2f} s ({read / plain:.1f} times pandas.read_csv alone, {plain:.2f} s), "
-        f"split by patient {split:.2f} s"
-    )
+    row = {"name": f"read {given.rows:,} rows", "ours": read, "plain": plain, "ratio": read / plain}
+    report("read_table", [{**row, "split by patient": split}])
 
 
 if __name__ == "__main__":

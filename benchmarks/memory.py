@@ -1,0 +1,103 @@
+"""How much memory a study of 112,120 X-rays takes, as many as ChestX-ray14 has.
+
+    python benchmarks/memory.py [--rows 112120] [--size 224] [--network lenet5] [--epochs 1]
+
+Trains by `finetune.py` on so many files: hard links, under names of their own, to some hundred synthetic X-rays. Given
+are the greatest resident sizes (`ru_maxrss`, GB) of that training ("ours") and of the same one on a hundredth of the
+rows ("plain"), which is what Python, the libraries and the network take: the difference is what the number of images
+costs. The decoded images alone are "images" GB.
+"""
+
+import argparse
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from reports import report
+
+from datasets.phantom import CLASSES, write_phantom
+
+PROJECT = Path(__file__).resolve().parent.parent
+STUDY = """
+title = "Memory"
+[data]
+reader = "folder"
+root = "ROWS"
+[split]
+val = 0.1
+test = 0.1
+[preprocessing]
+image_size = SIZE
+[augmentation]
+horizontal_flip = true
+[training]
+weights = "none"
+learning_rate = 1e-4
+epochs = EPOCHS
+batch_size = 64
+memory_format = "channels_last"
+[networks.NETWORK]
+"""
+
+
+def peak(study: Path, runs: Path) -> float:
+    """Train in a process of its own; return the GB of its greatest resident size."""
+    command = [
+        sys.executable,
+        str(PROJECT / "finetune.py"),
+        str(study),
+        "--runs",
+        str(runs),
+        "--device",
+        "cpu",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert after > before, "measure the smaller training first: this counter only grows"
+    return after * 1024 / 1e9
+
+
+def links(folder: Path, drawn: list[Path], number: int) -> None:
+    """Fill a folder a class with `number` names of the drawn images."""
+    for place in range(number):
+        source = drawn[place % len(drawn)]
+        name = folder / source.parent.parent.name / f"{place}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, name)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description="Measure the memory of a large study.")
+    parser.add_argument("--rows", type=int, default=112_120)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--network", default="lenet5")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    given = parser.parse_args()
+    with TemporaryDirectory(dir=given.folder) as scratch:
+        folder = Path(scratch)
+        write_phantom(folder / "drawn", images_per_class=dict.fromkeys(CLASSES, 100), size=given.size, seed=0)
+        drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"]
+        random.Random(0).shuffle(drawn)  # so that the first few have all classes
+        peaks = []
+        for number in (given.rows // 100, given.rows):
+            links(folder / str(number), drawn, number)
+            text = STUDY.replace("ROWS", str(number)).replace("SIZE", str(given.size))
+            study = folder / f"rows{number}.toml"
+            study.write_text(text.replace("EPOCHS", str(given.epochs)).replace("NETWORK", given.network))
+            peaks.append(peak(study, folder / "runs"))
+    few, many = peaks
+    row = {"name": f"{given.rows} images of {given.size} px", "ours": many, "plain": few, "ratio": many / few}
+    report("memory", [{**row, "difference": many - few, "images": given.rows * given.size**2 / 1e9}])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""A training step, an epoch's images and the whole loop, beside the plain loop of the usual tutorial.
+
+    python benchmarks/training.py [--networks resnet18,densenet121] [--images 96] [--size 224] [--batch 16]
+                                  [--rounds 5] [--device cpu] [--compile] [--data FOLDER]
+
+The plain loop: PIL decodes each file in a `DataLoader`, torchvision resizes it and makes a tensor of it; fp32, default
+memory format, Adam. Ours: images from the memory-mapped file of `image_cache`, computed as `compute` finds best on this
+machine, fused Adam. Both train the same network on the same files; they take turns, medians are given.
+
+    step NETWORK    seconds of a training step on a batch that is in memory already
+    loading         seconds from the disk to a batch on the device, second epoch on
+    loop NETWORK    seconds of an epoch of ours, fed from the file and ("plain") from memory: 0.95 means that loading
+                    takes a twentieth
+    epoch NETWORK   seconds of a whole epoch with loading, ours beside the plain loop
+
+The files are synthetic X-rays of 1,024 px, as PNG, unless `--data` names a folder with images.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from reports import machine, report
+
+from compute import Compute, measured_compute
+from datasets.phantom import CLASSES, write_phantom
+from image_cache import cached
+from networks import build_network
+from studies import IMAGENET_MEAN, IMAGENET_STD, Training
+from utils import Batches, Preprocessing, XrayDataset
+
+Step = Callable[[Tensor, Tensor], object]
+
+
+class PlainDataset(Dataset):
+    """A tutorial's dataset: an image file and its transforms an item."""
+
+    def __init__(self, paths: list[str], size: int) -> None:
+        self.paths = paths
+        normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        self.transform = v2.Compose([v2.Resize((size, size)), *to_tensor, normalise])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.open(self.paths[index]).convert("RGB")), index % 4
+
+
+def plain_step(name: str, device: torch.device) -> Step:
+    """Return a tutorial's training step of a new network."""
+    network = build_network(name, 4).to(device).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    loss_of = nn.CrossEntropyLoss()
+
+    def step(images: Tensor, targets: Tensor) -> float:
+        images, targets = images.to(device), targets.to(device)
+        optimizer.zero_grad()
+        loss = loss_of(network(images), targets)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def our_step(name: str, way: Compute, device: torch.device) -> Step:
+    """Return the step that `training.fine_tune` makes, of a new network."""
+    network = build_network(name, 4).to(device, memory_format=way.memory_format).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(network) if way.compiled else network
+
+    def step(images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(**way.autocast(device)):
+            output = run(images.contiguous(memory_format=way.memory_format))
+        loss = nn.functional.cross_entropy(output.float(), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long a piece of work takes, to its end on the device."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def in_turns(rounds: int, *works: Callable[[], object], device: torch.device) -> list[float]:
+    """Return the median seconds of each piece of work, after a round that warms up."""
+    took = [[seconds(work, device) for work in works] for _ in range(rounds + 1)][1:]
+    return [statistics.median(times) for times in zip(*took, strict=True)]
+
+
+def through(batches: Iterable, step: Step) -> None:
+    """Train on all batches."""
+    for images, targets, *_ in batches:
+        step(images, targets)
+
+
+def files(folder: Path, number: int) -> list[str]:
+    """Draw X-rays of 1,024 px, as large as those of public archives."""
+    write_phantom(
+        folder / "drawn", images_per_class=dict.fromkeys(CLASSES, -(-number // 4)), size=256, seed=0
+    )
+    drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"][
+        :number
+    ]
+    paths = []
+    rng = np.random.default_rng(0)
+    for place, path in enumerate(drawn):
+        large = cv2.resize(
+            cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (1024, 1024), interpolation=cv2.INTER_CUBIC
+        )
+        noisy = (large + rng.normal(0, 3, large.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(str(folder / f"{place}.png"))
+        cv2.imwrite(paths[-1], noisy)
+    return paths
+
+
+def row(name: str, ours: float, plain: float, **more: object) -> dict[str, object]:
+    """Return a row of the report; the ratio says how many times faster ours is."""
+    return {"name": name, "ours": ours, "plain": plain, "ratio": plain / ours, **more}
+
+
+def loading(ours: Batches, plain: DataLoader, rounds: int, device: torch.device) -> dict[str, object]:
+    """Time how long it takes to have all batches of an epoch on the device."""
+
+    def load_ours() -> None:
+        for _ in ours.epoch(1, device=device):
+            pass
+
+    def load_plain() -> None:
+        for images, targets in plain:
+            images.to(device), targets.to(device)
+
+    return row("loading", *in_turns(rounds, load_ours, load_plain, device=device))
+
+
+def steps_and_epochs(
+    name: str, way: Compute, ours: Batches, plain: DataLoader, rounds: int, device: torch.device
+) -> list[dict[str, object]]:
+    """Time training steps on a batch in memory, and epochs from memory, from the file and by the plain loop."""
+    ready = [(batch.images, batch.targets) for batch in ours.epoch(1, device=device)]
+    usual = [(images.contiguous(), targets) for images, targets in ready]
+    quick, slow = our_step(name, way, device), plain_step(name, device)
+    step = in_turns(rounds, lambda: quick(*ready[0]), lambda: slow(*usual[0]), device=device)
+    more = {"images_per_second": ours.batch_size / step[0], "computed in": str(way)}
+    from_file, from_memory, tutorial = in_turns(
+        rounds,
+        lambda: through(ours.epoch(1, device=device), quick),
+        lambda: through(ready, quick),
+        lambda: through(plain, slow),
+        device=device,
+    )
+    return [
+        row(f"step {name}", *step, **more),
+        row(f"loop {name}", from_file, from_memory),
+        row(f"epoch {name}", from_file, tutorial),
+    ]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description="Time training beside the plain loop.")
+    parser.add_argument("--networks", default="resnet18,densenet121")
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=0, help="of the plain loader")
+    parser.add_argument("--data", type=Path, help="a folder with images in place of synthetic ones")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        paths = files(folder, given.images)
+        if given.data is not None:
+            kinds = {".png", ".jpg", ".jpeg"}
+            found = (str(path) for path in sorted(given.data.rglob("*")) if path.suffix.lower() in kinds)
+            paths = list(itertools.islice(found, given.images))
+        preprocessing = Preprocessing(given.size, IMAGENET_MEAN, IMAGENET_STD)
+        images = cached({"train": paths}, preprocessing, folder / "cache")["train"]
+        dataset = XrayDataset(paths, np.arange(len(paths)) % 4, preprocessing, images=images)
+        ours = Batches(dataset, given.batch, seed=0, prepare=preprocessing.normalise)
+        plain = DataLoader(
+            PlainDataset(paths, given.size),
+            given.batch,
+            shuffle=True,
+            num_workers=given.workers,
+            drop_last=True,
+        )
+        rows = [loading(ours, plain, given.rounds, device)]
+        for name in given.networks.split(","):
+            way = measured_compute(
+                build_network(name, 4),
+                given.size,
+                Training(weights="none", batch_size=given.batch, compile=given.compile),
+                device,
+                steps=100_000,
+                kept=folder / "compute.json",
+                title=name,
+            )
+            rows += steps_and_epochs(name, way, ours, plain, given.rounds, device)
+    report("training", [{**row, "machine": machine(device)} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
