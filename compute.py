@@ -115,6 +115,7 @@ def _best(
     steps: int,
     title: str,
 ) -> Compute:
+    """Time the ways, say which is taken and why, and return it."""
     with torch.random.fork_rng():
         seconds = _timed(network, ways, image_size, training, device)
         best = ways[0]

@@ -107,7 +107,7 @@ class Preprocessing:
         """Return the image in a file, for training, as `resize` makes it of `read_xray`'s.
 
         A JPEG is decoded at no more than the size that leaves two pixels for each one of the result, which is
-        faster and differs by 0.3 of 255 grey levels on average (`benchmarks/decoding.py`); lungs are found in it whole.
+        faster and differs by 0.2 of 255 grey levels on average (`benchmarks/decoding.py`); lungs are found in it whole.
         """
         return self.resize(read_xray(path, at_least=None if self.lungs is not None else 2 * self.image_size))
 
