@@ -25,7 +25,7 @@ test: .venv/installed-dev
 
 # How fast it is beside the usual way, and whether it survives kills: tables on the screen and in benchmarks/results/.
 bench: .venv/installed
-	@for name in training frozen_features kills memory decoding read_table "cam --no-libraries"; do \
+	@for name in training frozen_features kills memory read_table "cam --no-libraries"; do \
 		set -- $$name; echo "== benchmarks/$$1.py $$2"; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \
 	done
 	@if [ -f runs/demo/resnet18/model.json ]; then $(BIN)/python benchmarks/overlay.py; \

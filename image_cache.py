@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils import Preprocessing
 
-VERSION = 1  # of what the files hold: to be raised when `Preprocessing.read` changes
+VERSION = 2  # of what the files hold: to be raised when `Preprocessing.read` changes
 SHOWN = 20  # unreadable images that are named
 CHUNK = 256  # images that are decoded between two writes
 

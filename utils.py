@@ -31,16 +31,13 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag; Pillow minds it in 8-bit files only
 
 
-def read_xray(path: str | os.PathLike[str], *, at_least: int | None = None) -> np.ndarray:
+def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the image in a file as (H, W) uint8, 0 = black, whatever its mode on disk.
 
     8-bit greyscale comes back as it is stored; RGB, palette and CMYK by ITU-R 601 luma; transparent parts
     on black; 16-bit and 32-bit integer greyscale scaled from the smallest of 8, 10, 12, 14, 16 bits that
     holds its maximum (a 12-bit detector's image in a 16-bit file would otherwise be almost black), floating
     point greyscale from its own minimum and maximum. EXIF orientation is applied.
-
-    `at_least`: a JPEG may come at a half, a quarter or an eighth of its size, as long as both sides keep so many
-    pixels; its decoder is faster at that.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is no readable image.
     """
@@ -51,8 +48,6 @@ def read_xray(path: str | os.PathLike[str], *, at_least: int | None = None) -> n
         raise ValueError(f"{path} is a folder, not an image")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))  # does nothing to other formats
             grey = _grey(ImageOps.exif_transpose(image))
             wide = image.mode.startswith(("I", "F"))
             inverted = wide and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
@@ -104,12 +99,8 @@ class Preprocessing:
         return f"{self.image_size} px, lungs {'whole' if self.lungs is None else self.lungs.key}"
 
     def read(self, path: str | os.PathLike[str]) -> Tensor:
-        """Return the image in a file, for training, as `resize` makes it of `read_xray`'s.
-
-        A JPEG is decoded at no more than the size that leaves two pixels for each one of the result, which is
-        faster and differs by 0.2 of 255 grey levels on average (`benchmarks/decoding.py`); lungs are found in it whole.
-        """
-        return self.resize(read_xray(path, at_least=None if self.lungs is not None else 2 * self.image_size))
+        """Return the image in a file as a (1, S, S) uint8 tensor: what `resize` makes of `read_xray`'s."""
+        return self.resize(read_xray(path))
 
     def resize(self, image: np.ndarray) -> Tensor:
         """Return an (H, W) uint8 image, or what `lungs` leaves of it, as a (1, S, S) uint8 tensor."""

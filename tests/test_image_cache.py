@@ -1,5 +1,6 @@
 """Images decoded once are the images decoded each time, and their file is whole or not there at all."""
 
+import json
 import os
 import pickle
 import signal
@@ -10,13 +11,17 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from explanations import explain
 from finetune import fine_tune_study
 from image_cache import CacheFailed, cached
-from studies import PROJECT, load_table
+from overlay_cam import main
+from studies import PROJECT, load_study, load_table
+from trained_networks import load_network
 from utils import Batches, Preprocessing, XrayDataset, read_xray
 
 SMALL = Preprocessing(32, (0.5,) * 3, (0.2,) * 3)
@@ -64,20 +69,22 @@ def kept(folder):
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def test_images_are_the_same_with_the_file_and_without_it_large_jpegs_too(tmp_path):
-    y, x = np.mgrid[:400, :500] / 40
-    grey = (120 + 60 * np.sin(x) * np.cos(y) + np.random.default_rng(0).normal(0, 9, x.shape)).clip(0, 255)
-    paths = [str(tmp_path / f"{name}") for name in ("a.jpg", "b.png")]
-    for path in paths:
-        Image.fromarray(grey.astype(np.uint8)).save(path)
-    preprocessing = Preprocessing(48, (0.5,) * 3, (0.2,) * 3)
-    images = cached({"all": paths}, preprocessing, tmp_path / "cache")["all"]
-    rows = torch.tensor([0, 1])
-    kept, decoded = (
-        XrayDataset(paths, [0, 1], preprocessing, images=file)[rows][0] for file in (images, None)
-    )
+def write_waves(path, size=(1025, 1025), phase=0.0):
+    """Write a JPEG with fine stripes."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    grey = 120 + 60 * np.sin(x / 12 + y / 30 + phase) + 50 * np.cos(y / 9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grey.astype(np.uint8)).save(path, quality=92)
+    return str(path)
+
+
+def test_large_jpegs_of_odd_sizes_are_the_same_with_the_file_without_it_and_at_inference(tmp_path):
+    paths = [write_waves(tmp_path / f"{side}.jpg", (side, 1025)) for side in (1025, 641, 131)]
+    images = cached({"all": paths}, SMALL, tmp_path / "cache")["all"]
+    rows = torch.arange(3)
+    kept, decoded = (XrayDataset(paths, rows, SMALL, images=file)[rows][0] for file in (images, None))
     assert torch.equal(kept, decoded)
-    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept, expected(paths))
 
 
 def test_each_split_has_its_own_images_in_its_own_order_bit_for_bit(splits, tmp_path):
@@ -419,3 +426,32 @@ def test_a_training_without_room_for_the_file_says_so_and_gives_the_same_network
     assert f"cannot write {tmp_path / 'image_cache'}" in said
     assert "decoded anew in every epoch" in said
     assert (folder / "model.safetensors").read_bytes() == (trained_run / "model.safetensors").read_bytes()
+
+
+STUDY = """
+title = "Large JPEGs"
+data = { reader = "covid_radiography", root = "xrays" }
+split = { val = 0.25, test = 0.25 }
+preprocessing = { image_size = 64 }
+training = { weights = "none", epochs = 1, learning_rate = 1e-3, precision = "fp32" }
+networks.lenet5 = {}
+"""
+
+
+def test_a_training_writes_the_probabilities_that_the_command_line_gives_for_the_same_file(tmp_path, capsys):
+    for number in range(8):
+        for place, name in enumerate(("COVID", "Normal")):
+            file = tmp_path / "xrays" / name / "images" / f"{name}-{number}.jpg"
+            write_waves(file, (1025, 641), phase=number + place / 2)
+    (tmp_path / "large.toml").write_text(STUDY)
+    study = load_study(tmp_path / "large.toml")
+    run = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
+    trained, written = load_network(run), pd.read_csv(run / "predictions_test.csv")
+    paths = [tmp_path / "xrays" / path for path in written["path"]]
+    capsys.readouterr()
+    assert main(["-m", str(run), "-o", str(tmp_path / "out"), "--json", "-i", *map(str, paths)]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    for (_, row), path, answer in zip(written.iterrows(), paths, answers, strict=True):
+        wanted = row[list(trained.card.classes)].to_numpy(float)
+        np.testing.assert_allclose(explain(trained, read_xray(path)).probabilities, wanted, atol=1e-5)
+        np.testing.assert_allclose(list(answer["probabilities"].values()), wanted, atol=6e-5)  # four digits
