@@ -1,10 +1,12 @@
 """Decode once: the X-rays of a dataset, resized, in one memory-mapped file that every epoch reads from."""
 
+import functools
 import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from utils import Preprocessing
 
-VERSION = 2  # of what the files hold: to be raised when `Preprocessing.read` changes
+VERSION = 2  # of what the files hold: to be raised when that or `Preprocessing.read` changes
 SHOWN = 20  # unreadable images that are named
 CHUNK = 256  # images that are decoded between two writes
 
@@ -46,13 +48,18 @@ class ImageFile:
         return len(self._places)
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """Return (B, 1, S, S) uint8 images."""
+        """Return (B, 1, S, S) uint8 images. Raises ValueError where the disk has lost what was written."""
         if self._map is None:
             self._open()
-        chosen = self._array[self._places[np.asarray(rows)]]
+        places = self._places[np.asarray(rows)]
+        chosen, checksums = self._array["pixels"][places], self._array["checksum"][places]
         if hasattr(mmap, "MADV_DONTNEED"):
             # Mapped pages count as this process's memory, up to 2 MB around each image: a large file would fill it.
             self._map.madvise(mmap.MADV_DONTNEED)
+        if [zlib.crc32(image) for image in chosen] != checksums.tolist():
+            raise ValueError(
+                f"{self.file} is damaged, as by a crash: delete it, then start again: it is made anew"
+            )
         return torch.from_numpy(chosen)[:, None]
 
     def _open(self) -> None:
@@ -68,16 +75,16 @@ def cached(
 ) -> dict[str, ImageFile]:
     """Return, for each split's paths, their resized images, from one file in `folder` for them all.
 
-    The file is found again by the images' names, sizes and times and by the preprocessing. Where images have changed
-    on the disk it is made anew, in place of the old one; other images, or another preprocessing, have a file of
-    their own. It appears when it is complete. Of two processes that want it at once, one makes it and the other
-    waits.
+    The file is found again by the images' names, sizes and times, by where links lead, and by the preprocessing. Where
+    images have changed on the disk it is made anew, in place of the old one; other images, or another preprocessing,
+    have a file of their own. It appears when it is complete. Of two processes that want it at once, one makes it and
+    the other waits.
 
     Raises CacheFailed where it cannot be written; ValueError or FileNotFoundError for images that cannot be read.
     """
     names = sorted({path for split in paths.values() for path in split})
-    kind = _digest([f"{VERSION} {preprocessing.key}", *names])
-    state = _digest(f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(os.stat, names))
+    kind = _digest([preprocessing.key, *names])
+    state = _digest([f"{VERSION}", *_states(names)])
     file = Path(folder) / f"{kind}-{preprocessing.image_size}px-{state}.npy"
     if not _whole(file):
         try:
@@ -103,7 +110,17 @@ def _whole(file: Path) -> bool:
     return True
 
 
-def _digest(lines: Sequence[str]) -> str:
+def _states(names: Sequence[str]) -> Iterator[str]:
+    """Yield size, time of change and true place of each file."""
+    real_folder = functools.cache(os.path.realpath)  # to resolve each of very many files takes long
+    for name in names:
+        folder, file = os.path.split(name)
+        place = os.path.realpath(name) if os.path.islink(name) else os.path.join(real_folder(folder), file)
+        stat = os.stat(name)
+        yield f"{stat.st_size} {stat.st_mtime_ns} {place}"
+
+
+def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -130,22 +147,26 @@ def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, ti
             unreadable.append(str(error))
             return np.zeros((1, size, size), np.uint8)
 
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), size, size)}
+    record = np.dtype([("pixels", np.uint8, (size, size)), ("checksum", "<u4")])
+    header = {"descr": record.descr, "fortran_order": False, "shape": (len(names),)}
     bar = tqdm(total=len(names), desc=f"{title}: decoding", unit="image", leave=False, disable=None)
     try:
         with open(unfinished, "wb") as stream, bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             np.lib.format.write_array_header_1_0(stream, header)
             stream.flush()
             try:  # better now than after an hour of decoding
-                reserve(stream.fileno(), stream.tell() + len(names) * size**2)
+                reserve(stream.fileno(), stream.tell() + len(names) * record.itemsize)
             except OSError as error:
-                room = len(names) * size**2 / 1e9
+                room = len(names) * record.itemsize / 1e9
                 raise CacheFailed(
                     f"no room for {room:.2g} GB of images in {file.parent}: {error.strerror}"
                 ) from None
             for start in range(0, len(names), CHUNK):
                 images = list(pool.map(resized, names[start : start + CHUNK]))
-                stream.write(np.concatenate(images))
+                records = np.empty(len(images), record)
+                records["pixels"] = np.concatenate(images)
+                records["checksum"] = [zlib.crc32(image) for image in images]
+                stream.write(records)
                 bar.update(len(images))
             stream.flush()
             os.fsync(stream.fileno())

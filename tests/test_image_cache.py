@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -142,6 +144,24 @@ def test_an_image_of_another_size_is_read_anew_and_the_stale_file_is_removed(spl
     assert kept(tmp_path / "cache") != stale
 
 
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_a_link_that_is_pointed_elsewhere_gives_the_images_that_it_leads_to(tmp_path, link):
+    time = 1_700_000_000_000_000_000
+    for version in (1, 2):  # same names, sizes and times
+        path = tmp_path / f"v{version}" / "x.bmp"
+        write(path, seed=version)
+        os.utime(path, ns=(time, time))
+    now = tmp_path / "now"
+    path = now / "x.bmp" if link == "folder" else now
+    for version in (1, 2):
+        target = tmp_path / f"v{version}" / ("" if link == "folder" else "x.bmp")
+        now.unlink(missing_ok=True)
+        now.symlink_to(target, target_is_directory=link == "folder")
+        found = pixels({"all": [str(path)]}, tmp_path / "cache")["all"]
+        assert torch.equal(found, expected([tmp_path / f"v{version}" / "x.bmp"]))
+    assert len(kept(tmp_path / "cache")) == 1
+
+
 def test_an_added_image_is_found(splits, tmp_path):
     pixels(splits, tmp_path / "cache")
     more = splits | {"val": [*splits["val"], write(tmp_path / "data" / "new.png", seed=50)]}
@@ -201,6 +221,29 @@ def test_a_file_that_lost_or_gained_bytes_is_made_anew(splits, tmp_path, left):
     file.write_bytes(content + b"x" if left == "more" else content[:left])
     same(pixels(splits, tmp_path / "cache"), before)
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("lost", ["everything", "one image", "one bit", "a checksum"])
+def test_what_the_disk_has_lost_is_no_image(splits, tmp_path, lost):
+    images = cached(splits, SMALL, tmp_path / "cache")["test"]
+    wanted = images.images(range(9))
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    records = np.load(file, mmap_mode="r+")
+    place = sorted({path for split in splits.values() for path in split}).index(splits["test"][3])
+    if lost == "everything":
+        records[:] = 0
+    elif lost == "one image":
+        records["pixels"][place] = 0
+    elif lost == "one bit":
+        records["pixels"][place, 5, 7] ^= 1
+    else:
+        records["checksum"][place] = 0
+    records.flush()
+    images = cached(splits, SMALL, tmp_path / "cache")["test"]
+    with pytest.raises(ValueError, match=rf"^{file} is damaged, [^\n]*: delete it[^\n]*$"):
+        images.images([2, 3])
+    file.unlink()
+    assert torch.equal(cached(splits, SMALL, tmp_path / "cache")["test"].images(range(9)), wanted)
 
 
 @pytest.mark.parametrize("blocked", ["a file in its place", "a file above it"])
@@ -379,8 +422,10 @@ print(total, most)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read in /proc")
 def test_going_through_a_large_file_does_not_fill_the_process_memory(tmp_path):
     file, rows = tmp_path / "large.npy", np.arange(4_000, dtype=np.uint8)
-    large = np.lib.format.open_memmap(file, "w+", np.uint8, (4_000, 224, 224), version=(1, 0))
-    large[:] = rows[:, None, None]
+    record = np.dtype([("pixels", np.uint8, (224, 224)), ("checksum", "<u4")])
+    large = np.lib.format.open_memmap(file, "w+", record, (4_000,), version=(1, 0))
+    large["pixels"] = rows[:, None, None]
+    large["checksum"] = [zlib.crc32(np.full(224 * 224, row % 256, np.uint8)) for row in range(4_000)]
     large.flush()
     walked = subprocess.run(
         [sys.executable, "-c", WALK, str(file)], cwd=PROJECT, capture_output=True, text=True
@@ -436,6 +481,21 @@ preprocessing = { image_size = 64 }
 training = { weights = "none", epochs = 1, learning_rate = 1e-3, precision = "fp32" }
 networks.lenet5 = {}
 """
+
+
+def test_a_training_on_a_zeroed_file_ends_with_a_line_and_without_a_network(phantom_root, tmp_path):
+    (tmp_path / "xrays").symlink_to(phantom_root)
+    (tmp_path / "zeroed.toml").write_text(STUDY)
+    study, runs = load_study(tmp_path / "zeroed.toml"), tmp_path / "runs"
+    fine_tune_study(study, load_table(study), "lenet5", runs=runs, device="cpu")
+    (file,) = (runs / "image_cache").glob("*.npy")
+    before = file.stat()
+    np.load(file, mmap_mode="r+")[:] = 0
+    assert file.stat().st_size == before.st_size
+    shutil.rmtree(runs / "zeroed")
+    with pytest.raises(ValueError, match="is damaged"):
+        fine_tune_study(study, load_table(study), "lenet5", runs=runs, device="cpu")
+    assert not list(runs.rglob("model.json"))
 
 
 def test_a_training_writes_the_probabilities_that_the_command_line_gives_for_the_same_file(tmp_path, capsys):
