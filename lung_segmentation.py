@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils import read_mask, read_xray
+from utils import read_mask, read_xray, resized_mask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -279,7 +279,7 @@ def fit(
     begun = {"fingerprint": start.fingerprint, **start.origin} if start else "random weights"
     origin = {"train_pairs": len(train), "start": begun, "epochs": epochs, "batch_size": batch_size}
     origin |= {"learning_rate": learning_rate, "seed": seed}
-    data, truths = _loaded(train, image_size), [_xray_and_mask(pair) for pair in val]
+    data, truths = loaded_pairs(train, image_size), [_xray_and_mask(pair) for pair in val]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = unet(encoder)
@@ -310,11 +310,13 @@ def _xray_and_mask(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return xray, read_mask(pair.mask, xray.shape)
 
 
-def _loaded(pairs: Sequence[Pair], size: int) -> list[tuple[Tensor, Tensor]]:
+def loaded_pairs(pairs: Sequence[Pair], size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each pair's X-ray and mask as (1, size, size) uint8, the mask 0 or 1."""
+
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
         xray, mask = _xray_and_mask(pair)
-        small = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST)
-        return resized(xray, size), torch.from_numpy(small)[None]
+        small = torch.from_numpy(resized_mask(mask, (size, size)).astype(np.uint8))
+        return resized(xray, size), small[None]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(load, pairs))

@@ -290,6 +290,24 @@ def test_same_seed_same_weights_and_the_callers_random_numbers_stay(pairs):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_masks_to_train_on_lie_where_their_xrays_show_the_lungs(tmp_path, size):
+    pairs = []
+    for k in range(8):
+        xray = np.zeros((512, 512), np.uint8)
+        cv2.circle(xray, (180 + 17 * k, 256), 130 - 9 * k, 255, cv2.FILLED)
+        cv2.imwrite(str(tmp_path / f"{k}.png"), xray)
+        pairs.append(Pair(tmp_path / f"{k}.png", tmp_path / f"{k}.png", str(k)))  # the lungs alone are white
+    moved = []
+    for image, mask in lung_segmentation.loaded_pairs(pairs, size):
+        assert (image.shape, mask.shape) == ((1, size, size),) * 2
+        assert set(mask.unique().tolist()) == {0, 1}
+        seen, truth = (ndimage.center_of_mass(picture[0].numpy()) for picture in (image, mask))
+        moved.append(np.subtract(seen, truth))
+    assert np.abs(moved).max() < 0.2  # of a pixel of the network
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.05
+
+
 def test_start_is_where_training_begins(segmenter, pairs, unseen):
     stayed = fit(pairs[:4], [], start=segmenter, epochs=1, image_size=64, learning_rate=1e-6)
     assert stayed.fingerprint != segmenter.fingerprint
