@@ -51,6 +51,9 @@ CORNER, CORNER_SHARE = (
     0.05,
 )  # of the sides; of the corner's area: background taken for lung, those masks 0
 PHANTOM = "synthetic phantom"  # what `origin` says of a segmenter that has seen nothing else
+# Seeds of studies are below 2**32. The upper 32 bits of a seed are mixed where a smaller one has the patient's
+# number, so they must be larger than any patient's number too.
+PHANTOM_SEEDS = 2**63
 PHANTOMS, PHANTOM_SIZE, PHANTOM_EPOCHS = 240, 128, 2  # what `default_segmenter` trains on: half a minute
 
 
@@ -441,17 +444,24 @@ def default_segmenter(folder: Path) -> LungSegmenter:
     return segmenter
 
 
+def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list[Pair]:
+    """Write about `count` phantoms, as many of each class, into the new folder `root`; none of them is a patient of
+    a study's phantom, whatever that one's seed.
+    """
+    from datasets.phantom import CLASSES, write_phantom
+
+    each = dict.fromkeys(CLASSES, -(-count // len(CLASSES)))
+    write_phantom(root, images_per_class=each, size=image_size, seed=PHANTOM_SEEDS + seed)
+    return find_pairs(root)
+
+
 def phantom_segmenter(
     count: int, *, image_size: int, epochs: int, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LungSegmenter:
     """Train a segmenter on about `count` phantoms, drawn for it and thrown away; an eighth is for validation."""
-    from datasets.phantom import CLASSES, write_phantom
-
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "phantom"
-        each = -(-count // len(CLASSES))
-        write_phantom(root, images_per_class=dict.fromkeys(CLASSES, each), size=image_size, seed=seed)
-        train, val = split_pairs(find_pairs(root), test=max(1, count // 8), seed=seed)
+        pairs = phantom_pairs(Path(folder) / "phantom", count, image_size=image_size, seed=seed)
+        train, val = split_pairs(pairs, test=max(1, count // 8), seed=seed)
         segmenter = fit(train, val, epochs=epochs, image_size=image_size, seed=seed, device=device)
     return replace(segmenter, origin={"data": PHANTOM, **segmenter.origin})
 

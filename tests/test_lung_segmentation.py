@@ -399,6 +399,19 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
     assert second.origin["data"] == "synthetic phantom"
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_phantoms_to_train_on_are_no_patients_of_a_studys_phantom(tmp_path, seed):
+    pairs = lung_segmentation.phantom_pairs(tmp_path / "training", 40, image_size=64, seed=seed)
+    assert len(pairs) == 40
+    # A patient's lungs are the same whatever the disease, so each patient is drawn once.
+    study = draw_phantoms(np.arange(80) % len(CLASSES), seed=seed, size=64)
+    lungs = {mask.tobytes() for mask in study.lung_masks}
+    images = {image.tobytes() for image in study.images}
+    assert len(lungs) == len(images) == 80
+    assert not lungs & {(read_xray(pair.mask) > 0).tobytes() for pair in pairs}
+    assert not images & {read_xray(pair.image).tobytes() for pair in pairs}
+
+
 def test_predicting_needs_none_of_the_heavy_libraries(folder):
     code = f"""
 import sys, pathlib, numpy
