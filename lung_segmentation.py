@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,10 +29,12 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils import read_mask, read_xray
+from checkpoints import write_whole
+from utils import read_mask, read_xray, resized_mask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +52,11 @@ CORNER, CORNER_SHARE = (
     0.08,
     0.05,
 )  # of the sides; of the corner's area: background taken for lung, those masks 0
+MASK_SOFTWARE = "xraycam lung mask"  # what a mask's PNG says it was made by: no other file is replaced
 PHANTOM = "synthetic phantom"  # what `origin` says of a segmenter that has seen nothing else
+# Seeds of studies are below 2**32. The upper 32 bits of a seed are mixed where a smaller one has the patient's
+# number, so they must be larger than any patient's number too.
+PHANTOM_SEEDS = 2**63
 PHANTOMS, PHANTOM_SIZE, PHANTOM_EPOCHS = 240, 128, 2  # what `default_segmenter` trains on: half a minute
 
 
@@ -279,7 +285,7 @@ def fit(
     begun = {"fingerprint": start.fingerprint, **start.origin} if start else "random weights"
     origin = {"train_pairs": len(train), "start": begun, "epochs": epochs, "batch_size": batch_size}
     origin |= {"learning_rate": learning_rate, "seed": seed}
-    data, truths = _loaded(train, image_size), [_xray_and_mask(pair) for pair in val]
+    data, truths = loaded_pairs(train, image_size), [_xray_and_mask(pair) for pair in val]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = unet(encoder)
@@ -310,11 +316,13 @@ def _xray_and_mask(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return xray, read_mask(pair.mask, xray.shape)
 
 
-def _loaded(pairs: Sequence[Pair], size: int) -> list[tuple[Tensor, Tensor]]:
+def loaded_pairs(pairs: Sequence[Pair], size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each pair's X-ray and mask as (1, size, size) uint8, the mask 0 or 1."""
+
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
         xray, mask = _xray_and_mask(pair)
-        small = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST)
-        return resized(xray, size), torch.from_numpy(small)[None]
+        small = torch.from_numpy(resized_mask(mask, (size, size)).astype(np.uint8))
+        return resized(xray, size), small[None]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(load, pairs))
@@ -378,16 +386,30 @@ def score_pairs(segmenter: LungSegmenter, pairs: Sequence[Pair]) -> pd.DataFrame
 
 
 def save_segmenter(folder: Path, segmenter: LungSegmenter) -> None:
-    """Write `model.safetensors` and `model.json` into `folder`, each complete or not at all."""
+    """Write `model.safetensors` and `model.json` into `folder`, each complete or not at all.
+
+    Raises ValueError where another kind of model lies there.
+    """
+    refuse_other_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: v.detach().cpu().contiguous() for key, v in segmenter.network.state_dict().items()}
     about = {f.name: getattr(segmenter, f.name) for f in fields(segmenter) if f.name != "network"}
     about = {"kind": KIND, "fingerprint": segmenter.fingerprint} | about
-    weights, text = folder / "model.safetensors", folder / "model.json"
-    save_file(state, weights.with_suffix(".tmp"))
-    os.replace(weights.with_suffix(".tmp"), weights)
-    text.with_suffix(".tmp").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    os.replace(text.with_suffix(".tmp"), text)
+    write_whole(folder / "model.safetensors", partial(save_file, state))
+    write_whole(folder / "model.json", json.dumps(about, indent=2) + "\n")
+
+
+def refuse_other_models(folder: Path) -> None:
+    """Raise ValueError where the model in `folder`, if there is one, is no lung model: it must not be replaced."""
+    text = folder / "model.json"
+    if not text.exists() and not (folder / "model.safetensors").exists():
+        return
+    try:
+        kind = json.loads(text.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):  # not there, damaged, or no JSON object
+        kind = None
+    if kind != KIND:
+        raise ValueError(f"the model in {folder} is no lung model: choose another folder, or move it away")
 
 
 def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegmenter:
@@ -426,6 +448,7 @@ def default_segmenter(folder: Path) -> LungSegmenter:
     if (folder / "model.json").is_file():
         segmenter = load_segmenter(folder)
     else:
+        refuse_other_models(folder)  # not after the training
         print(f"no lung model in {folder}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
         save_segmenter(folder, segmenter)
@@ -439,17 +462,24 @@ def default_segmenter(folder: Path) -> LungSegmenter:
     return segmenter
 
 
+def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list[Pair]:
+    """Write about `count` phantoms, as many of each class, into the new folder `root`; none of them is a patient of
+    a study's phantom, whatever that one's seed.
+    """
+    from datasets.phantom import CLASSES, write_phantom
+
+    each = dict.fromkeys(CLASSES, -(-count // len(CLASSES)))
+    write_phantom(root, images_per_class=each, size=image_size, seed=PHANTOM_SEEDS + seed)
+    return find_pairs(root)
+
+
 def phantom_segmenter(
     count: int, *, image_size: int, epochs: int, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LungSegmenter:
     """Train a segmenter on about `count` phantoms, drawn for it and thrown away; an eighth is for validation."""
-    from datasets.phantom import CLASSES, write_phantom
-
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "phantom"
-        each = -(-count // len(CLASSES))
-        write_phantom(root, images_per_class=dict.fromkeys(CLASSES, each), size=image_size, seed=seed)
-        train, val = split_pairs(find_pairs(root), test=max(1, count // 8), seed=seed)
+        pairs = phantom_pairs(Path(folder) / "phantom", count, image_size=image_size, seed=seed)
+        train, val = split_pairs(pairs, test=max(1, count // 8), seed=seed)
         segmenter = fit(train, val, epochs=epochs, image_size=image_size, seed=seed, device=device)
     return replace(segmenter, origin={"data": PHANTOM, **segmenter.origin})
 
@@ -462,6 +492,7 @@ def _fit(given: argparse.Namespace) -> int:
     start = None if given.start == "none" else load_segmenter(Path(given.start))
     if not given.pairs and not given.phantom:
         raise ValueError("nothing to train on: give --pairs DIR, --phantom N, or both")
+    refuse_other_models(given.output)
     pairs = [pair for root in given.pairs for pair in find_pairs(root)]
     if pairs:
         train, test = split_pairs(pairs, test=given.test or max(1, len(pairs) // 5), seed=given.seed)
@@ -497,25 +528,66 @@ def _fit(given: argparse.Namespace) -> int:
 
 
 def _predict(given: argparse.Namespace) -> int:
-    outputs = {path: given.output / f"{path.stem}.png" for path in given.images}
-    if len(set(outputs.values())) < len(outputs):
-        raise ValueError("two X-rays of one name: their masks would be one file, give them to two commands")
-    if originals := {p.resolve() for p in outputs} & {p.resolve() for p in outputs.values()}:
-        raise ValueError(f"{originals.pop()} is an X-ray that was given: choose another -o")
+    outputs = _mask_files(given.images, given.output)
     segmenter, failed = load_segmenter(given.model), 0
     given.output.mkdir(parents=True, exist_ok=True)
-    for path, output in outputs.items():
+    for output, path in outputs.items():
         try:
             (mask,) = segmenter.predict([read_xray(path)])
-            Image.fromarray(mask.astype(np.uint8) * 255).save(output)
         except (ValueError, OSError) as error:
             failed += 1
             print(f"lung_segmentation.py: {error}", file=sys.stderr)
             continue
+        _write_mask(output, mask)
         reason = implausible(mask)
         verdict = f"IMPLAUSIBLE, {reason}" if reason else f"lungs, {mask.mean():.0%} of the image"
         print(f"{path}: {verdict}: {output}", flush=True)
     return 0 if not failed else 1 if failed < len(outputs) else 2
+
+
+def _mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Return the X-ray by the file that its mask goes to.
+
+    Raises ValueError where two masks would go to one file, or where one would replace an X-ray that was given or
+    any other file that is no mask of this command's.
+    """
+    outputs: dict[Path, Path] = {}
+    for path in images:
+        output = folder / f"{path.stem}.png"
+        if outputs.setdefault(output, path) != path:
+            raise ValueError(
+                f"two X-rays of one name, {outputs[output]} and {path}: give them to two commands, with another -o"
+            )
+    given = {_identity(path) for path in images if os.path.exists(path)}
+    for output in outputs:
+        if os.path.lexists(output) and (not _is_own_mask(output) or _identity(output) in given):
+            raise ValueError(f"{output} is there and is no mask of this command's: choose another -o")
+    return outputs
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    return (status := file.stat()).st_dev, status.st_ino
+
+
+def _is_own_mask(file: Path) -> bool:
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.info.get("Software") == MASK_SOFTWARE
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _write_mask(file: Path, mask: np.ndarray) -> None:
+    """Write a mask as a PNG of 0 and 255 that says what it is. Raises OSError, which names the file."""
+    about = PngInfo()
+    about.add_text("Software", MASK_SOFTWARE)
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    try:
+        write_whole(file, lambda unfinished: picture.save(unfinished, "PNG", pnginfo=about))
+    except OSError as error:
+        raise OSError(f"stopped: {file} cannot be written ({error.strerror or error})") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -124,14 +124,21 @@ class Preprocessing:
 
 
 def read_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> np.ndarray:
-    """Return a mask file as (H, W) bool of the given shape, nearest neighbour: True where it is not black.
+    """Return a mask file as (H, W) bool of the given shape: True where it is not black.
 
     A mask may have another size than its X-ray (in the COVID-19 Radiography Database 256 against 299).
     """
+    return resized_mask(read_xray(path) > 0, shape)
+
+
+def resized_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return an (H, W) bool mask in another shape: True where it covers at least half of a pixel.
+
+    Its outline stays where it was; by nearest neighbour it would move by up to half a pixel.
+    """
     import cv2
 
-    mask = (read_xray(path) > 0).astype(np.uint8)
-    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+    return cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
 
 
 def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:

@@ -51,7 +51,8 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
     counted in the notes.
 
     Raises FileNotFoundError, with the way to get them, where the labels, the images or the official lists are
-    not found; ValueError for an unknown finding, or a patient id that is not that of the file's name.
+    not found; ValueError for an unknown finding, an image without a label, a patient id that is not that of the
+    file's name, or a box that is not four numbers.
     """
     wanted = tuple(classes) or FINDINGS
     unknown = set(wanted) - set(FINDINGS)
@@ -63,6 +64,12 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
     if paths.isna().all():
         raise FileNotFoundError(f"no images of ChestX-ray14 in {root}: get them with: {DOWNLOAD}")
     entries = entries[paths.notna()].assign(path=paths.dropna()).reset_index(drop=True)
+    unlabelled = entries.loc[entries["findings"].isna(), "image"]
+    if len(unlabelled):
+        raise ValueError(
+            f"{len(unlabelled)} images, for example {unlabelled.iloc[0]}, have no label in the table: name their "
+            f"findings there, or write {NO_FINDING}"
+        )
     findings = _findings(entries["findings"])
     chosen = findings[list(wanted)]
     frame = pd.DataFrame(
@@ -119,7 +126,7 @@ def _image_paths(root: Path) -> dict[str, str]:
 
 def _findings(texts: pd.Series) -> pd.DataFrame:
     """Return uint8 0/1, a column a finding of FINDINGS, from texts such as "Effusion|Mass" or "No Finding"."""
-    codes, kinds = pd.factorize(texts)  # some hundred different ones
+    codes, kinds = pd.factorize(texts)  # some hundred different ones; -1 would be a missing one
     named = [set(kind.split("|")) - {NO_FINDING} for kind in kinds]
     unknown = set().union(*named) - set(FINDINGS)
     if unknown:
@@ -149,9 +156,14 @@ def _read_boxes(root: Path, paths: pd.Series, classes: tuple[str, ...]) -> pd.Da
     if not (root / BOX_LIST).is_file():
         return no_boxes()
     # By position: the header, "Bbox [x,y,w,h],,,", has commas inside a name and more columns than some rows.
-    columns = ["image", "label", "x", "y", "width", "height"]
-    boxes = pd.read_csv(root / BOX_LIST, header=None, skiprows=1, usecols=range(len(columns)))
-    boxes = boxes.set_axis(columns, axis=1).replace({"label": BOX_NAMES})
+    sides = ["x", "y", "width", "height"]
+    boxes = pd.read_csv(root / BOX_LIST, header=None, usecols=range(2 + len(sides)))
+    boxes = boxes.set_axis(["image", "label", *sides], axis=1).replace({"label": BOX_NAMES})
+    boxes = boxes[boxes["image"] != "Image Index"].copy()  # the header, where there is one
+    boxes[sides] = boxes[sides].apply(pd.to_numeric, errors="coerce")
+    unreadable = boxes.loc[boxes[sides].isna().any(axis=1), "image"]
+    if len(unreadable):
+        raise ValueError(f"{BOX_LIST}: a box of {unreadable.iloc[0]} is not four numbers: mend its line")
     unknown = set(boxes["label"]) - set(FINDINGS)
     if unknown:
         raise ValueError(
@@ -160,7 +172,7 @@ def _read_boxes(root: Path, paths: pd.Series, classes: tuple[str, ...]) -> pd.Da
     boxes = boxes[boxes["image"].isin(paths.index) & boxes["label"].isin(classes)].reset_index(drop=True)
     if boxes.empty:
         return no_boxes()
-    fractions = boxes[["x", "y", "width", "height"]] / BOX_SIZE
+    fractions = boxes[sides] / BOX_SIZE
     labels = boxes["label"].map({name: index for index, name in enumerate(classes)})
     named = pd.DataFrame({"path": boxes["image"].map(paths), "label": labels.astype("int64")})
     return pd.concat([named, fractions], axis=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.table import XrayTable, image_files, no_boxes
+from datasets.table import XrayTable, image_files, no_boxes, subfolder
 
 # Class -> the names that its folder had in the database's versions, compared without regard to case.
 CLASS_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -16,7 +16,7 @@ CLASS_FOLDERS: dict[str, tuple[str, ...]] = {
     "Normal": ("normal",),
     "Viral Pneumonia": ("viral pneumonia",),
 }
-TOP_FOLDERS = ("COVID-19_Radiography_Dataset", "COVID-19 Radiography Database")
+TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")  # as above
 DOWNLOAD = (
     'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
     "'tawsifurrahman/covid19-radiography-database', output_dir='data')\""
@@ -34,13 +34,15 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
     What our phantom adds to the layout is read too where it is there: lesion masks in `<Class>/lesions/`
     and `boxes.csv` (path below `root`, label, x, y, width and height as fractions of the image).
 
-    Raises FileNotFoundError, with the command that gets the data, where no class folder is found.
+    Raises FileNotFoundError, with the command that gets the data, where no class folder is found; ValueError where
+    a class has two folders.
     """
     wanted = tuple(classes) or tuple(CLASS_FOLDERS)
     unknown = set(wanted) - set(CLASS_FOLDERS)
     if unknown:
         raise ValueError(f"unknown classes {sorted(unknown)}: choose from {', '.join(CLASS_FOLDERS)}")
-    root = next((root / top for top in TOP_FOLDERS if (root / top).is_dir()), root).absolute()
+    top = subfolder(root, TOP_FOLDERS) if root.is_dir() else None
+    root = (top or root).absolute()
     folders = class_folders(root)
     present = tuple(name for name in wanted if name in folders)
     if not present:
@@ -54,24 +56,24 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
 
 
 def class_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each class that has images below `root`."""
+    """Return the folder of each class that has images below `root`. Raises ValueError where a class has two."""
     if not root.is_dir():
         return {}
-    by_name = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    found = {}
-    for name, spellings in CLASS_FOLDERS.items():
-        folder = next((by_name[spelling] for spelling in spellings if spelling in by_name), None)
-        if folder is not None and image_files(_image_folder(folder)):
-            found[name] = folder
-    return found
+    found = {name: subfolder(root, spellings) for name, spellings in CLASS_FOLDERS.items()}
+    return {name: folder for name, folder in found.items() if folder is not None and _images(folder)}
 
 
-def _image_folder(folder: Path) -> Path:
-    return folder / "images" if (folder / "images").is_dir() else folder
+def _images(folder: Path) -> list[Path]:
+    inner = folder / "images"
+    if not inner.is_dir():
+        return image_files(folder)
+    if image_files(folder):
+        raise ValueError(f"{folder} has images both in images/ and beside it: put all of them into images/")
+    return image_files(inner)
 
 
 def _class_frame(folder: Path, label: int, root: Path) -> pd.DataFrame:
-    images = image_files(_image_folder(folder))
+    images = _images(folder)
     masks, lesions = _by_stem(folder / "masks"), _by_stem(folder / "lesions")
     return pd.DataFrame(
         {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.table import XrayTable, image_files
+from datasets.table import XrayTable, image_files, subfolder
 
 # Names, without regard to case, that the folder of a split may have.
 SPLIT_FOLDERS = {
@@ -50,21 +50,20 @@ def read_folder(root: Path, *, classes: Sequence[str] = (), patient_pattern: str
 
 
 def _split_folders(root: Path) -> dict[str | None, Path]:
-    by_name = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    found: dict[str | None, Path] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        present = [by_name[name] for name in names if name in by_name]
-        if len(present) > 1:
-            raise ValueError(f"{root} has both {' and '.join(path.name for path in present)}: keep one")
-        if present:
-            found[split] = present[0]
-    return found
+    found = {split: subfolder(root, names) for split, names in SPLIT_FOLDERS.items()}
+    return {split: folder for split, folder in found.items() if folder is not None}
 
 
 def _class_names(tops: dict[str | None, Path]) -> tuple[str, ...]:
     folders = {
         path.name for top in tops.values() for path in top.iterdir() if path.is_dir() and image_files(path)
     }
+    spelt = {}
+    for name in sorted(folders):
+        if spelt.setdefault(name.lower(), name) != name:
+            raise ValueError(
+                f"class folders are called both {spelt[name.lower()]} and {name}: use one spelling"
+            )
     return tuple(sorted(folders))
 
 

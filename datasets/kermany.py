@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.table import XrayTable, image_files
+from datasets.table import XrayTable, image_files, subfolder
 
 # Class -> the kinds of image that belong to it, as the files' names tell them.
 CLASS_KINDS: dict[str, frozenset[str]] = {
@@ -83,8 +83,8 @@ def _labels(classes: tuple[str, ...]) -> dict[str, int]:
 def _split_frame(root: Path, source: str, split: str) -> pd.DataFrame:
     rows = []
     for folder, names in FOLDER_NAMES.items():
-        top = root / source / folder
-        for path in image_files(top) if top.is_dir() else []:
+        top = subfolder(root / source, [folder.lower()]) if (root / source).is_dir() else None
+        for path in image_files(top) if top else []:
             told = names.match(path.name)
             if told is None:
                 raise ValueError(f"{path} tells no patient and kind by its name: give it the source's name")

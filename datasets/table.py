@@ -325,6 +325,18 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_file(path))
 
 
+def subfolder(parent: Path, names: Sequence[str]) -> Path | None:
+    """Return the folder in `parent` that has one of `names` (in lower case; its own case does not matter), None
+    where there is none.
+
+    Raises ValueError where there are several: one of them would be ignored.
+    """
+    found = sorted(path for path in parent.iterdir() if path.name.lower() in names and path.is_dir())
+    if len(found) > 1:
+        raise ValueError(f"{parent} has both {' and '.join(path.name for path in found)}: keep one")
+    return found[0] if found else None
+
+
 def is_image_file(path: Path) -> bool:
     """Return whether a file is an image by its name; `._x.png`, which macOS leaves behind, is not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()

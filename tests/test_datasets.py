@@ -101,6 +101,42 @@ def test_missing_root_names_the_command_that_gets_the_data(tmp_path):
         read_dataset("covid_radiography", tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("COVID/a", "covid-19/b"), "both COVID and covid-19: keep one"),
+        (("COVID/images/a", "COVID-19/b"), "both COVID and COVID-19: keep one"),
+        (("COVID/a", "NORMAL/b", "Normal/b"), "both NORMAL and Normal: keep one"),
+        (("COVID/images/a", "COVID/b"), "images both in images/ and beside it"),
+        (
+            ("COVID-19_Radiography_Dataset/COVID/a", "COVID-19 Radiography Database/COVID/a"),
+            "both COVID-19 Radiography Database and COVID-19_Radiography_Dataset: keep one",
+        ),
+    ],
+)
+def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names, told):
+    for name in (*names, "Lung_Opacity/c"):
+        draw(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match=told):
+        read_dataset("covid_radiography", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reader", "folders", "told"),
+    [
+        ("folder", ("sick", "healthy", "Sick"), "both Sick and sick: use one spelling"),
+        ("folder", ("train/sick", "train/healthy", "test/Sick"), "both Sick and sick: use one spelling"),
+        ("folder", ("train/sick", "Train/sick", "test/healthy"), "both Train and train: keep one"),
+        ("kermany", ("train/NORMAL", "train/Normal", "test/NORMAL"), "both NORMAL and Normal: keep one"),
+    ],
+)
+def test_folder_that_is_there_twice_is_refused_by_every_reader(tmp_path, reader, folders, told):
+    for folder in folders:
+        draw(tmp_path / folder / "IM-0001-0001.jpeg")
+    with pytest.raises(ValueError, match=told):
+        read_dataset(reader, tmp_path)
+
+
 def test_folder_tree_without_splits(tmp_path):
     for name, number in (("healthy", 2), ("sick", 3)):
         for i in range(number):
@@ -495,17 +531,43 @@ def test_boxes_are_fractions_whatever_the_size_of_the_files(nih_root):
 
 
 @pytest.mark.parametrize(
-    "header", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", "Image Index,Finding Label,Bbox [x,y,w,h]"]
+    "header",
+    ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n", "Image Index,Finding Label,Bbox [x,y,w,h]\n", ""],
 )
 @pytest.mark.parametrize("end", ["", ",,,"])
 def test_every_known_form_of_the_list_of_boxes_is_read(tmp_path, header, end):
     write_chestxray14(tmp_path, size=32, images=6)
     name = published(tmp_path).index[0]
-    (tmp_path / "BBox_List_2017.csv").write_text(f"{header}\n{name},Infiltrate,256,512,128,64{end}\n")
+    rows = f"{name},Infiltrate,256,512,128,64{end}\n{name},Mass,0,0,1024,512{end}\n"
+    (tmp_path / "BBox_List_2017.csv").write_text(header + rows)
     boxes = read_dataset("chestxray14", tmp_path).boxes
     assert boxes.drop(columns="path").to_numpy().tolist() == [
-        [FINDINGS.index("Infiltration"), 0.25, 0.5, 0.125, 0.0625]
+        [FINDINGS.index("Infiltration"), 0.25, 0.5, 0.125, 0.0625],
+        [FINDINGS.index("Mass"), 0, 0, 1, 0.5],
     ]
+
+
+@pytest.mark.parametrize("row", ["256,512,128,", "256,left,128,64"])
+def test_box_that_is_not_four_numbers_is_named(tmp_path, row):
+    write_chestxray14(tmp_path, size=32, images=6)
+    name = published(tmp_path).index[0]
+    with (tmp_path / "BBox_List_2017.csv").open("a") as file:
+        file.write(f"{name},Mass,{row}\n")
+    with pytest.raises(ValueError, match=f"a box of {name} is not four numbers"):
+        read_dataset("chestxray14", tmp_path)
+
+
+@pytest.mark.parametrize("empty", ["", "NA"])
+def test_image_without_a_label_gets_none_of_another_image(tmp_path, empty):
+    write_chestxray14(tmp_path, size=32, images=6)
+    path = tmp_path / "Data_Entry_2017.csv"
+    header, first, second, *rest = path.read_text().splitlines()
+    name, _, *others = second.split(",")
+    path.write_text("\n".join([header, first, ",".join([name, empty, *others]), *rest]))
+    with pytest.raises(ValueError, match=f"1 images, for example {name}, have no label.*write No Finding"):
+        read_dataset("chestxray14", tmp_path)
+    (tmp_path / "images" / name).unlink()  # a row without a file is left out, whatever it says
+    assert len(read_dataset("chestxray14", tmp_path)) == 5
 
 
 def test_flaws_of_the_published_tables_are_told(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,24 @@ def test_same_seed_same_weights_and_the_callers_random_numbers_stay(pairs):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_masks_to_train_on_lie_where_their_xrays_show_the_lungs(tmp_path, size):
+    pairs = []
+    for k in range(8):
+        xray = np.zeros((512, 512), np.uint8)
+        cv2.circle(xray, (180 + 17 * k, 256), 130 - 9 * k, 255, cv2.FILLED)
+        cv2.imwrite(str(tmp_path / f"{k}.png"), xray)
+        pairs.append(Pair(tmp_path / f"{k}.png", tmp_path / f"{k}.png", str(k)))  # the lungs alone are white
+    moved = []
+    for image, mask in lung_segmentation.loaded_pairs(pairs, size):
+        assert (image.shape, mask.shape) == ((1, size, size),) * 2
+        assert set(mask.unique().tolist()) == {0, 1}
+        seen, truth = (ndimage.center_of_mass(picture[0].numpy()) for picture in (image, mask))
+        moved.append(np.subtract(seen, truth))
+    assert np.abs(moved).max() < 0.2  # of a pixel of the network
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.05
+
+
 def test_start_is_where_training_begins(segmenter, pairs, unseen):
     stayed = fit(pairs[:4], [], start=segmenter, epochs=1, image_size=64, learning_rate=1e-6)
     assert stayed.fingerprint != segmenter.fingerprint
@@ -379,6 +398,19 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
     assert "synthetic phantom alone" in said
     assert first.fingerprint == second.fingerprint
     assert second.origin["data"] == "synthetic phantom"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_phantoms_to_train_on_are_no_patients_of_a_studys_phantom(tmp_path, seed):
+    pairs = lung_segmentation.phantom_pairs(tmp_path / "training", 40, image_size=64, seed=seed)
+    assert len(pairs) == 40
+    # A patient's lungs are the same whatever the disease, so each patient is drawn once.
+    study = draw_phantoms(np.arange(80) % len(CLASSES), seed=seed, size=64)
+    lungs = {mask.tobytes() for mask in study.lung_masks}
+    images = {image.tobytes() for image in study.images}
+    assert len(lungs) == len(images) == 80
+    assert not lungs & {(read_xray(pair.mask) > 0).tobytes() for pair in pairs}
+    assert not images & {read_xray(pair.image).tobytes() for pair in pairs}
 
 
 def test_predicting_needs_none_of_the_heavy_libraries(folder):
@@ -539,7 +571,6 @@ def test_command_line_trains_scores_saves_and_predicts(pairs, tmp_path, capsys):
         (["fit", "--start", "nowhere", "--pairs", "nowhere", "-o", "x"], "python lung_segmentation.py fit"),
         (["predict", "-m", "nowhere", "-i", "a.png", "-o", "x"], "python lung_segmentation.py fit"),
         (["predict", "-m", "nowhere", "-i", "1/a.png", "2/a.png", "-o", "x"], "two X-rays of one name"),
-        (["predict", "-m", "nowhere", "-i", "a.png", "-o", "."], "choose another -o"),
     ],
 )
 def test_command_line_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -547,3 +578,120 @@ def test_command_line_refuses_in_one_line(arguments, message, tmp_path, monkeypa
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.fixture
+def xrays(unseen, tmp_path):
+    """A folder with three X-rays."""
+    for name, image in zip(("a.jpg", "b.png", "c.png"), unseen.images, strict=False):
+        put(tmp_path / "xrays" / name)
+        cv2.imwrite(str(tmp_path / "xrays" / name), image)
+    return tmp_path / "xrays"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def predict(folder, output, *images):
+    return main(["predict", "-m", str(folder), "-o", str(output), "-i", *map(str, images)])
+
+
+def test_masks_are_written_again_over_masks_and_an_edited_one_is_kept(folder, xrays, tmp_path, capsys):
+    images, masks = sorted(xrays.iterdir()), tmp_path / "masks"
+    assert predict(folder, masks, *images) == 0
+    first = contents(masks)
+    assert sorted(first) == ["a.png", "b.png", "c.png"]
+    assert predict(folder, masks, *images) == 0
+    assert contents(masks) == first
+    cv2.imwrite(str(masks / "b.png"), 255 - cv2.imread(str(masks / "b.png"), cv2.IMREAD_UNCHANGED))
+    edited = contents(masks)
+    capsys.readouterr()
+    assert predict(folder, masks, *images) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("b.png is there and is no mask of this command's: choose another -o")
+    assert contents(masks) == edited
+
+
+@pytest.mark.parametrize("place", ["beside", "itself", "hard link", "symlink", "dangling", "loop", "mask"])
+def test_no_file_but_a_mask_is_replaced(folder, xrays, tmp_path, capsys, place):
+    given, masks = xrays / "b.png", tmp_path / "masks"
+    masks.mkdir()
+    if place == "beside":  # of the X-ray a.jpg, and it is another one
+        given, masks = xrays / "a.jpg", xrays
+        (xrays / "c.png").rename(xrays / "a.png")
+    elif place == "itself":
+        (tmp_path / "other name").symlink_to(xrays)
+        masks = tmp_path / "other name"
+    elif place == "hard link":
+        os.link(xrays / "c.png", masks / "b.png")
+    elif place == "mask":  # given as if it were an X-ray
+        predict(folder, xrays / "masks", given)
+        given, masks = xrays / "masks" / "b.png", xrays / "masks"
+        capsys.readouterr()
+    else:
+        target = {"symlink": xrays / "c.png", "dangling": "nowhere", "loop": "b.png"}[place]
+        (masks / "b.png").symlink_to(target)
+    before, names = contents(xrays), sorted(path.name for path in masks.iterdir())
+    kept = contents(masks)
+    assert predict(folder, masks, given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("is there and is no mask of this command's: choose another -o")
+    assert (contents(xrays), contents(masks)) == (before, kept)
+    assert sorted(path.name for path in masks.iterdir()) == names
+
+
+def test_loops_of_links_cost_a_line_each_and_the_others_are_done(folder, xrays, tmp_path, capsys):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert predict(folder, tmp_path / "masks", tmp_path / "loop.png", xrays / "b.png") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(contents(tmp_path / "masks")) == ["b.png"]
+    assert predict(folder, tmp_path / "loop.png", xrays / "b.png") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_full_disk_stops_in_one_line_and_leaves_whole_masks_only(folder, xrays, tmp_path, capsys):
+    masks, images = tmp_path / "masks", sorted(xrays.iterdir())
+    assert predict(folder, masks, images[0]) == 0
+    before = contents(masks)
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        status = predict(folder, masks, *images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.png cannot be written (File too large)" in line
+    assert contents(masks) == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model.json": b'{"architecture": "resnet18"}', "model.safetensors": b"weights"},
+        {"model.json": b"[]"},
+        {"model.json": b'{"kind": "lung segm'},
+        {"model.safetensors": b"weights"},
+    ],
+)
+def test_model_that_is_no_lung_model_is_not_replaced_and_nothing_is_trained(pairs, tmp_path, capsys, files):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    root = str(pairs[0].image.parents[2])
+    assert main(["fit", "--pairs", root, "-o", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert f"the model in {tmp_path} is no lung model: choose another folder" in said.err
+    assert contents(tmp_path) == files
+
+
+def test_other_files_beside_a_lung_model_stay_when_it_is_replaced(folder, segmenter, pairs, tmp_path):
+    save_segmenter(tmp_path, segmenter)
+    (tmp_path / "model.tmp").write_text("notes")
+    other = fit(pairs[:4], [], epochs=1, image_size=32)
+    save_segmenter(tmp_path, other)
+    assert load_segmenter(tmp_path).fingerprint == other.fingerprint
+    assert (tmp_path / "model.tmp").read_text() == "notes"

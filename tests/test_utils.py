@@ -90,6 +90,21 @@ def test_mask_of_another_size_is_laid_over_its_xray(tmp_path):
     assert read.dtype == bool
 
 
+@pytest.mark.parametrize(("side", "other"), [(512, 64), (512, 256), (300, 100), (256, 299), (100, 250)])
+def test_mask_stays_in_place_when_it_is_resized(tmp_path, side, other):
+    at = np.arange(side) + 0.5
+    moved = []
+    for k in range(12):  # discs at many places: their outlines meet the new pixels in every way
+        centre, radius = side * (0.35 + 0.021 * k), side * (0.28 - 0.013 * k)
+        disc = (at[:, None] - side / 2) ** 2 + (at - centre) ** 2 <= radius**2
+        read = read_mask(save(tmp_path, Image.fromarray(disc.astype(np.uint8) * 255)), (other, other))
+        _, columns = np.nonzero(read)
+        moved.append(columns.mean() + 0.5 - centre * other / side)
+        assert read.mean() == pytest.approx(disc.mean(), rel=0.04)
+    assert np.mean(moved) == pytest.approx(0, abs=0.05)  # of a pixel
+    assert np.abs(moved).max() < 0.2
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise
