@@ -181,8 +181,8 @@ def _test_targets(run: Run) -> pd.Series:
 
 
 def with_ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, Predictions]:
-    """Return every run's test predictions, and those of ensembles: of a network's folds, else of the study's
-    own networks where there are several. An ensemble's probability is the mean of its members'.
+    """Return every run's test predictions, and those of ensembles: of a network's folds, else of the networks in
+    the study's file where there are several. An ensemble's probability is the mean of its members'.
     """
     said = {title: run.predictions("test") for title, run in runs.items()}
     teams = ensembles(study, runs)
@@ -198,7 +198,11 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
         teams[f"{title}, ensemble of {len(folds)} folds"] = folds
     if not any(teams.values()):
         folder = re.compile(re.escape(study.name) + r"(-seed\d+)?")
-        own = [name for name, run in runs.items() if folder.fullmatch(run.folder.parent.name)]
+        own = [
+            name
+            for name, run in runs.items()
+            if folder.fullmatch(run.folder.parent.name) and run.card.architecture in study.networks
+        ]
         teams = {f"Ensemble of {len(own)}": own}
     return {name: members for name, members in teams.items() if len(members) > 1}
 

@@ -449,6 +449,9 @@ def test_ensemble_has_the_mean_thresholds_where_all_have_some():
     assert ensemble_card([*cards, card()]).thresholds is None
     with pytest.raises(ValueError, match="same order: resnet18 has a, b, c; vgg16 has b, a, c"):
         ensemble_card([card(), card("vgg16", classes=("b", "a", "c"))])
+    one, other = ({"origin": {"study": {"name": name}}} for name in ("covid", "pneumonia"))
+    with pytest.raises(ValueError, match=r"covid/resnet18 has a, b, c; pneumonia/resnet18 has b, a, c$"):
+        ensemble_card([card(**one), card(classes=("b", "a", "c"), **other)])
 
 
 def test_network_for_masked_lungs_never_sees_whole_images_unasked():

@@ -164,12 +164,23 @@ def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_
         read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs")
 
 
-def test_networks_that_only_seeds_know_are_found_and_make_an_ensemble(folds, repeats, tmp_path):
+def as_architecture(folder, name):
+    """Copy a run folder as one of another architecture, beside it."""
+    shutil.copytree(folder, folder.with_name(name))
+    card = json.loads((folder / "model.json").read_text()) | {"architecture": name}
+    (folder.with_name(name) / "model.json").write_text(json.dumps(card))
+
+
+def test_a_network_that_is_not_in_the_file_is_shown_but_in_no_ensemble_of_the_study(folds, repeats, tmp_path):
     shutil.copytree(repeats, tmp_path / "runs", ignore=shutil.ignore_patterns("mine-fold*"))
-    shutil.copytree(repeats / "mine-seed2" / "lenet5", tmp_path / "runs" / "mine-seed2" / "small_cnn")
+    for name in ("small_cnn", "resnet18"):
+        as_architecture(tmp_path / "runs" / "mine-seed2" / "lenet5", name)
     study = load_study(folds / "mine.toml")
     runs = read_runs(study, tmp_path / "runs")
-    assert ensembles(study, runs) == {"Ensemble of 2": ["LeNet-5", "Small CNN"]}
+    assert list(runs) == ["LeNet-5", "ResNet-18", "Small CNN"]
+    assert ensembles(study, runs) == {}
+    both = study.overridden(networks=("lenet5", "small_cnn"))
+    assert ensembles(both, runs) == {"Ensemble of 2": ["LeNet-5", "Small CNN"]}
 
 
 def test_spread_over_seeds_is_that_of_the_scores_of_hand_made_predictions(folds, repeats, tmp_path):
