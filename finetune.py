@@ -49,11 +49,12 @@ from predictions import choose_thresholds
 from processes import accelerator_on
 from results import complete_or_absent, history_log, linked, predictions_frame, training_folder
 from studies import PROJECT, Study, Training, load_study, load_table
-from trained_networks import ModelCard, read_card, save_network
+from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, class_weights, label_weights, make_batches, seed_everything
 
 RUNS = PROJECT / "runs"
+NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's
 
 
 def fine_tune_study(
@@ -74,6 +75,7 @@ def fine_tune_study(
     Raises ValueError where `resume/` is of other settings, or another process is training into the folder.
     """
     training, kind = study.training_of(network), architecture(network)
+    start, start_card = _starting_weights(network, training, runs)
     where = resolve_device(device)
     accelerator = accelerator_on(where)
     outputs = _number_of_outputs(training, table)
@@ -100,9 +102,10 @@ def fine_tune_study(
             num_workers=training.num_workers,
         )
         seed_everything(study.seed)
-        model = _built(network, outputs, training)
+        head_order, head = _head_of(start_card, training, table)
+        model = _built(network, outputs, training, start, head_order)
         if accelerator.is_main_process:
-            _announce(network, model, study, table)
+            _announce(network, model, study, table, head)
         with accelerator.main_process_first():
             compute = _compute(working, runs, model, study, network, where, len(batches["train"].sizes()))
         with history_log(working if accelerator.is_main_process else None) as log:
@@ -152,11 +155,56 @@ def fine_tune_study(
     return folder
 
 
-def _built(network: str, outputs: int, training: Training) -> nn.Module:
+def _starting_weights(network: str, training: Training, runs: Path) -> tuple[str, ModelCard | None]:
+    """Return a network's starting weights as `build_network` takes them, and the card beside a file, if there is one.
+
+    Raises FileNotFoundError or ValueError where they are missing or another network's.
+    """
+    weights = training.weights
+    if weights in NO_FILE:
+        return weights, None
+    file = Path(weights)
+    if not file.is_file():
+        try:
+            file = run_folder(weights, runs) / "model.safetensors"
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no weights file {weights}: give a file, a run folder, 'imagenet' or 'none' ({error})"
+            ) from None
+    card = read_card(file.parent) if (file.parent / "model.json").is_file() else None
+    if card is not None and card.architecture != network:
+        raise ValueError(f"the weights {weights} are of {card.architecture}, not of {network}")
+    return str(file), card
+
+
+def _head_of(
+    start: ModelCard | None, training: Training, table: XrayTable
+) -> tuple[tuple[int, ...] | None, str]:
+    """Return what becomes of the head in the starting weights: the `head_order` of `build_network`, and words.
+
+    Outputs are matched by the names of their classes, so that a network never learns on from outputs that meant
+    something else.
+    """
+    if start is None:
+        return None, "new (no model.json beside the weights names its classes)"
+    names = ", ".join(start.classes)
+    if set(start.classes) != set(table.classes):
+        return None, f"new (that of the weights is for {names})"
+    form = (_number_of_outputs(training, table), table.multilabel, training.hidden_units)
+    if (start.outputs, start.multilabel, start.hidden_units) != form:
+        return None, "new (that of the weights has another form)"
+    order = tuple(start.classes.index(name) for name in table.classes)
+    return order, "kept" if start.classes == table.classes else f"reordered (in the weights: {names})"
+
+
+def _built(
+    network: str, outputs: int, training: Training, weights: str, head_order: Sequence[int] | None
+) -> nn.Module:
     model = build_network(
         network,
         outputs,
-        weights=training.weights,
+        weights=weights,
+        head_order=head_order,
         dropout=training.dropout,
         residual_gain=training.residual_gain,
         hidden_units=training.hidden_units,
@@ -222,12 +270,14 @@ def _compute(
     return chosen
 
 
-def _announce(network: str, model: nn.Module, study: Study, table: XrayTable) -> None:
+def _announce(network: str, model: nn.Module, study: Study, table: XrayTable, head: str) -> None:
     training, title = study.training_of(network), architecture(network).title
     print(
         f"{title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
         f"{training.weights}, {study.image_size_of(network)} px, {len(table.subset('train'))} training images"
     )
+    if training.weights not in NO_FILE:
+        print(f"{title}: head: {head}")
     if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
         print(f"{title}: the frozen layers keep random weights, which is for trying things out only")
 
@@ -412,7 +462,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--networks", metavar="A,B", help="only these networks (default: the study's)")
     parser.add_argument(
-        "--weights", metavar="imagenet|none|FILE", help="what to start from (default: the study's)"
+        "--weights",
+        metavar="imagenet|none|FILE|RUN",
+        help="what to start from; of a run, a folder or STUDY/NETWORK, the head too where it has the same classes "
+        "(default: the study's)",
     )
     parser.add_argument("--epochs", metavar="N", type=int, help="of each phase")
     parser.add_argument("--image-size", metavar="N", type=int, help="side of the square image, pixels")
@@ -432,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         studies = _studies(given)
-        check_weights(studies[0])
+        check_weights(studies[0], given.runs)
         accelerator = accelerator_on(resolve_device(given.device))
         with accelerator.main_process_first():  # a phantom is drawn once
             table = load_table(studies[0])
@@ -530,16 +583,16 @@ def _finished_since(mark: Path, folder: Path, settings: str) -> bool:
         return False
 
 
-def check_weights(study: Study) -> None:
-    """Refuse, before any work, unknown networks and one weights file for several architectures."""
+def check_weights(study: Study, runs: Path) -> None:
+    """Refuse, before any work, unknown networks and starting weights that are missing or another network's."""
     for network in study.networks:
         architecture(network)
     files = [study.training_of(network).weights for network in study.networks]
-    for file in set(files) - {"imagenet", "none"}:
+    for file in set(files) - NO_FILE:
         if files.count(file) > 1:
             raise ValueError(f"{file} holds one network's weights: name that network with --networks")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no weights file {file}: give a file, 'imagenet' or 'none'")
+    for network in study.networks:
+        _starting_weights(network, study.training_of(network), runs)
 
 
 if __name__ == "__main__":

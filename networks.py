@@ -146,6 +146,7 @@ def build_network(
     outputs: int,
     *,
     weights: str = "none",
+    head_order: Sequence[int] | None = None,
     dropout: float | None = None,
     residual_gain: float = 1.0,
     hidden_units: Sequence[int] | None = None,
@@ -155,7 +156,10 @@ def build_network(
 
     `weights`: "imagenet" (torchvision's, IMAGENET1K_V1, from its cache or the network), "none" (random, drawn
     from torch's global generator) or a file (.safetensors, or .pth that holds tensors only) of this
-    architecture with any head; the head is new unless the file has one of the same shapes.
+    architecture with any head.
+    `head_order`: None draws a new head. To keep a file's head, of the same form, give for each class of the new
+    network its index among the file's classes; of a single output, which is for class 1 of two, (1, 0) turns
+    the sign.
     `hidden_units`: None puts a new last linear layer in place of the old one; a sequence of widths, which may
     be empty, a new head in place of the whole classifier: a linear layer and ReLU a width, dropout, a last
     linear layer. `dropout` is the new head's rate, or replaces the rate of the network's own dropout layers.
@@ -181,7 +185,7 @@ def build_network(
         _set_submodule(network, kind.classifier, _new_head(width, hidden_units, dropout, outputs))
     network.cam_layer = kind.cam_layer
     if state:
-        _load_trunk(network, state, kind, source=weights)
+        _load_weights(network, state, kind, head_order, source=weights)
     return network
 
 
@@ -325,14 +329,20 @@ def _present_name(key: str) -> str:
     return key
 
 
-def _load_trunk(network: nn.Module, state: Mapping[str, Tensor], kind: Architecture, *, source: str) -> None:
+def _load_weights(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    kind: Architecture,
+    head_order: Sequence[int] | None,
+    *,
+    source: str,
+) -> None:
     own = network.state_dict()
-    head = {key for key in own if key.startswith(f"{network.head_name}.")}
-    same_head = all(key in state and state[key].shape == own[key].shape for key in head)
+    new = {key for key in own if key.startswith(f"{network.head_name}.")} if head_order is None else set()
     wrong = [
         key
         for key, value in own.items()
-        if key not in head
+        if key not in new
         and (key not in state or state[key].shape != value.shape)
         # Older files lack these counters, which a trained network does not use.
         and not (key.endswith("num_batches_tracked") and key not in state)
@@ -344,8 +354,18 @@ def _load_trunk(network: nn.Module, state: Mapping[str, Tensor], kind: Architect
             f"the weights {source} are not of a {kind.title}: {len(wrong)} names or shapes differ, for example "
             f"{wrong[0]}"
         )
-    taken = {key: state[key] for key in own if key in state and (same_head or key not in head)}
-    network.load_state_dict(own | taken)
+    network.load_state_dict(own | {key: state[key] for key in own if key in state and key not in new})
+    if head_order is not None:
+        _reorder(_linear_layers(network.get_submodule(network.head_name))[-1], list(head_order))
+
+
+@torch.no_grad()
+def _reorder(last: nn.Linear, order: list[int]) -> None:
+    for parameter in last.parameters():
+        if last.out_features == len(order):
+            parameter.copy_(parameter[order])
+        elif order == [1, 0]:  # one output for two classes, the logit of class 1
+            parameter.neg_()
 
 
 def add_batch_norm(network: nn.Module) -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from checkpoints import STATE, flush, write_whole
 from datasets import XrayTable
+from datasets.splits import splits_frame
 from datasets.table import relative_paths, target_names
 from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
@@ -51,13 +52,14 @@ class Run:
         return pd.read_csv(self.folder / "splits.csv", dtype=str, keep_default_na=False)
 
 
-def read_runs(study: Study, runs: Path) -> dict[str, Run]:
+def read_runs(study: Study, runs: Path, table: XrayTable) -> dict[str, Run]:
     """Return the trained networks of a study by title: its own, those of its folds and those of the studies
     that it is compared with, as far as they are there. Where one was trained with other seeds only
     (`Study.repeated`), the lowest of them stands in.
 
-    Raises FileNotFoundError where the study has no trained network at all, ValueError where two of them know
-    other classes or were tested on other images: their figures could not be compared.
+    `table` holds the study's images as `studies.load_table` reads and splits them. Raises FileNotFoundError where
+    the study has no trained network at all, ValueError where one of them knows other classes or was tested on
+    other images than the table's: its figures would be those of another study.
     """
     found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
@@ -68,16 +70,16 @@ def read_runs(study: Study, runs: Path) -> dict[str, Run]:
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{there}"
         )
     read = {title: _read_run(folder) for title, folder in found.items()}
-    _refuse_other_tests(read)
+    _refuse_other_tests(study, table, read)
     return read
 
 
-def read_seeds(study: Study, runs: Path) -> dict[str, dict[int, Run]]:
+def read_seeds(study: Study, runs: Path, table: XrayTable) -> dict[str, dict[int, Run]]:
     """Return, by the titles of `read_runs`, each network's runs by seed: first the one that `read_runs` returns,
     then the study's repeats with other seeds, ascending.
 
-    Raises ValueError where the seeds of a network know other classes, were tested on other images or trained with
-    other settings.
+    Raises ValueError where one knows other classes or was tested on other images than the table's (see
+    `read_runs`), or the seeds of a network were trained with different settings.
     """
     seeds = {}
     for title, folder in _folders(study, runs):
@@ -86,7 +88,7 @@ def read_seeds(study: Study, runs: Path) -> dict[str, dict[int, Run]]:
             by_seed.setdefault(run.card.origin["seed"], run)  # the study's own beside a repeat of its seed
         if by_seed:
             named = {f"{title}, seed {seed}": run for seed, run in by_seed.items()}
-            _refuse_other_tests(named)
+            _refuse_other_tests(study, table, named)
             _refuse_other_settings(named)
             seeds[title] = by_seed
     return seeds
@@ -150,12 +152,15 @@ def _trained_besides(study: Study, runs: Path) -> list[str]:
     return [name for name in found if name in ARCHITECTURES and name not in study.networks]
 
 
-def _refuse_other_tests(read: Mapping[str, Run]) -> None:
-    (first, run), *others = read.items()
-    tested = _test_targets(run)
-    for title, other in others:
-        if other.card.classes != run.card.classes or not tested.equals(_test_targets(other)):
-            raise ValueError(f"{first} and {title} were tested on other images or classes: train them again")
+def _refuse_other_tests(study: Study, table: XrayTable, read: Mapping[str, Run]) -> None:
+    tested = _test_targets(splits_frame(table))
+    for title, run in read.items():
+        if run.card.classes != table.classes or _test_targets(run.splits()) != tested:
+            raise ValueError(
+                f"{title} ({run.folder}) was tested on other images or classes than those of {study.name}: give the "
+                f"data_root, limit and seed of its training (seed {run.card.origin['seed']}), train it again, or "
+                "take its study out of `compare`"
+            )
 
 
 def _refuse_other_settings(read: Mapping[str, Run]) -> None:
@@ -175,14 +180,15 @@ def _refuse_other_settings(read: Mapping[str, Run]) -> None:
             )
 
 
-def _test_targets(run: Run) -> pd.Series:
-    splits = run.splits()
-    return splits[splits["split"] == "test"].set_index("path")["label"].sort_index()
+def _test_targets(splits: pd.DataFrame) -> dict[str, str]:
+    """Return the target of each test image, by path below the data root."""
+    tests = splits[splits["split"] == "test"]
+    return dict(zip(tests["path"], tests["label"], strict=True))
 
 
 def with_ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, Predictions]:
-    """Return every run's test predictions, and those of ensembles: of a network's folds, else of the study's
-    own networks where there are several. An ensemble's probability is the mean of its members'.
+    """Return every run's test predictions, and those of ensembles: of a network's folds, else of the networks in
+    the study's file where there are several. An ensemble's probability is the mean of its members'.
     """
     said = {title: run.predictions("test") for title, run in runs.items()}
     teams = ensembles(study, runs)
@@ -198,7 +204,11 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
         teams[f"{title}, ensemble of {len(folds)} folds"] = folds
     if not any(teams.values()):
         folder = re.compile(re.escape(study.name) + r"(-seed\d+)?")
-        own = [name for name, run in runs.items() if folder.fullmatch(run.folder.parent.name)]
+        own = [
+            name
+            for name, run in runs.items()
+            if folder.fullmatch(run.folder.parent.name) and run.card.architecture in study.networks
+        ]
         teams = {f"Ensemble of {len(own)}": own}
     return {name: members for name, members in teams.items() if len(members) > 1}
 

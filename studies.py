@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from datasets import XrayTable, read_dataset
 from datasets.phantom import write_phantom
@@ -27,6 +35,28 @@ Positive = Annotated[int, Field(gt=0)]
 # Below 1 a fraction of each class, from 1 on a whole number of images a class.
 SplitSize = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# What else lies below `runs/`: decoded images, and the results of limited, quick, repeated and folded studies.
+RESERVED_NAMES = re.compile(r"image_cache|.*-(quick|(limit|seed|fold)\d+)")
+
+
+def _folder_path(text: str) -> str:
+    """Return a relative path below `runs/`, unless it leads out of there or is hidden: then ValueError."""
+    for name in text.split("/"):
+        if not name or name != name.strip(". ") or not name.isprintable() or set(name) & set('\\:*?"<>|[]'):
+            raise ValueError(
+                f"{text!r} does not name a folder below runs/: use letters, digits, '-' and '_', and no '..'"
+            )
+    return text
+
+
+def _folder_name(text: str) -> str:
+    if "/" in text:
+        raise ValueError(f"{text!r} is a path: give the name of a study")
+    return _folder_path(text)
+
+
+FolderPath = Annotated[str, AfterValidator(_folder_path)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 # The names of cam_methods.METHODS, which this room cannot ask: importing it takes as long as torch.
 MapMethod = Literal["gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam", "scorecam"]
 
@@ -123,12 +153,13 @@ class Split(Settings):
 class Preprocessing(Settings):
     """What is done to every image, in training and at inference alike.
 
+    `image_size` is the side of the square images, in pixels; `[networks.NAME]` may set another for one network.
     `lung_model` names a folder below `runs/` with a trained lung segmentation: all but the lungs is blackened
     (see `lung_masking.LungMasking`). Where the folder is missing, one is trained on the phantom.
     """
 
     image_size: Annotated[int, Field(ge=32)] = 224
-    lung_model: str | None = None
+    lung_model: FolderPath | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -246,13 +277,13 @@ class Study(Settings):
     images whose results notebook 3 shows beside this one's.
     """
 
-    name: str
+    name: FolderName
     title: str
     description: str = ""
     source: str = ""
     seed: Seed = 0
     limit: Positive | None = None
-    compare: tuple[str, ...] = ()
+    compare: tuple[FolderName, ...] = ()
     data: Data | None = None
     datasets: tuple[Data, ...] = ()
     split: Split = Split()
@@ -269,6 +300,13 @@ class Study(Settings):
         if not networks:
             raise ValueError("a study needs at least one table [networks.NAME]")
         return networks
+
+    @field_validator("training")
+    @classmethod
+    def _one_image_size(cls, training: Training) -> Training:
+        if training.image_size is not None:
+            raise ValueError("set image_size in [preprocessing], or in [networks.NAME] for one network")
+        return training
 
     @model_validator(mode="after")
     def _one_or_several_sources(self) -> "Study":
@@ -290,14 +328,17 @@ class Study(Settings):
         return self.seed if self.split.seed is None else self.split.seed
 
     def training_of(self, network: str) -> Training:
-        """Return the training settings of one network: the study's, with the network's own on top."""
+        """Return the training settings of one network: the study's, `image_size` included, with the network's own
+        on top.
+        """
         if network not in self.networks:
             raise ValueError(f"study {self.name!r} has no network {network!r}: {', '.join(self.networks)}")
-        return Training.model_validate(self.training.model_dump() | self.networks[network])
+        common = self.training.model_dump() | {"image_size": self.preprocessing.image_size}
+        return Training.model_validate(common | self.networks[network])
 
     def image_size_of(self, network: str) -> int:
         """Return the side, in pixels, of the square images that one network sees."""
-        return self.training_of(network).image_size or self.preprocessing.image_size
+        return self.training_of(network).image_size
 
     def overridden(
         self,
@@ -404,6 +445,8 @@ def load_study(
     Raises FileNotFoundError where there is none, ValueError with the key at fault where one is wrong.
     """
     path, fields = _read_file(study)
+    if RESERVED_NAMES.fullmatch(path.stem):
+        raise ValueError(f"study {path.name}: runs/{path.stem} is kept for other results: rename the file")
     _refuse_idle_settings(fields, path.name)
     loaded = _validated({"name": path.stem, **fields}, path.name)
     if data_root:

@@ -49,6 +49,12 @@ class ModelCard:
     dropout: float | None = None
 
     @property
+    def name(self) -> str:
+        """STUDY/NETWORK as far as the card knows the study: the end of the path of its run folder."""
+        study = self.origin.get("study", {}).get("name")
+        return f"{study}/{self.architecture}" if study else self.architecture
+
+    @property
     def outputs(self) -> int:
         """How many logits the network has: one for two classes behind a sigmoid, else one a class."""
         single = self.head == "sigmoid" and len(self.classes) == 2 and not self.multilabel
@@ -98,8 +104,8 @@ def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
     for card in cards[1:]:
         if (card.classes, card.multilabel) != (first.classes, first.multilabel):
             raise ValueError(
-                f"an ensemble needs the same classes in the same order: {first.architecture} has "
-                f"{', '.join(first.classes)}; {card.architecture} has {', '.join(card.classes)}"
+                f"an ensemble needs the same classes in the same order: {first.name} has "
+                f"{', '.join(first.classes)}; {card.name} has {', '.join(card.classes)}"
             )
     thresholds = [card.thresholds for card in cards if card.thresholds is not None]
     if len(thresholds) < len(cards):

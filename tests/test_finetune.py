@@ -194,6 +194,113 @@ def test_bad_calls_end_with_status_2_and_a_message(study_file, tmp_path, capsys,
     assert not list(tmp_path.rglob("model.json"))
 
 
+ORDERED = """
+title = "Ordered"
+[data]
+reader = "covid_radiography"
+root = "ROOT"
+classes = CLASSES
+[split]
+val = 0.2
+test = 0.2
+[preprocessing]
+image_size = 32
+[networks.lenet5]
+[training]
+weights = "none"
+epochs = 1
+batch_size = 8
+learning_rate = 1e-12
+balance = "none"
+precision = "fp32"
+"""
+
+
+@pytest.fixture
+def trained_with(phantom_root, tmp_path, capsys):
+    """Train on some classes of the phantom; return the run folder, the losses on validation, and what was printed.
+
+    The learning rate is next to nothing: the losses are those of the weights that the training starts from.
+    """
+
+    def train(name, classes, *arguments, options=""):
+        text = ORDERED.replace("CLASSES", json.dumps(classes)).replace("ROOT", str(phantom_root))
+        (tmp_path / f"{name}.toml").write_text(text + options)
+        command = [str(tmp_path / f"{name}.toml"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+        capsys.readouterr()
+        status = main([*command, *arguments])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        folder = tmp_path / "runs" / name / "lenet5"
+        return folder, pd.read_csv(folder / "history.csv")["val_loss"].tolist(), captured.out
+
+    return train
+
+
+LUNGS = ("COVID-19", "Lung Opacity", "Normal")
+
+
+def logits_of(folder):
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return load_network(folder).network(images)
+
+
+@pytest.mark.parametrize("options", ["", "hidden_units = [8]"])
+def test_starting_weights_keep_their_head_by_the_names_of_its_classes(trained_with, options):
+    folder, losses, printed = trained_with("first", LUNGS, options=options)
+    assert "head:" not in printed
+    for given in (folder, folder / "model.safetensors", "first/lenet5"):
+        again, same, printed = trained_with("again", LUNGS, "--weights", str(given), options=options)
+        assert "LeNet-5: head: kept\n" in printed
+        torch.testing.assert_close(logits_of(again), logits_of(folder))
+        assert same == pytest.approx(losses, abs=1e-6)
+    order = [2, 0, 1]
+    turned = [LUNGS[i] for i in order]
+    other, _, printed = trained_with("turned", turned, "--weights", "first/lenet5", options=options)
+    assert f"LeNet-5: head: reordered (in the weights: {', '.join(LUNGS)})\n" in printed
+    torch.testing.assert_close(logits_of(other), logits_of(folder)[:, order])
+    settings = json.loads((other / "model.json").read_text())["origin"]["study"]["training"]
+    assert settings["weights"] == "first/lenet5"
+
+
+def test_a_single_output_is_turned_where_its_two_classes_are_exchanged(trained_with):
+    options = 'head = "sigmoid"'
+    folder, _, _ = trained_with("first", LUNGS[:2], options=options)
+    other, _, printed = trained_with("turned", LUNGS[1::-1], "--weights", "first/lenet5", options=options)
+    assert "LeNet-5: head: reordered" in printed
+    torch.testing.assert_close(logits_of(other), -logits_of(folder))
+    _, _, printed = trained_with("pair", LUNGS[:2], "--weights", "first/lenet5")
+    assert "LeNet-5: head: new (that of the weights has another form)\n" in printed
+
+
+def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_with, tmp_path):
+    folder, _, _ = trained_with("first", LUNGS)
+    file = tmp_path / "alone.safetensors"
+    file.write_bytes((folder / "model.safetensors").read_bytes())
+    first = load_network(folder).network.classifier
+    for given, classes, message in (
+        ("first/lenet5", (*LUNGS[:2], "Viral Pneumonia"), f"that of the weights is for {', '.join(LUNGS)}"),
+        (str(file), LUNGS, "no model.json beside the weights names its classes"),
+    ):
+        other, _, printed = trained_with("other", classes, "--weights", given, "--seed", "1")
+        assert f"LeNet-5: head: new ({message})\n" in printed
+        started = load_network(other).network.classifier
+        torch.testing.assert_close(started.fc2.weight, first.fc2.weight)
+        assert (started.fc3.weight - first.fc3.weight).abs().amax(1).min() > 0.01
+
+
+def test_weights_of_another_architecture_are_refused_before_any_work(
+    trained_with, study_file, tmp_path, capsys
+):
+    folder, _, _ = trained_with("first", LUNGS)
+    for given in (str(folder), str(folder / "model.safetensors")):
+        assert main([study_file, "--weights", given, "--runs", str(tmp_path / "other")]) == 2
+        said = capsys.readouterr().err
+        assert said == f"finetune.py: the weights {given} are of lenet5, not of resnet18\n"
+    assert not (tmp_path / "other").exists()
+
+
 def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -313,38 +313,67 @@ def test_damaged_cache_is_named_and_pickled_code_is_not_run(torch_home, tmp_path
         build_network("resnet18", 3, weights=str(tmp_path / "code.pth"))
 
 
+def saved(network, path):
+    save = save_file if path.suffix == ".safetensors" else torch.save
+    save(network.state_dict(), path)
+    return str(path)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_file_gives_the_trunk_and_the_head_where_it_fits(tmp_path, suffix):
+def test_weights_file_gives_the_trunk_under_a_new_head_and_its_head_where_the_order_is_known(
+    tmp_path, suffix
+):
     torch.manual_seed(0)
     source = build_network("resnet18", 3)
-    path = tmp_path / f"w{suffix}"
-    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(
-        source.state_dict(), path
-    )
-    same = build_network("resnet18", 3, weights=str(path))
+    path = saved(source, tmp_path / f"w{suffix}")
+    same = build_network("resnet18", 3, weights=path, head_order=(0, 1, 2))
     assert all(
         torch.equal(a, b)
         for a, b in zip(source.state_dict().values(), same.state_dict().values(), strict=True)
     )
-    other = build_network("resnet18", 5, weights=str(path))
-    assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
-    assert other.fc.out_features == 5
+    for outputs in (3, 5):
+        other = build_network("resnet18", outputs, weights=path)
+        assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+        assert other.fc.out_features == outputs
+        assert not torch.equal(other.fc.weight[:3], source.fc.weight)
 
 
-def test_weights_file_fits_under_any_head(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "head"), [("resnet18", {}), ("lenet5", {"hidden_units": (8,)}), ("small_cnn", {"dropout": 0.5})]
+)
+def test_classes_in_another_order_permute_the_logits_and_nothing_else(tmp_path, name, head):
+    torch.manual_seed(0)
+    source = build_network(name, 3, **head).eval()
+    path = saved(source, tmp_path / "w.safetensors")
+    turned = build_network(name, 3, weights=path, head_order=(2, 0, 1), **head).eval()
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(turned(images), source(images)[:, [2, 0, 1]], rtol=0, atol=0)
+
+
+def test_two_classes_exchanged_turn_the_sign_of_a_single_output(tmp_path):
+    torch.manual_seed(0)
+    source = build_network("small_cnn", 1).eval()
+    path = saved(source, tmp_path / "w.safetensors")
+    images = torch.randn(4, 3, 64, 64)
+    for order, sign in (((0, 1), 1), ((1, 0), -1)):
+        network = build_network("small_cnn", 1, weights=path, head_order=order).eval()
+        with torch.no_grad():
+            assert torch.equal(network(images), sign * source(images))
+
+
+def test_weights_file_fits_under_any_head_and_a_head_of_another_form_is_not_taken_for_one(tmp_path):
     torch.manual_seed(0)
     heads = {"plain": {}, "hidden": {"hidden_units": (8,)}, "wide": {"hidden_units": (9,)}}
     networks = {key: build_network("resnet18", 3, **head) for key, head in heads.items()}
     for source, network in networks.items():
-        path = tmp_path / f"{source}.safetensors"
-        save_file(network.state_dict(), path)
-        theirs = network.state_dict()
+        path = saved(network, tmp_path / f"{source}.safetensors")
         for target, head in heads.items():
-            built = build_network("resnet18", 3, weights=str(path), **head).state_dict()
-            assert torch.equal(built["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
-            head_keys = [key for key in built if key.startswith("fc.")]
-            same = [key for key in head_keys if key in theirs and torch.equal(built[key], theirs[key])]
-            assert same == (head_keys if source == target else [])
+            built = build_network("resnet18", 3, weights=path, **head).state_dict()
+            assert torch.equal(built["layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
+            if source != target:
+                with pytest.raises(ValueError, match="are not of a ResNet-18"):
+                    build_network("resnet18", 3, weights=path, head_order=(0, 1, 2), **head)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
@@ -449,6 +478,9 @@ def test_ensemble_has_the_mean_thresholds_where_all_have_some():
     assert ensemble_card([*cards, card()]).thresholds is None
     with pytest.raises(ValueError, match="same order: resnet18 has a, b, c; vgg16 has b, a, c"):
         ensemble_card([card(), card("vgg16", classes=("b", "a", "c"))])
+    one, other = ({"origin": {"study": {"name": name}}} for name in ("covid", "pneumonia"))
+    with pytest.raises(ValueError, match=r"covid/resnet18 has a, b, c; pneumonia/resnet18 has b, a, c$"):
+        ensemble_card([card(**one), card(classes=("b", "a", "c"), **other)])
 
 
 def test_network_for_masked_lungs_never_sees_whole_images_unasked():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -45,8 +46,16 @@ def folds(tmp_path_factory):
     return folder
 
 
+def runs_of(study, runs):
+    return read_runs(study, runs, load_table(study))
+
+
+def seeds_of(study, runs):
+    return read_seeds(study, runs, load_table(study))
+
+
 def test_the_folds_share_the_test_images_and_no_validation_image(folds):
-    runs = read_runs(load_study(folds / "mine.toml"), folds / "runs")
+    runs = runs_of(load_study(folds / "mine.toml"), folds / "runs")
     assert list(runs) == ["LeNet-5, fold 1", "LeNet-5, fold 2"]
     first, second = (run.splits().set_index("path")["split"] for run in runs.values())
     assert set(first.index[first == "test"]) == set(second.index[second == "test"])
@@ -56,7 +65,7 @@ def test_the_folds_share_the_test_images_and_no_validation_image(folds):
 
 def test_an_ensemble_is_the_mean_of_its_members(folds):
     study = load_study(folds / "mine.toml")
-    runs = read_runs(study, folds / "runs")
+    runs = runs_of(study, folds / "runs")
     assert ensembles(study, runs) == {"LeNet-5, ensemble of 2 folds": list(runs)}
     said = with_ensembles(study, runs)["LeNet-5, ensemble of 2 folds"]
     files = [pd.read_csv(run.folder / "predictions_test.csv").set_index("path") for run in runs.values()]
@@ -74,16 +83,43 @@ def test_a_network_that_the_file_does_not_name_is_found_and_other_test_images_ar
     own = tmp_path / "runs" / "mine" / "small_cnn"
     shutil.copytree(tmp_path / "runs" / "mine-fold1" / "lenet5", own)
     study = load_study(folds / "mine.toml")
-    assert "Small CNN" in read_runs(study, tmp_path / "runs")
+    assert "Small CNN" in runs_of(study, tmp_path / "runs")
     splits = pd.read_csv(own / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(own / "splits.csv", index=False)
-    with pytest.raises(ValueError, match="tested on other images"):
-        read_runs(study, tmp_path / "runs")
+    with pytest.raises(ValueError, match="was tested on other images or classes than those of mine"):
+        runs_of(study, tmp_path / "runs")
+
+
+def test_a_comparison_with_a_study_of_other_images_is_refused(folds, tmp_path):
+    shutil.copytree(folds / "runs" / "mine-fold1", tmp_path / "runs" / "theirs")
+    splits = pd.read_csv(tmp_path / "runs" / "theirs" / "lenet5" / "splits.csv")
+    text = STUDY.replace('root = "data"', f'root = "{folds / "data"}"')
+    (tmp_path / "own.toml").write_text('compare = ["theirs"]' + text)
+    study = load_study(tmp_path / "own.toml")
+    assert list(runs_of(study, tmp_path / "runs")) == ["theirs"]  # there is no run of its own: that is enough
+    splits["path"] = "elsewhere/" + splits["path"]
+    splits.to_csv(tmp_path / "runs" / "theirs" / "lenet5" / "splits.csv", index=False)
+    refusal = r"theirs \(.*on other images or classes than those of own.*seed 0\).*out of `compare`"
+    with pytest.raises(ValueError, match=refusal) as caught:
+        runs_of(study, tmp_path / "runs")
+    assert "\n" not in str(caught.value)
+
+
+def test_own_results_of_relabelled_images_are_refused(folds, tmp_path):
+    shutil.copytree(folds / "runs" / "mine-fold1", tmp_path / "runs" / "mine")
+    study = load_study(folds / "mine.toml")
+    assert list(runs_of(study, tmp_path / "runs")) == ["LeNet-5"]
+    table = load_table(study)
+    turned = replace(table, frame=table.frame.assign(label=1 - table.frame["label"]))
+    with pytest.raises(
+        ValueError, match=r"LeNet-5 \(.*was tested on other images or classes than those of mine"
+    ):
+        read_runs(study, tmp_path / "runs", turned)
 
 
 def test_out_of_fold_predictions_are_those_of_the_images_that_a_fold_did_not_train_on(folds):
-    runs = read_runs(load_study(folds / "mine.toml"), folds / "runs")
+    runs = runs_of(load_study(folds / "mine.toml"), folds / "runs")
     said = out_of_fold(runs)
     assert list(said) == list(runs)
     for run, predictions in zip(runs.values(), said.values(), strict=True):
@@ -91,15 +127,14 @@ def test_out_of_fold_predictions_are_those_of_the_images_that_a_fold_did_not_tra
         assert set(predictions.paths) == set(splits.loc[splits["split"] == "val", "path"])
 
 
-def test_folds_of_a_network_that_the_file_does_not_name_are_found(folds, tmp_path):
-    (tmp_path / "mine.toml").write_text(STUDY.replace("lenet5", "resnet18"))
-    shutil.copytree(folds / "runs", tmp_path / "runs")
-    assert "LeNet-5, fold 2" in read_runs(load_study(tmp_path / "mine.toml"), tmp_path / "runs")
+def test_folds_of_a_network_that_the_file_does_not_name_are_found(folds):
+    study = load_study(folds / "mine.toml").overridden(networks=("resnet18",))
+    assert "LeNet-5, fold 2" in runs_of(study, folds / "runs")
 
 
 def test_a_study_without_results_says_how_to_get_them(folds, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trained network of mine \(lenet5\).*run notebook 2"):
-        read_runs(load_study(folds / "mine.toml"), tmp_path)
+        runs_of(load_study(folds / "mine.toml"), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +158,7 @@ def as_own(repeats, tmp_path, *, seed):
 
 
 def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_train(folds, repeats):
-    runs = read_runs(load_study(folds / "mine.toml"), repeats)
+    runs = runs_of(load_study(folds / "mine.toml"), repeats)
     assert {title: run.folder.parent.name for title, run in runs.items()} == {
         "LeNet-5": "mine-seed2",
         "LeNet-5, fold 1": "mine-fold1-seed2",
@@ -132,23 +167,23 @@ def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_t
 
 def test_the_runs_of_a_network_are_found_by_seed_the_own_one_first(folds, repeats, tmp_path):
     study = load_study(folds / "mine.toml")
-    assert [list(by_seed) for by_seed in read_seeds(study, repeats).values()] == [[2, 11], [2]]
+    assert [list(by_seed) for by_seed in seeds_of(study, repeats).values()] == [[2, 11], [2]]
     own = as_own(repeats, tmp_path, seed=5)
     shutil.copytree(own, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # no repeat: another study's
-    found = read_seeds(study, tmp_path / "runs")["LeNet-5"]
+    found = seeds_of(study, tmp_path / "runs")["LeNet-5"]
     assert list(found) == [5, 2, 11]
-    assert found[5].folder == own == read_runs(study, tmp_path / "runs")["LeNet-5"].folder
+    assert found[5].folder == own == runs_of(study, tmp_path / "runs")["LeNet-5"].folder
 
 
 def test_a_repeat_of_the_seed_that_the_study_itself_has_does_not_count_twice(folds, repeats, tmp_path):
     own = as_own(repeats, tmp_path, seed=11)
-    found = read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
+    found = seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
     assert list(found) == [11, 2]
     assert found[11].folder == own
 
 
 def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats):
-    first, second = read_seeds(load_study(folds / "mine.toml"), repeats)["LeNet-5"].values()
+    first, second = seeds_of(load_study(folds / "mine.toml"), repeats)["LeNet-5"].values()
     assert first.splits().equals(second.splits())
     a, b = first.predictions("test"), second.predictions("test")
     np.testing.assert_array_equal(a.paths, b.paths)
@@ -160,16 +195,27 @@ def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_
     splits = pd.read_csv(own / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(own / "splits.csv", index=False)
-    with pytest.raises(ValueError, match="LeNet-5, seed 5 and LeNet-5, seed 2 were tested on other images"):
-        read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"LeNet-5, seed 5 \(.*was tested on other images"):
+        seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")
 
 
-def test_networks_that_only_seeds_know_are_found_and_make_an_ensemble(folds, repeats, tmp_path):
+def as_architecture(folder, name):
+    """Copy a run folder as one of another architecture, beside it."""
+    shutil.copytree(folder, folder.with_name(name))
+    card = json.loads((folder / "model.json").read_text()) | {"architecture": name}
+    (folder.with_name(name) / "model.json").write_text(json.dumps(card))
+
+
+def test_a_network_that_is_not_in_the_file_is_shown_but_in_no_ensemble_of_the_study(folds, repeats, tmp_path):
     shutil.copytree(repeats, tmp_path / "runs", ignore=shutil.ignore_patterns("mine-fold*"))
-    shutil.copytree(repeats / "mine-seed2" / "lenet5", tmp_path / "runs" / "mine-seed2" / "small_cnn")
+    for name in ("small_cnn", "resnet18"):
+        as_architecture(tmp_path / "runs" / "mine-seed2" / "lenet5", name)
     study = load_study(folds / "mine.toml")
-    runs = read_runs(study, tmp_path / "runs")
-    assert ensembles(study, runs) == {"Ensemble of 2": ["LeNet-5", "Small CNN"]}
+    runs = runs_of(study, tmp_path / "runs")
+    assert list(runs) == ["LeNet-5", "ResNet-18", "Small CNN"]
+    assert ensembles(study, runs) == {}
+    both = study.overridden(networks=("lenet5", "small_cnn"))
+    assert ensembles(both, runs) == {"Ensemble of 2": ["LeNet-5", "Small CNN"]}
 
 
 def test_spread_over_seeds_is_that_of_the_scores_of_hand_made_predictions(folds, repeats, tmp_path):
@@ -185,7 +231,7 @@ def test_spread_over_seeds_is_that_of_the_scores_of_hand_made_predictions(folds,
         frame.to_csv(folder / "predictions_test.csv", index=False)
         card = json.loads((folder / "model.json").read_text()) | {"thresholds": [0.5, 0.5]}
         (folder / "model.json").write_text(json.dumps(card))
-    scores = seed_scores(read_seeds(load_study(folds / "mine.toml"), tmp_path / "runs"))
+    scores = seed_scores(seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs"))
     assert list(scores.columns) == list(METRICS)
     accuracy, recall = [3 / 5, 4 / 5], [(1 + 1 / 3) / 2, (1 + 2 / 3) / 2]
     np.testing.assert_allclose(scores.loc["LeNet-5", "accuracy"], accuracy)

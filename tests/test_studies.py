@@ -1,5 +1,7 @@
 """Study files: what they say is what is run, and a slip of the pen is named."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -84,6 +86,41 @@ def test_a_study_is_named_by_its_file_alone(tmp_path):
         load_study(tmp_path / "mine.toml")
 
 
+OUTSIDE = ["..", "...", ".hidden", "up\\there", "a*", "a\x7f", " a", "a."]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_file_whose_name_is_no_folder_below_runs_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"name: .* does not name a folder below runs/") as caught:
+        load_study(write(tmp_path, name, MINIMAL))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mine-limit20", "mine-seed3", "mine-fold1", "mine-quick", "image_cache"])
+def test_a_file_named_as_other_results_are_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"runs/{name} is kept for other results: rename the file"):
+        load_study(write(tmp_path, name, MINIMAL))
+
+
+@pytest.mark.parametrize("name", ["covid-19", "a.b", "my study (2)", "lunge_größe", "seed3", "quick"])
+def test_an_ordinary_file_name_is_the_name_of_the_study(tmp_path, name):
+    assert load_study(write(tmp_path, name, MINIMAL)).name == name
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "", "../../x", "/x", "a/../../x", "a//b", "a/"])
+def test_settings_that_name_folders_stay_below_runs(tmp_path, name):
+    text = MINIMAL + f"[preprocessing]\nlung_model = {json.dumps(name)}\n"
+    with pytest.raises(ValueError, match=r"'lung_model' in \[preprocessing\]: .* folder below runs/"):
+        load_study(write(tmp_path, "mine", text))
+    with pytest.raises(ValueError, match=r"'0' in \[compare\]: .* (is a path|folder below runs/)"):
+        load_study(write(tmp_path, "mine", f"compare = [{json.dumps(name)}]\n" + MINIMAL))
+
+
+def test_a_lung_model_may_lie_in_a_folder_below_runs(tmp_path):
+    text = MINIMAL + '[preprocessing]\nlung_model = "models/lungs 2"\n'
+    assert load_study(write(tmp_path, "mine", text)).preprocessing.lung_model == "models/lungs 2"
+
+
 def test_limited_study_never_replaces_the_real_one(tiny_study):
     assert tiny_study.overridden(limit=20).name == "tiny-limit20"
     assert tiny_study.overridden(epochs=3).name == "tiny"
@@ -152,6 +189,18 @@ def test_image_size_override_holds_for_all_networks(tmp_path):
     assert study.image_size_of("vgg16") == 64
     small = study.overridden(image_size=96)
     assert {small.image_size_of(n) for n in small.networks} == {96}
+
+
+def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
+    text = MINIMAL + "[networks.vgg16]\nimage_size = 64\n[preprocessing]\nimage_size = 128\n"
+    study = load_study(write(tmp_path, "mine", text))
+    assert [study.training_of(name).image_size for name in study.networks] == [128, 64]
+    assert [study.training_of(name).summary["image_size"] for name in study.networks] == [128, 64]
+    quick = load_study(tmp_path / "mine.toml", quick=True)
+    assert {quick.image_size_of(name) for name in quick.networks} == {quick.quick.image_size}
+    with pytest.raises(ValueError, match=r"'training': set image_size in \[preprocessing\]") as caught:
+        load_study(write(tmp_path, "twice", MINIMAL + "[training]\nimage_size = 96\n"))
+    assert "\n" not in str(caught.value)
 
 
 def test_relative_root_belongs_to_the_file_and_a_given_one_to_the_caller(tmp_path, monkeypatch):
