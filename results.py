@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from checkpoints import STATE, flush, write_whole
-from datasets import XrayTable
-from datasets.table import relative_paths, target_names
+from datasets import XrayTable, data_fingerprint
+from datasets.splits import apply_splits
+from datasets.table import FINGERPRINT, relative_paths, target_names
 from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
@@ -172,6 +173,23 @@ def _refuse_other_settings(read: Mapping[str, Run]) -> None:
         if wrong:
             raise ValueError(
                 f"{first} and {title} were trained with another {wrong[0]}: train them again, or delete {other.folder}"
+            )
+
+
+def refuse_changed_images(runs: Iterable[Run], images: XrayTable) -> None:
+    """Raise ValueError where `images`, the study's, are no longer those that a network was trained on: what it said of
+    the old ones must not stand beside maps of the new ones. Runs that cannot tell, of older versions, are named.
+    """
+    for run in runs:
+        recorded = str(run.card.origin.get("data_fingerprint"))
+        if not recorded.startswith(FINGERPRINT):
+            print(
+                f"{run.folder} does not record the content of its images: whether they have changed is not known"
+            )
+        elif recorded != data_fingerprint(apply_splits(images, run.folder / "splits.csv", run.card.classes)):
+            raise ValueError(
+                f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
+                "again"
             )
 
 
