@@ -60,11 +60,18 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} holds no state that can be read ({error}): {ANEW}") from None
         own = json.loads(json.dumps(self.settings))
-        other = [key for key, value in own.items() if settings.get(key) != value]
-        if other:
-            was, now = settings.get(other[0]), own[other[0]]
+        if not own.keys() <= settings.keys():
+            raise ValueError(f"{self.folder} holds an unfinished training of another version: {ANEW}")
+        other = [key for key, value in own.items() if settings[key] != value]
+        if "data" in other:
             raise ValueError(
-                f"{self.folder} holds an unfinished training with other settings ({other[0]}: {was}, now {now}): go "
+                f"{self.folder} holds an unfinished training on other images: their content, their labels or their "
+                f"splits have changed since. Put them back, or {ANEW}"
+            )
+        if other:
+            was, now = (json.dumps(values[other[0]], ensure_ascii=False) for values in (settings, own))
+            raise ValueError(
+                f"{self.folder} holds an unfinished training with other settings ({other[0]} = {was}, now {now}): go "
                 f"on with those, or {ANEW}"
             )
         return True

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import accelerate
 import pandas as pd
 import torch
 import torchvision
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,10 +29,10 @@ from torch import Tensor, nn
 from augmentation import Augmentation
 from calibration import fit_temperature
 from checkpoints import Checkpoints, on_cpu, write_whole
-from compute import Compute, measured_compute
+from compute import described, resolve_precision
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import splits_frame
-from datasets.table import relative_paths
+from datasets.table import content_digests, relative_paths
 from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
 from lung_segmentation import default_segmenter, save_segmenter
@@ -44,7 +45,7 @@ from networks import (
     parameter_count,
     resolve_device,
 )
-from objectives import MULTI_LABEL, SINGLE_LABEL
+from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, uninformed_loss
 from predictions import choose_thresholds
 from processes import accelerator_on
 from results import complete_or_absent, history_log, linked, predictions_frame, training_folder
@@ -55,6 +56,8 @@ from utils import Preprocessing, class_weights, label_weights, make_batches, see
 
 RUNS = PROJECT / "runs"
 NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's
+# A network whose validation loss never falls below this share of the uninformed one has learnt nothing.
+LEARNT = 0.99
 
 
 def fine_tune_study(
@@ -70,20 +73,30 @@ def fine_tune_study(
 
     The results appear, or replace older ones, when they are complete. Until then the state is in `resume/` in that
     folder: a training that was broken off goes on from there when this is called again, or begins anew with
-    `restart`. The same study, data and machine give the same weights, on a CPU byte for byte, broken off or not.
+    `restart`. Results of the same settings and images are kept, unless `restart` says otherwise. The same study, data
+    and machine give the same weights, on a CPU byte for byte, broken off or not.
 
-    Raises ValueError where `resume/` is of other settings, or another process is training into the folder.
+    Raises ValueError where `resume/` is of other settings, another process is training into the folder, or a class
+    has no training image, and KeyboardInterrupt where it was asked to stop: once the results are written if the
+    last epoch was done.
     """
     training, kind = study.training_of(network), architecture(network)
     start, start_card = _starting_weights(network, training, runs)
     where = resolve_device(device)
     accelerator = accelerator_on(where)
     outputs = _number_of_outputs(training, table)
+    _refuse_absent_classes(table)
+    objective, weights = MULTI_LABEL if table.multilabel else SINGLE_LABEL, _loss_weights(training, table)
     if training.batch_size < accelerator.num_processes:
         raise ValueError(
             f"batch_size {training.batch_size} is shared by {accelerator.num_processes} processes: raise it"
         )
     folder = runs / study.name / network
+    content = content_digests(table.frame["path"])  # before anything is decoded
+    fixed = _fixed_settings(study, table, network, accelerator)
+    if not restart and _is_finished(study, network, fixed, runs):
+        print(f"{folder} is finished, with the same settings and images (--restart trains it again)")
+        return folder
     with training_folder(folder, restart=restart, write=accelerator.is_main_process) as working:
         with accelerator.main_process_first():  # it writes what the others then read
             masking, failed = _lung_masking(study, table, runs)
@@ -105,29 +118,18 @@ def fine_tune_study(
         head_order, head = _head_of(start_card, training, table)
         model = _built(network, outputs, training, start, head_order)
         if accelerator.is_main_process:
-            _announce(network, model, study, table, head)
-        with accelerator.main_process_first():
-            compute = _compute(working, runs, model, study, network, where, len(batches["train"].sizes()))
+            _announce(network, model, study, table, where, head)
         with history_log(working if accelerator.is_main_process else None) as log:
             done = fine_tune(
                 model,
                 batches,
                 training=training,
-                objective=MULTI_LABEL if table.multilabel else SINGLE_LABEL,
-                loss_weights=_loss_weights(training, table),
+                objective=objective,
+                loss_weights=weights,
                 device=device,
-                compute=compute,
                 title=kind.title,
                 on_epoch=_after_epoch(log, model, working if training.keep_checkpoints else None),
-                checkpoints=Checkpoints(
-                    working,
-                    _fixed_settings(study, table, network)
-                    | {
-                        "images": preprocessing.key,
-                        "processes": accelerator.num_processes,
-                        "device": where.type,
-                    },
-                ),
+                checkpoints=Checkpoints(working, fixed | {"images": preprocessing.key}),
                 scratch=working,
             )
         if training.temporary_batch_norm:
@@ -138,11 +140,18 @@ def fine_tune_study(
         }
         if accelerator.is_main_process:
             origin = {
-                "settings": _settings_digest(study, table, network),
+                "settings": _settings_digest(study, network, fixed, runs),
+                "data_fingerprint": fixed["data"],
                 "processes": accelerator.num_processes,
-                "computed": str(compute),
+                "precision": fixed["precision"],
             }
+            if _warn_of_changed_images(table, content, title=kind.title) and images is None:
+                # Some of them may have been seen in both versions: these results are of no one set of images.
+                origin |= {"settings": None, "data_fingerprint": f"{fixed['data']}, changed in training"}
             card = _card(study, table, network, model, done, logits["val"], origin)
+            uninformed = _uninformed_loss(training, table, objective, weights)
+            card = replace(card, validation={**card.validation, "uninformed_loss": uninformed})
+            _warn_of_nothing_learnt(done, uninformed, title=kind.title)
             with complete_or_absent(folder) as results:
                 _write_results(results, table, card, model, done, logits)
                 if masking is not None:
@@ -151,7 +160,10 @@ def fine_tune_study(
                 for kept in ("checkpoints", "tensorboard"):
                     if (working / kept).is_dir():
                         shutil.copytree(working / kept, results / kept, copy_function=linked)
+            print(f"saved {folder}")
         accelerator.wait_for_everyone()
+    if done.asked_to_stop:
+        raise KeyboardInterrupt(f"stopped, with {folder} finished; run the same again to go on")
     return folder
 
 
@@ -244,33 +256,9 @@ def _cached_images(
         return None
 
 
-def _compute(
-    working: Path,
-    runs: Path,
-    model: nn.Module,
-    study: Study,
-    network: str,
-    device: torch.device,
-    batches: int,
-) -> Compute:
-    """Return how to compute; a training that goes on computes as it did, whatever was measured since."""
-    kept, training = working / "compute.json", study.training_of(network)
-    if kept.is_file():
-        return Compute(**json.loads(kept.read_text(encoding="utf-8")))
-    chosen = measured_compute(
-        model,
-        study.image_size_of(network),
-        training,
-        device,
-        steps=sum(phase.epochs for phase in training.stretches) * batches,
-        kept=runs / "compute.json",
-        title=architecture(network).title,
-    )
-    write_whole(kept, json.dumps(asdict(chosen)))
-    return chosen
-
-
-def _announce(network: str, model: nn.Module, study: Study, table: XrayTable, head: str) -> None:
+def _announce(
+    network: str, model: nn.Module, study: Study, table: XrayTable, device: torch.device, head: str
+) -> None:
     training, title = study.training_of(network), architecture(network).title
     print(
         f"{title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
@@ -278,26 +266,33 @@ def _announce(network: str, model: nn.Module, study: Study, table: XrayTable, he
     )
     if training.weights not in NO_FILE:
         print(f"{title}: head: {head}")
+    print(f"{title}: computed in {described(training.precision, device)}")
     if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
         print(f"{title}: the frozen layers keep random weights, which is for trying things out only")
 
 
-def _fixed_settings(study: Study, table: XrayTable, network: str) -> dict[str, object]:
+def _fixed_settings(
+    study: Study, table: XrayTable, network: str, accelerator: Accelerator
+) -> dict[str, object]:
     """Return, flat, all that must be the same when a training goes on."""
     idle = {"num_workers", "cache_images", "checkpoint_minutes", "keep_checkpoints", "threshold"}
-    training = study.training_of(network).model_dump(mode="json", exclude=idle)
+    training = study.training_of(network)
     groups = {
         "preprocessing": study.preprocessing.model_dump(mode="json"),
         "augmentation": study.augmentation.model_dump(mode="json"),
     }
     flat = {f"{group} {key}": value for group, values in groups.items() for key, value in values.items()}
     return {
-        **training,
+        **training.model_dump(mode="json", exclude=idle),
         **flat,
         "image_size": study.image_size_of(network),
         "seed": study.seed,
+        "precision": resolve_precision(training.precision, accelerator.device),
         "data": data_fingerprint(table),
+        "content of weights": content_digests([training.weights]),
         "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
         "torch": str(torch.__version__),
     }
 
@@ -317,6 +312,61 @@ def _write_results(
         predictions.to_csv(folder / f"predictions_{split}.csv", index=False)
     splits_frame(table).to_csv(folder / "splits.csv", index=False)
     save_network(folder, model, card)
+
+
+def _refuse_absent_classes(table: XrayTable) -> None:
+    """Refuse a class without a training image, which no network can learn; name one without a validation image.
+
+    In a multi-label table a finding is rare rather than absent, and is told of with its figures.
+    """
+    if table.multilabel:
+        return
+    counts = table.counts().reindex(columns=SPLITS, fill_value=0)
+    absent = {split: list(counts.index[counts[split] == 0]) for split in SPLITS}
+    if absent["train"]:
+        others = ", ".join(f'"{name}"' for name in table.classes if name not in absent["train"])
+        raise ValueError(
+            f"no training image of {', '.join(absent['train'])}: add some, hold out fewer (val and test in [split]), "
+            f"or leave the class out (classes = [{others}] in [data])"
+        )
+    if absent["val"]:
+        print(f"WARNING: no validation image of {', '.join(absent['val'])}: nothing is chosen by that class")
+
+
+def _warn_of_changed_images(table: XrayTable, content: Sequence[str | None], *, title: str) -> bool:
+    """Say which images are no longer those whose `content` was seen before the training; return whether any is."""
+    paths, now = table.frame["path"], content_digests(table.frame["path"])
+    changed = [(path, new) for path, old, new in zip(paths, content, now, strict=True) if old != new]
+    if changed:
+        path, new = changed[0]
+        what = f"{path} {'is gone' if new is None else 'has other content'}"
+        print(
+            f"WARNING: {len(changed)} of {len(table)} images are not what they were when {title} began, the first: "
+            f"{what}. Put them back, or train again"
+        )
+    return bool(changed)
+
+
+def _uninformed_loss(
+    training: Training, table: XrayTable, objective: Objective, loss_weights: Tensor | None
+) -> float:
+    """Return the validation loss of a network that knows no more than how frequent the classes are as it sees them:
+    balanced alike, else as among the training images.
+    """
+    train, val = (torch.tensor(table.targets(split)) for split in ("train", "val"))
+    number = len(table.classes)
+    frequent = (train if table.multilabel else nn.functional.one_hot(train, number)).double().mean(dim=0)
+    alike = torch.full_like(frequent, 0.5 if table.multilabel else 1 / number)
+    return uninformed_loss(objective, frequent if training.balance == "none" else alike, val, loss_weights)
+
+
+def _warn_of_nothing_learnt(done: FineTuned, uninformed_loss: float, *, title: str) -> None:
+    lowest = done.history["val_loss"].min()
+    if lowest > LEARNT * uninformed_loss:
+        print(
+            f"WARNING: {title} has learnt nothing that helps on validation: its loss there is {lowest:.4f} at best, "
+            f"and {uninformed_loss:.4f} needs no look at the image"
+        )
 
 
 def _number_of_outputs(training: Training, table: XrayTable) -> int:
@@ -431,12 +481,10 @@ def _origin(study: Study, table: XrayTable, **more: object) -> dict[str, object]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"torchvision": torchvision.__version__, "accelerate": accelerate.__version__}
     images = {split: len(table.subset(split)) for split in SPLITS}
-    fingerprint = data_fingerprint(table)
     return {
         "study": settings,
         "seed": study.seed,
         "images": images,
-        "data_fingerprint": fingerprint,
         "commit": _commit(),
         "versions": versions,
         "threads": torch.get_num_threads(),  # sums in another order differ in the last bits
@@ -502,7 +550,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not accelerator.is_main_process:  # what all would say, one says
                 silence = told.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 told.enter_context(contextlib.redirect_stdout(silence))
-            _fine_tune_all(studies, table, given, first=accelerator.is_main_process)
+            _fine_tune_all(studies, table, given)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
         # A loader's worker sends a traceback as text: its last line is the error.
         print(f"finetune.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
@@ -538,49 +586,44 @@ def _studies(given: argparse.Namespace) -> list[Study]:
         ) from None
 
 
-def _fine_tune_all(
-    studies: Sequence[Study], table: XrayTable, given: argparse.Namespace, *, first: bool
-) -> None:
-    """Fine-tune every network of every study; after an interruption those that were finished before are kept."""
-    jobs = [
-        (study, network, given.runs / study.name / network) for study in studies for network in study.networks
-    ]
-    asked = {folder: _settings_digest(study, table, network) for study, network, folder in jobs}
+def _fine_tune_all(studies: Sequence[Study], table: XrayTable, given: argparse.Namespace) -> None:
+    """Fine-tune every network of every study."""
+    accelerator = accelerator_on(resolve_device(given.device))
+    jobs = [(study, network) for study in studies for network in study.networks]
     if not given.restart:
-        for study, network, folder in jobs:  # before any of them is trained
-            Checkpoints(folder / "resume", _fixed_settings(study, table, network)).fits()
-    command = hashlib.sha256("".join(asked.values()).encode()).hexdigest()[:12]
-    # From when this command is begun until it is done: then, results that are newer are its own.
-    mark = given.runs / studies[0].name / f".unfinished-{command}"
-    if first and (given.restart or not mark.is_file()):
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, "")
-    accelerator_on(resolve_device(given.device)).wait_for_everyone()
-    done = [folder for folder, settings in asked.items() if _finished_since(mark, folder, settings)]
-    for study, network, folder in jobs:
-        if folder in done:
-            print(f"{folder} was finished before the interruption")
-            continue
+        for study, network in jobs:  # before any of them is trained
+            fixed = _fixed_settings(study, table, network, accelerator)
+            if not _is_finished(study, network, fixed, given.runs):
+                Checkpoints(given.runs / study.name / network / "resume", fixed).fits()
+    for study, network in jobs:
         if len(studies) > 1:
-            print(f"seed {study.seed}, into {folder}")
+            print(f"seed {study.seed}, into {given.runs / study.name / network}")
         fine_tune_study(study, table, network, runs=given.runs, device=given.device, restart=given.restart)
-        print(f"saved {folder}")
-    if first:
-        mark.unlink(missing_ok=True)
 
 
-def _settings_digest(study: Study, table: XrayTable, network: str) -> str:
-    settings = json.dumps(_fixed_settings(study, table, network), sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:16]
-
-
-def _finished_since(mark: Path, folder: Path, settings: str) -> bool:
-    """Return whether a run folder holds results of these settings that are newer than a mark."""
+def _is_finished(study: Study, network: str, fixed: Mapping[str, object], runs: Path) -> bool:
+    """Return whether the run folder holds results of these very settings and images."""
     try:
-        newer = (folder / "model.json").stat().st_mtime_ns > mark.stat().st_mtime_ns
-        return newer and read_card(folder).origin.get("settings") == settings
+        recorded = read_card(runs / study.name / network).origin.get("settings")
     except (OSError, ValueError):
         return False
+    return recorded == _settings_digest(study, network, fixed, runs)
+
+
+def _settings_digest(study: Study, network: str, fixed: Mapping[str, object], runs: Path) -> str:
+    """Return 16 hex digits that change with anything that the results depend on."""
+    # For people, for other notebooks, or covered by the data's fingerprint and by `training_of`:
+    other = {"name", "title", "description", "source", "compare", "maps", "quick", "data", "datasets"}
+    other |= {"training", "networks"}
+    costs = {"num_workers", "cache_images", "checkpoint_minutes"}  # these change the time that it takes
+    lungs = study.preprocessing.lung_model
+    settings = {
+        "fixed": fixed,
+        "lungs": lungs and content_digests([runs / lungs / "model.safetensors"]),
+        "study": study.model_dump(mode="json", exclude=other),
+        "training": study.training_of(network).model_dump(mode="json", exclude=costs),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_weights(study: Study, runs: Path) -> None:

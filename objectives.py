@@ -48,6 +48,18 @@ def multi_label_size(targets: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.tensor(float(len(targets)))
 
 
+def uninformed_loss(objective: "Objective", shares: Tensor, targets: Tensor, weights: Tensor | None) -> float:
+    """Return the validation loss of giving each of the images with these `targets` one and the same answer: the
+    (C,) `shares` as probabilities. A network that knows how frequent the classes are, and nothing else, has it.
+    """
+    likely = shares.double().clamp(1e-6, 1 - 1e-6)
+    several = targets.ndim == 2
+    logits = likely.logit() if several else likely.log()
+    outputs = logits.float().expand(len(targets), -1)
+    used = weights if objective.weighted_validation else None
+    return float(objective.loss(outputs, targets.float() if several else targets, used))
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a network is trained for: a loss of (outputs, targets, weights) and the score shown beside it.

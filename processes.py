@@ -26,7 +26,7 @@ def accelerator_on(device: torch.device) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     # While the first process decodes 100,000 images the others wait for it: not ten minutes, as is usual.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # Precision and compiling are the study's, not what the launcher's configuration may say.
+    # The precision is the study's and nothing is compiled, whatever the launcher's configuration says.
     plain = TorchDynamoPlugin(backend="no")
     return Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", dynamo_plugin=plain, kwargs_handlers=[patient]

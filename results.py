@@ -14,9 +14,9 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from checkpoints import STATE, flush, write_whole
-from datasets import XrayTable
-from datasets.splits import splits_frame
-from datasets.table import relative_paths, target_names
+from datasets import XrayTable, data_fingerprint
+from datasets.splits import apply_splits
+from datasets.table import FINGERPRINT, relative_paths, target_names
 from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
@@ -52,14 +52,14 @@ class Run:
         return pd.read_csv(self.folder / "splits.csv", dtype=str, keep_default_na=False)
 
 
-def read_runs(study: Study, runs: Path, table: XrayTable) -> dict[str, Run]:
+def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     """Return the trained networks of a study by title: its own, those of its folds and those of the studies
     that it is compared with, as far as they are there. Where one was trained with other seeds only
     (`Study.repeated`), the lowest of them stands in.
 
-    `table` holds the study's images as `studies.load_table` reads and splits them. Raises FileNotFoundError where
-    the study has no trained network at all, ValueError where one of them knows other classes or was tested on
-    other images than the table's: its figures would be those of another study.
+    `images`: all of the study's, as `studies.read_images` returns them. Raises FileNotFoundError where the study has
+    no trained network at all, ValueError where two of them know other classes or were tested on other images, and
+    where an image is not among the study's or has changed since: the figures would be those of another study.
     """
     found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
@@ -70,16 +70,17 @@ def read_runs(study: Study, runs: Path, table: XrayTable) -> dict[str, Run]:
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{there}"
         )
     read = {title: _read_run(folder) for title, folder in found.items()}
-    _refuse_other_tests(study, table, read)
+    _refuse_other_tests(read)
+    _refuse_changed_images(read, images)
     return read
 
 
-def read_seeds(study: Study, runs: Path, table: XrayTable) -> dict[str, dict[int, Run]]:
+def read_seeds(study: Study, runs: Path, images: XrayTable) -> dict[str, dict[int, Run]]:
     """Return, by the titles of `read_runs`, each network's runs by seed: first the one that `read_runs` returns,
     then the study's repeats with other seeds, ascending.
 
-    Raises ValueError where one knows other classes or was tested on other images than the table's (see
-    `read_runs`), or the seeds of a network were trained with different settings.
+    Raises ValueError where the seeds of a network know other classes, were tested on other images, on images that
+    have changed since (see `read_runs`), or trained with other settings.
     """
     seeds = {}
     for title, folder in _folders(study, runs):
@@ -88,7 +89,8 @@ def read_seeds(study: Study, runs: Path, table: XrayTable) -> dict[str, dict[int
             by_seed.setdefault(run.card.origin["seed"], run)  # the study's own beside a repeat of its seed
         if by_seed:
             named = {f"{title}, seed {seed}": run for seed, run in by_seed.items()}
-            _refuse_other_tests(study, table, named)
+            _refuse_other_tests(named)
+            _refuse_changed_images(named, images)
             _refuse_other_settings(named)
             seeds[title] = by_seed
     return seeds
@@ -152,14 +154,34 @@ def _trained_besides(study: Study, runs: Path) -> list[str]:
     return [name for name in found if name in ARCHITECTURES and name not in study.networks]
 
 
-def _refuse_other_tests(study: Study, table: XrayTable, read: Mapping[str, Run]) -> None:
-    tested = _test_targets(splits_frame(table))
-    for title, run in read.items():
-        if run.card.classes != table.classes or _test_targets(run.splits()) != tested:
+def _refuse_other_tests(read: Mapping[str, Run]) -> None:
+    (first, run), *others = read.items()
+    tested = _test_targets(run)
+    for title, other in others:
+        if other.card.classes != run.card.classes or not tested.equals(_test_targets(other)):
             raise ValueError(
-                f"{title} ({run.folder}) was tested on other images or classes than those of {study.name}: give the "
-                f"data_root, limit and seed of its training (seed {run.card.origin['seed']}), train it again, or "
-                "take its study out of `compare`"
+                f"{first} ({run.folder}) and {title} ({other.folder}) were tested on other images or classes: train "
+                "one of them again, or take its study out of `compare`"
+            )
+
+
+def _refuse_changed_images(read: Mapping[str, Run], images: XrayTable) -> None:
+    """Raise ValueError where a network's images are not among `images`, or are no longer what it was trained on: its
+    predictions of the old ones must not stand beside maps of the new ones.
+
+    A run that does not record the content of its images, of an older version, is named.
+    """
+    for title, run in read.items():
+        as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
+        recorded = str(run.card.origin.get("data_fingerprint"))
+        if not recorded.startswith(FINGERPRINT):
+            print(
+                f"{title} ({run.folder}) does not record what was in its images: they may have changed since"
+            )
+        elif recorded != data_fingerprint(as_trained):
+            raise ValueError(
+                f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
+                "again"
             )
 
 
@@ -180,10 +202,9 @@ def _refuse_other_settings(read: Mapping[str, Run]) -> None:
             )
 
 
-def _test_targets(splits: pd.DataFrame) -> dict[str, str]:
-    """Return the target of each test image, by path below the data root."""
-    tests = splits[splits["split"] == "test"]
-    return dict(zip(tests["path"], tests["label"], strict=True))
+def _test_targets(run: Run) -> pd.Series:
+    splits = run.splits()
+    return splits[splits["split"] == "test"].set_index("path")["label"].sort_index()
 
 
 def with_ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, Predictions]:

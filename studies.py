@@ -192,9 +192,8 @@ class Training(Settings):
     of the network's own, see `networks.build_network`. `patience` epochs without a better `select` on
     validation end a phase. `threshold` is the rule by which decision thresholds are chosen on validation.
 
-    `precision` and `memory_format` are measured on the machine where they are "auto", `compile` is done where it saves
-    more than it costs (see `compute.measured_compute`). `cache_images` keeps decoded images in `runs/image_cache/`.
-    Within an epoch the state is saved every `checkpoint_minutes`.
+    `precision` "auto" is bf16 where the device has units for it, else fp32. `cache_images` keeps decoded images in
+    `runs/image_cache/`. Within an epoch the state is saved every `checkpoint_minutes`.
     """
 
     weights: str = "imagenet"
@@ -221,8 +220,6 @@ class Training(Settings):
     temporary_batch_norm: bool = False
     residual_gain: float = Field(default=1.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    compile: bool = False
     cache_images: bool = True
     checkpoint_minutes: float = Field(default=10.0, ge=0)
     num_workers: int = Field(default=0, ge=0)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import Checkpoints, NotSaved, device_random_state, on_cpu, random_states, set_random_states
-from compute import Compute, usual_compute
+from compute import CHANNELS_LAST, autocast_options, in_order
 from frozen_features import can_be_cached, feature_batches
 from networks import resolve_device, set_training_mode
 from objectives import SINGLE_LABEL, Objective
 from processes import accelerator_on, in_place, share_of, summed, synchronised
 from studies import Phase, Training
-from utils import Batches
+from utils import Batches, derived_seed
 
 # Batches between two looks of several processes at whether to stop or to save: asking a GPU means waiting for it.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}
@@ -34,11 +34,14 @@ PATIENCE = 3.0  # seconds between a first Ctrl-C and one that says that it was m
 class FineTuned:
     """What a training leaves beside the network, which has its best weights: a row an epoch, how long each
     epoch took, and which epoch (from 1) was the best on validation.
+
+    `asked_to_stop`: whether Ctrl-C or SIGTERM came when no batch was left to stop after.
     """
 
     history: pd.DataFrame
     timing: pd.DataFrame
     best_epoch: int
+    asked_to_stop: bool
 
 
 def fine_tune(
@@ -49,7 +52,6 @@ def fine_tune(
     objective: Objective = SINGLE_LABEL,
     loss_weights: Tensor | None = None,
     device: str = "auto",
-    compute: Compute | None = None,
     title: str = "",
     on_epoch: Callable[[pd.DataFrame], None] = lambda history: None,
     checkpoints: Checkpoints | None = None,
@@ -61,8 +63,8 @@ def fine_tune(
     validation loss (or `training.select`) has not got better for `patience` epochs in a row. Schedules: "constant";
     "one_cycle" (Smith & Topin 2018: up to the learning rate over the first 30 % of the steps, then down to almost
     0); "plateau" (a tenth of the rate whenever validation has not got better for `plateau_patience` epochs).
-    `loss_weights` weigh the training loss, and the validation loss where the objective says so. `compute`: how
-    (default: `usual_compute`). `on_epoch` gets the history so far after each epoch.
+    `loss_weights` weigh the training loss, and the validation loss where the objective says so. `on_epoch` gets the
+    history so far after each epoch. It is computed as the rule in `compute` says.
 
     With `checkpoints` the whole state is kept after each epoch (of short ones after several: saving takes a twentieth
     of the time at most), every `training.checkpoint_minutes` within one, on Ctrl-C or SIGTERM, and when images
@@ -77,11 +79,11 @@ def fine_tune(
 
     Train loss and score are over the epoch while the weights change, with dropout and augmentation on; so
     they may lie below the validation's. Raises FloatingPointError on a loss that is not finite, OSError where a
-    state cannot be saved, and KeyboardInterrupt, after saving, where it was asked to stop.
+    state cannot be saved, and KeyboardInterrupt, after saving, where it was asked to stop before its last epoch
+    was done.
     """
     where = resolve_device(device)
-    compute = compute or usual_compute(training, where)
-    engine = _Engine(network, training, objective, loss_weights, where, compute, title, on_epoch, checkpoints)
+    engine = _Engine(network, training, objective, loss_weights, where, title, on_epoch, checkpoints)
     with engine.stop_requests():
         engine.resume()
         for number, phase in enumerate(training.stretches, start=1):
@@ -91,7 +93,8 @@ def fine_tune(
     network.requires_grad_(True)
     network.eval()
     at = engine.at
-    return FineTuned(pd.DataFrame(at.rows), pd.DataFrame(at.times), at.best_epoch)
+    stop, _ = engine.agreed(engine.asked_to_stop, False)
+    return FineTuned(pd.DataFrame(at.rows), pd.DataFrame(at.times), at.best_epoch, stop)
 
 
 def _run_phase(
@@ -184,17 +187,16 @@ class _Engine:
         objective: Objective,
         loss_weights: Tensor | None,
         device: torch.device,
-        compute: Compute,
         title: str,
         on_epoch: Callable[[pd.DataFrame], None],
         checkpoints: Checkpoints | None,
     ) -> None:
-        self.network, self.training, self.objective, self.compute = network, training, objective, compute
+        self.network, self.training, self.objective = network, training, objective
         self.title, self.on_epoch, self.checkpoints = title, on_epoch, checkpoints
         self.accelerator = accelerator_on(device)
         self.device, self.share = self.accelerator.device, share_of(self.accelerator)
         self.first = self.accelerator.is_main_process
-        self.autocast = compute.autocast(self.device)
+        self.autocast = autocast_options(training.precision, self.device)
         self.loss_weights = None if loss_weights is None else loss_weights.to(self.device)
         self.at, self.best_state = _Place(), {}
         self.parts = _no_parts()
@@ -202,7 +204,7 @@ class _Engine:
         self._resumed: dict[str, object] | None = None
         self.asked_to_stop, self.asked_at = False, 0.0
         self.saved_at, self.saving_took = time.perf_counter(), 0.0
-        network.to(memory_format=compute.memory_format)
+        network.to(memory_format=CHANNELS_LAST)
 
     # --- what is kept on disk, and found again ---
 
@@ -238,7 +240,8 @@ class _Engine:
             raise ValueError(f"{self.checkpoints.folder} must be on a disk that all machines share")
         if state is None:
             if self.share.index:
-                torch.manual_seed(torch.initial_seed() + self.share.index)  # each its own dropout
+                # Each process draws its own dropout.
+                torch.manual_seed(derived_seed(torch.initial_seed(), "dropout", self.share.index))
             return
         self.network.load_state_dict(state["network"])
         self.best_state, self.at = state["best_state"], _Place(**state["place"])
@@ -285,9 +288,8 @@ class _Engine:
         train, val = batches["train"], batches["val"]
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         with synchronised(module, self.accelerator):
-            run = torch.compile(module) if self.compute.compiled and self.share.of == 1 else module
             model, optimizer = self.accelerator.prepare(
-                run, _optimizer(learning, self.training, phase.learning_rate, self.device)
+                module, _optimizer(learning, self.training, phase.learning_rate, self.device)
             )
             self.optimizer = getattr(optimizer, "optimizer", optimizer)
             steps = len(train.sizes(self.share))
@@ -360,10 +362,8 @@ class _Engine:
 
     def _step(self, model: nn.Module, images: Tensor, targets: Tensor, number: int) -> Tensor:
         """Learn from this process's share of a batch of `number` images; return its loss."""
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=self.compute.memory_format)
         with torch.autocast(**self.autocast):
-            output = model(images)
+            output = model(in_order(images))
         loss = self.objective.loss(output.float(), targets, self.loss_weights)
         if self.share.of > 1:
             # Gradients are averaged over the processes; so that they are those of the whole batch's mean:
@@ -382,7 +382,7 @@ class _Engine:
 
     def _validate(self, module: nn.Module, batches: Batches, name: str) -> dict[str, float]:
         look = lambda: self.stop_if_asked(name)  # noqa: E731
-        outputs, targets = _outputs(module, batches, self.accelerator, self.compute, each_batch=look)
+        outputs, targets = _outputs(module, batches, self.accelerator, self.autocast, each_batch=look)
         weights = self.loss_weights if self.objective.weighted_validation else None
         loss = float(self.objective.loss(outputs, targets, None if weights is None else weights.cpu()))
         return {"loss": loss, "score": self.objective.score(outputs, targets)}
@@ -422,7 +422,7 @@ class _Engine:
             return
         done = self.at.phase > len(self.training.stretches)
         since = time.perf_counter() - self.saved_at
-        stop, due = self._agreed(self.asked_to_stop, done or since > 20 * self.saving_took)
+        stop, due = self.agreed(self.asked_to_stop, done or since > 20 * self.saving_took)
         if stop or due:
             self.save()
         if stop and not done:
@@ -445,7 +445,7 @@ class _Engine:
         if self.checkpoints is None or (self.share.of > 1 and self.at.step % AGREE_EVERY[self.device.type]):
             return
         since = time.perf_counter() - self.saved_at
-        stop, due = self._agreed(self.asked_to_stop, since >= 60 * self.training.checkpoint_minutes)
+        stop, due = self.agreed(self.asked_to_stop, since >= 60 * self.training.checkpoint_minutes)
         if stop or due:
             self.save()
         if stop:
@@ -453,11 +453,11 @@ class _Engine:
 
     def stop_if_asked(self, name: str) -> None:
         """Save and stop where a signal has asked for it."""
-        if self.checkpoints is not None and self._agreed(self.asked_to_stop, False)[0]:
+        if self.checkpoints is not None and self.agreed(self.asked_to_stop, False)[0]:
             self.save()
             raise KeyboardInterrupt(self._stopped(name))
 
-    def _agreed(self, stop: bool, due: bool) -> tuple[bool, bool]:
+    def agreed(self, stop: bool, due: bool) -> tuple[bool, bool]:
         """Return whether any process was asked to stop, and whether the first one's clock says that it is time."""
         if self.share.of > 1:
             asked = torch.tensor([float(stop), float(due and self.first)], device=self.device)
@@ -553,7 +553,7 @@ def _outputs(
     module: nn.Module,
     batches: Batches,
     accelerator: Accelerator,
-    compute: Compute,
+    autocast: Mapping[str, object],
     *,
     each_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
@@ -564,31 +564,23 @@ def _outputs(
     with torch.inference_mode():
         for batch in batches.epoch(device=device, share=share):
             each_batch()
-            images = batch.images
-            if images.ndim == 4:
-                images = images.contiguous(memory_format=compute.memory_format)
-            if len(images) or not outputs:  # of a last batch, a process may have no image
-                with torch.autocast(**compute.autocast(device)):
-                    outputs.append(module(images).float())
+            if len(batch.images) or not outputs:  # of a last batch, a process may have no image
+                with torch.autocast(**autocast):
+                    outputs.append(module(in_order(batch.images)).float())
                 targets.append(batch.targets)
                 rows.append(batch.rows)
         number = len(batches.dataset)
         return tuple(in_place(accelerator, parts.tensor, rows, number).cpu() for parts in (outputs, targets))
 
 
-def predict_logits(
-    network: nn.Module,
-    batches: Batches,
-    *,
-    device: str | torch.device = "cpu",
-    compute: Compute | None = None,
-) -> Tensor:
-    """Return the (N, outputs) float32 of a network in eval mode, in the images' order, by default at full precision.
+def predict_logits(network: nn.Module, batches: Batches, *, device: str | torch.device = "cpu") -> Tensor:
+    """Return the (N, outputs) float32 of a network in eval mode, in the images' order, at full precision.
 
     Of several processes each computes its share, and all have the result.
     """
     accelerator = accelerator_on(torch.device(device))
-    return _outputs(network.to(accelerator.device), batches, accelerator, compute or Compute())[0]
+    autocast = autocast_options("fp32", accelerator.device)
+    return _outputs(network.to(accelerator.device), batches, accelerator, autocast)[0]
 
 
 def _epoch_line(name: str, row: Mapping[str, object], score: str, *, best: bool) -> str:

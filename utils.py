@@ -5,6 +5,7 @@ Stands under the command line too, so it imports nothing but NumPy, Pillow and t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -261,7 +262,7 @@ class Batches:
         number = len(self.dataset)
         if self.seed is None:
             return torch.arange(number)
-        generator = derived_generator(self.seed, epoch)
+        generator = derived_generator(self.seed, "order", epoch)
         if self.weights is None:
             return torch.randperm(number, generator=generator)
         return torch.multinomial(self.weights, number, replacement=True, generator=generator)
@@ -294,7 +295,7 @@ class Batches:
             rows = own[step]
             images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
             if self.augment is not None:
-                draws = self.augment.draw(sizes[step], derived_generator(self.seed, number, step))
+                draws = self.augment.draw(sizes[step], derived_generator(self.seed, "views", number, step))
                 images = self.augment(images, draws.rows(share.slice(sizes[step])))
             yield Batch(self.prepare(images), targets, rows)
 
@@ -375,7 +376,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def derived_generator(*numbers: int) -> torch.Generator:
-    """Return a generator on the CPU that is seeded by several numbers at once: a seed, an epoch, a batch."""
-    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed))
+def derived_seed(seed: int, use: str, *numbers: int) -> int:
+    """Return a seed for one use of random numbers, such as "order", at an epoch, a batch, …: unrelated ones for
+    different uses, numbers and seeds.
+    """
+    # Of the text, in which no two of them look alike: sequences of numbers are padded with zeros.
+    text = " ".join([str(seed), use, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def derived_generator(seed: int, use: str, *numbers: int) -> torch.Generator:
+    """Return a generator on the CPU, seeded by `derived_seed`."""
+    return torch.Generator().manual_seed(derived_seed(seed, use, *numbers))

@@ -45,7 +45,6 @@ schedule = "one_cycle"
 batch_size = 8
 hidden_units = [16]
 dropout = 0.3
-memory_format = "channels_last"
 checkpoint_minutes = 0.03
 [networks.NETWORK]
 """

@@ -41,7 +41,6 @@ weights = "none"
 learning_rate = 1e-4
 epochs = EPOCHS
 batch_size = 64
-memory_format = "channels_last"
 [networks.NETWORK]
 """
 

@@ -1,11 +1,12 @@
 """A training step, an epoch's images and the whole loop, beside the plain loop of the usual tutorial.
 
     python benchmarks/training.py [--networks resnet18,densenet121] [--images 96] [--size 224] [--batch 16]
-                                  [--rounds 5] [--device cpu] [--compile] [--data FOLDER]
+                                  [--rounds 5] [--device cpu] [--data FOLDER]
 
 The plain loop: PIL decodes each file in a `DataLoader`, torchvision resizes it and makes a tensor of it; fp32, default
-memory format, Adam. Ours: images from the memory-mapped file of `image_cache`, computed as `compute` finds best on this
-machine, fused Adam. Both train the same network on the same files; they take turns, medians are given.
+memory format, Adam. Ours: images from the memory-mapped file of `image_cache`, computed by the rule of `compute` (bf16
+where the device has units for it, channels last), fused Adam. Both train the same network on the same files; they take
+turns, medians are given.
 
     step NETWORK    seconds of a training step on a batch that is in memory already
     loading         seconds from the disk to a batch on the device, second epoch on
@@ -37,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reports import machine, report
 
-from compute import Compute, measured_compute
+from compute import CHANNELS_LAST, autocast_options, described, in_order
 from datasets.phantom import CLASSES, write_phantom
 from image_cache import cached
 from networks import build_network
-from studies import IMAGENET_MEAN, IMAGENET_STD, Training
+from studies import IMAGENET_MEAN, IMAGENET_STD
 from utils import Batches, Preprocessing, XrayDataset
 
 Step = Callable[[Tensor, Tensor], object]
@@ -80,15 +81,14 @@ def plain_step(name: str, device: torch.device) -> Step:
     return step
 
 
-def our_step(name: str, way: Compute, device: torch.device) -> Step:
+def our_step(name: str, device: torch.device) -> Step:
     """Return the step that `training.fine_tune` makes, of a new network."""
-    network = build_network(name, 4).to(device, memory_format=way.memory_format).train()
+    network = build_network(name, 4).to(device, memory_format=CHANNELS_LAST).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(network) if way.compiled else network
 
     def step(images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(**way.autocast(device)):
-            output = run(images.contiguous(memory_format=way.memory_format))
+        with torch.autocast(**autocast_options("auto", device)):
+            output = network(in_order(images))
         loss = nn.functional.cross_entropy(output.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -159,14 +159,14 @@ def loading(ours: Batches, plain: DataLoader, rounds: int, device: torch.device)
 
 
 def steps_and_epochs(
-    name: str, way: Compute, ours: Batches, plain: DataLoader, rounds: int, device: torch.device
+    name: str, ours: Batches, plain: DataLoader, rounds: int, device: torch.device
 ) -> list[dict[str, object]]:
     """Time training steps on a batch in memory, and epochs from memory, from the file and by the plain loop."""
     ready = [(batch.images, batch.targets) for batch in ours.epoch(1, device=device)]
     usual = [(images.contiguous(), targets) for images, targets in ready]
-    quick, slow = our_step(name, way, device), plain_step(name, device)
+    quick, slow = our_step(name, device), plain_step(name, device)
     step = in_turns(rounds, lambda: quick(*ready[0]), lambda: slow(*usual[0]), device=device)
-    more = {"images_per_second": ours.batch_size / step[0], "computed in": str(way)}
+    more = {"images_per_second": ours.batch_size / step[0], "computed in": described("auto", device)}
     from_file, from_memory, tutorial = in_turns(
         rounds,
         lambda: through(ours.epoch(1, device=device), quick),
@@ -190,7 +190,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loader")
     parser.add_argument("--data", type=Path, help="a folder with images in place of synthetic ones")
     given = parser.parse_args()
@@ -215,16 +214,7 @@ def main() -> None:
         )
         rows = [loading(ours, plain, given.rounds, device)]
         for name in given.networks.split(","):
-            way = measured_compute(
-                build_network(name, 4),
-                given.size,
-                Training(weights="none", batch_size=given.batch, compile=given.compile),
-                device,
-                steps=100_000,
-                kept=folder / "compute.json",
-                title=name,
-            )
-            rows += steps_and_epochs(name, way, ours, plain, given.rounds, device)
+            rows += steps_and_epochs(name, ours, plain, given.rounds, device)
     report("training", [{**row, "machine": machine(device)} for row in rows])
 
 

@@ -162,9 +162,9 @@ def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> Xray
     """Return the images that the file `splits.csv` lists, in its order, with its splits and with `classes`, which
     are those that the networks were trained on.
 
-    Single-label: the labels are those of the file. Multi-label: the findings are the table's, and must be those
-    of the file. Give it the whole table, neither limited nor split. Raises FileNotFoundError or ValueError where
-    the file, a class or an image is missing, or other findings are.
+    The labels or findings are the table's, and must be those of the file. Give it the whole table, neither limited
+    nor split. Raises FileNotFoundError or ValueError where the file, a class or an image is missing, or a label or
+    finding is another one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
@@ -186,6 +186,12 @@ def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> Xray
         table = replace(table, frame=frame, boxes=boxes)
         _refuse_other_findings(table, saved, path)
         return table
+    own = np.array(table.classes)[frame["label"]]
+    if (own != saved["label"]).any():
+        turned = saved.loc[own != saved["label"], "path"]
+        raise ValueError(
+            f"{len(turned)} images of {path} have other labels now, for example {turned.iloc[0]}: train again"
+        )
     labels = saved["label"].map({name: index for index, name in enumerate(classes)})
     frame = frame.assign(label=labels.astype("int64"))
     boxes = boxes.assign(label=boxes["path"].map(frame.set_index("path")["label"]))

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ COLUMNS = ("path", "patient", "split", "label", "mask", "lesion")
 BOX_COLUMNS = ("path", "label", "x", "y", "width", "height")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 NO_FINDING = "No Finding"  # the target, in a file, of an image that has none of the findings
+FINGERPRINT = "sha256:"  # how a fingerprint begins; older ones, without it, did not cover the images' content
+_known_digests: dict[tuple[str, int, int, int], str] = {}  # by path, size and times
 
 
 def no_boxes() -> pd.DataFrame:
@@ -343,11 +347,38 @@ def is_image_file(path: Path) -> bool:
 
 
 def data_fingerprint(table: XrayTable) -> str:
-    """Return 16 hex digits that change when an image is added, removed, resized on disk, relabelled or moved
-    to another split. Files are named and measured, not read: 100,000 of them take a second.
+    """Return a text that changes when the content of an image changes, or an image is added, removed, relabelled or
+    moved to another split. All files are read, but each only once in a process as long as it stays as it was.
+
+    Raises FileNotFoundError where an image cannot be read.
     """
-    sizes = [os.stat(path).st_size for path in table.frame["path"]]
+    digests = content_digests(table.frame["path"])
+    if None in digests:
+        raise FileNotFoundError(f"no such file: {table.frame['path'].iloc[digests.index(None)]}")
     labels = target_names(table) if table.multilabel else table.frame["label"]
-    rows = zip(table.relative_paths(), labels, table.frame["split"].fillna(""), sizes, strict=True)
-    lines = sorted(f"{path}\t{label}\t{split}\t{size}" for path, label, split, size in rows)
-    return hashlib.sha256("\n".join(["\t".join(table.classes), *lines]).encode()).hexdigest()[:16]
+    rows = zip(table.relative_paths(), labels, table.frame["split"].fillna(""), digests, strict=True)
+    lines = sorted(f"{path}\t{label}\t{split}\t{digest}" for path, label, split, digest in rows)
+    whole = hashlib.sha256("\n".join(["\t".join(table.classes), *lines]).encode()).hexdigest()
+    return FINGERPRINT + whole[:16]
+
+
+def content_digests(paths: Iterable[str | os.PathLike[str]]) -> list[str | None]:
+    """Return 32 hex digits for the bytes of each file, None for one that cannot be read."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_content_digest, paths))
+
+
+def _content_digest(path: str | os.PathLike[str]) -> str | None:
+    try:
+        state = os.stat(path)
+        key = (os.fspath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if key in _known_digests:
+            return _known_digests[key]
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError:
+        return None
+    # The clock of a file system is coarse: a file that was written just now may change and keep its times.
+    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > 10**9:
+        _known_digests[key] = digest
+    return digest

@@ -26,7 +26,6 @@ epochs = 2
 batch_size = 8
 learning_rate = 1e-3
 precision = "fp32"
-memory_format = "channels_last"
 [networks.resnet18]
 """
 

@@ -10,7 +10,7 @@ from layouts import write_chestxray14, write_covid_radiography, write_kermany
 
 from finetune import main
 from results import read_runs
-from studies import STUDIES, load_study, load_table
+from studies import STUDIES, load_study, read_images
 from trained_networks import load_network
 
 PROJECT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def run_everything(name: str, root: Path, runs: Path) -> None:
     command = f"{name} --weights none --limit 64 --epochs 1 --image-size 64 --device cpu"
     assert main([*command.split(), "--data-root", str(root), "--runs", str(runs)]) == 0
     study = load_study(name, data_root=root, limit=64)
-    trained = read_runs(study, runs, load_table(study))
+    trained = read_runs(study, runs, read_images(study))
     for run in trained.values():
         assert run.card.image_size == 64
         assert len(run.history) == len(study.training_of(run.card.architecture).stretches)

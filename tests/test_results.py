@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from finetune import fine_tune_study, main
 from metrics import METRICS
 from results import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
-from studies import load_study, load_table
+from studies import load_study, load_table, read_images
 
 STUDY = """
 title = "Folds"
@@ -47,11 +47,11 @@ def folds(tmp_path_factory):
 
 
 def runs_of(study, runs):
-    return read_runs(study, runs, load_table(study))
+    return read_runs(study, runs, read_images(study))
 
 
 def seeds_of(study, runs):
-    return read_seeds(study, runs, load_table(study))
+    return read_seeds(study, runs, read_images(study))
 
 
 def test_the_folds_share_the_test_images_and_no_validation_image(folds):
@@ -87,7 +87,7 @@ def test_a_network_that_the_file_does_not_name_is_found_and_other_test_images_ar
     splits = pd.read_csv(own / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(own / "splits.csv", index=False)
-    with pytest.raises(ValueError, match="was tested on other images or classes than those of mine"):
+    with pytest.raises(ValueError, match="were tested on other images or classes: train one of them again"):
         runs_of(study, tmp_path / "runs")
 
 
@@ -100,7 +100,7 @@ def test_a_comparison_with_a_study_of_other_images_is_refused(folds, tmp_path):
     assert list(runs_of(study, tmp_path / "runs")) == ["theirs"]  # there is no run of its own: that is enough
     splits["path"] = "elsewhere/" + splits["path"]
     splits.to_csv(tmp_path / "runs" / "theirs" / "lenet5" / "splits.csv", index=False)
-    refusal = r"theirs \(.*on other images or classes than those of own.*seed 0\).*out of `compare`"
+    refusal = r"images of .*theirs/lenet5/splits.csv are not in .*data.*: train again, or give the data_root"
     with pytest.raises(ValueError, match=refusal) as caught:
         runs_of(study, tmp_path / "runs")
     assert "\n" not in str(caught.value)
@@ -110,10 +110,10 @@ def test_own_results_of_relabelled_images_are_refused(folds, tmp_path):
     shutil.copytree(folds / "runs" / "mine-fold1", tmp_path / "runs" / "mine")
     study = load_study(folds / "mine.toml")
     assert list(runs_of(study, tmp_path / "runs")) == ["LeNet-5"]
-    table = load_table(study)
-    turned = replace(table, frame=table.frame.assign(label=1 - table.frame["label"]))
+    images = read_images(study)
+    turned = replace(images, frame=images.frame.assign(label=1 - images.frame["label"]))
     with pytest.raises(
-        ValueError, match=r"LeNet-5 \(.*was tested on other images or classes than those of mine"
+        ValueError, match=r"images of .*splits.csv have other labels now, for example .*train again"
     ):
         read_runs(study, tmp_path / "runs", turned)
 
@@ -195,7 +195,9 @@ def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_
     splits = pd.read_csv(own / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(own / "splits.csv", index=False)
-    with pytest.raises(ValueError, match=r"LeNet-5, seed 5 \(.*was tested on other images"):
+    with pytest.raises(
+        ValueError, match=r"LeNet-5, seed 5 \(.* and LeNet-5, seed 2 \(.*were tested on other images"
+    ):
         seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")
 
 

@@ -4,24 +4,27 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import TINY_STUDY
+from safetensors.torch import save_file
 from torch import nn
 
 import finetune
 from augmentation import Augmentation
 from checkpoints import Checkpoints, random_states, set_random_states, write_whole
 from finetune import fine_tune_study, main
+from networks import build_network
 from results import training_folder
 from studies import PROJECT, Training, load_study, load_table
 from training import fine_tune
 from utils import Batches, Preprocessing, XrayDataset
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
+KILLED, KILLS = PROJECT / "tests" / "killed_training.py", (11, 13, 16)  # in the first, third and fifth epoch
 LONGER = TINY_STUDY.replace(
     "epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0"
 ).replace(
@@ -34,45 +37,28 @@ def files(folder):
     return {name: (folder / name).read_bytes() for name in COMPARED}
 
 
-def start(study, runs):
-    command = [
-        sys.executable,
-        str(PROJECT / "finetune.py"),
-        str(study),
-        "--runs",
-        str(runs),
-        "--device",
-        "cpu",
-    ]
+def start(study, runs, script=(PROJECT / "finetune.py",)):
+    command = [sys.executable, *map(str, script), str(study), "--runs", str(runs), "--device", "cpu"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def test_three_kills_at_random_moments_leave_the_same_files_byte_for_byte(phantom_root, tmp_path):
+def test_three_kills_within_saves_leave_the_same_files_byte_for_byte(phantom_root, tmp_path):
     study = phantom_root.parent / "killed.toml"
     study.write_text(LONGER)
     whole = start(study, tmp_path / "whole")
-    working, rng = tmp_path / "killed" / "killed" / "resnet18" / "resume", random.Random(0)
-    for epochs in (0, 1, 3):
-        process = start(study, tmp_path / "killed")
-        history = working / "history.csv"
-        while process.poll() is None and not (
-            (working / "state.pt").is_file()
-            and (epochs == 0 or (history.is_file() and len(history.read_text().splitlines()) > epochs))
-        ):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4))
-        assert process.poll() is None, process.stderr.read()
-        process.kill()
-        process.communicate()
-        assert (working / "state.pt").is_file()
-        assert not (working.parent / "model.json").exists()
+    folder = tmp_path / "killed" / "killed" / "resnet18"
+    for number in KILLS:
+        process = start(study, tmp_path / "killed", (KILLED, number))
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        assert (folder / "resume" / "state.pt").is_file()
+        assert not (folder / "model.json").exists()
     last = start(study, tmp_path / "killed")
     for process in (whole, last):
-        assert process.wait() == 0, process.stderr.read()
-    assert files(tmp_path / "killed" / "killed" / "resnet18") == files(
-        tmp_path / "whole" / "killed" / "resnet18"
-    )
-    assert not working.exists()
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert files(folder) == files(tmp_path / "whole" / "killed" / "resnet18")
+    assert not (folder / "resume").exists()
 
 
 # --- the same in one process, at chosen moments ---
@@ -101,7 +87,6 @@ SETTINGS = {
     "schedule": "plateau",
     "plateau_patience": 1,
     "precision": "fp32",
-    "memory_format": "channels_last",
 }
 
 
@@ -261,7 +246,7 @@ def test_a_state_of_other_settings_is_refused_and_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="later"):
         train(tmp_path, at(7, ValueError("later")))
     with pytest.raises(
-        ValueError, match=r"other settings \(rate: \{\}, now .*patience.*: go on with those, or start"
+        ValueError, match=r"other settings \(rate = .*, now .*patience.*: go on with those, or start"
     ):
         train(tmp_path, patience=9)
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
@@ -289,6 +274,36 @@ def test_random_states_come_back():
 # --- the run folder ---
 
 
+def test_a_state_in_bf16_is_refused_where_there_are_no_units_for_it(
+    phantom_root, tmp_path, capsys, monkeypatch
+):
+    study = phantom_root.parent / "auto.toml"
+    study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("resnet18", "lenet5"))
+    save = Checkpoints.save
+
+    def broken_off(self, state):
+        save(self, state)
+        raise KeyboardInterrupt("stopped")
+
+    command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(Checkpoints, "save", broken_off)
+    assert main(command) == 130
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert 'other settings (precision = "bf16", now "fp32"): go on with those, or start anew' in said.err
+    assert "computed in" not in said.out
+
+
+def test_a_state_of_another_version_is_refused_as_that(tmp_path):
+    with pytest.raises(ValueError, match="later"):
+        train(tmp_path, at(7, ValueError("later")))
+    with pytest.raises(ValueError, match="holds an unfinished training of another version: start anew"):
+        Checkpoints(tmp_path, {"rate": "{}", "new": 1}).fits()
+
+
 def test_a_second_training_into_one_folder_is_refused(tiny_study, tmp_path):
     with (
         training_folder(tmp_path / "tiny" / "resnet18", restart=False),
@@ -308,27 +323,36 @@ def test_results_that_a_kill_left_half_exchanged_come_back(tmp_path):
     assert sorted(path.name for path in folder.parent.iterdir()) == [".net.lock", "net"]
 
 
-def test_the_command_goes_on_begins_anew_when_told_to_and_keeps_what_was_finished(
-    phantom_root, tmp_path, capsys, monkeypatch
-):
+def two_networks(phantom_root, tmp_path):
+    """Return the command that trains two small networks, and their run folders."""
     study = phantom_root.parent / "two.toml"
     study.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]\n[networks.small_cnn]"))
     command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
-    real, calls = fine_tune_study, []
+    return command, [tmp_path / "two" / name for name in ("lenet5", "small_cnn")]
 
-    def interrupted(plan, table, network, **options):
-        calls.append(network)
-        if calls == ["lenet5", "small_cnn"]:
-            raise KeyboardInterrupt("stopped in small_cnn")
-        return real(plan, table, network, **options)
 
-    monkeypatch.setattr("finetune.fine_tune_study", interrupted)
-    assert main(command) == 130
-    assert "stopped in small_cnn" in capsys.readouterr().err
+def written(folder):
+    """Return when a run folder got its card: a training that is done again writes another file."""
+    status = (folder / "model.json").stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(phantom_root, tmp_path, capsys):
+    command, folders = two_networks(phantom_root, tmp_path)
+    assert main([*command, "--networks", "lenet5"]) == 0
+    first = written(folders[0])
     assert main(command) == 0
-    assert "lenet5 was finished before the interruption" in capsys.readouterr().out
-    assert main(command) == 0
-    assert calls == ["lenet5", "small_cnn", "small_cnn", "lenet5", "small_cnn"]
+    assert f"{folders[0]} is finished, with the same settings and images (--restart trains it again)" in (
+        capsys.readouterr().out
+    )
+    before = [written(folder) for folder in folders]
+    assert before[0] == first
+    for more in (["--networks", "lenet5", "--restart"], ["--networks", "lenet5", "--batch-size", "5"]):
+        assert main([*command, *more]) == 0
+        after = [written(folder) for folder in folders]
+        assert after[0] != before[0]
+        assert after[1] == before[1]
+        before = after
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
         "lenet5",
         "small_cnn",
@@ -337,20 +361,72 @@ def test_the_command_goes_on_begins_anew_when_told_to_and_keeps_what_was_finishe
     }
 
 
+def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_another_setting(
+    phantom_root, tmp_path, capsys
+):
+    (_, *command), (folder, _) = two_networks(phantom_root, tmp_path / "runs")
+    study, file = tmp_path / "start.toml", tmp_path / "start.safetensors"
+    text = TINY_STUDY.replace("resnet18", "lenet5").replace('root = "phantom"', f'root = "{phantom_root}"')
+    study.write_text(text.replace('weights = "none"', f'weights = "{file}"'))
+    command, folder = [str(study), *command], tmp_path / "runs" / "start" / "lenet5"
+    weights = build_network("lenet5", 4).state_dict()
+    save_file(weights, file)
+    assert main(command) == 0
+    before = written(folder)
+    assert main(command) == 0
+    assert written(folder) == before
+    save_file({key: value / 2 for key, value in weights.items()}, file)
+    assert main(command) == 0
+    assert written(folder) != before
+    fixed = {}
+    plain = load_study(study)
+    digests = {
+        finetune._settings_digest(each, "lenet5", fixed, tmp_path)
+        for each in (plain, plain.overridden(threshold="f1"), plain.overridden(seed=1))
+    }
+    assert len(digests) == 3
+    assert (
+        finetune._settings_digest(plain.overridden(cache_images=False), "lenet5", fixed, tmp_path) in digests
+    )
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_save_ends_the_command_when_the_network_is_finished(
+    phantom_root, tmp_path, capsys, monkeypatch, heard, signal_number
+):
+    command, (first, second) = two_networks(phantom_root, tmp_path)
+    save = Checkpoints.save
+
+    def interrupted(self, state):
+        save(self, state)
+        if state["place"]["phase"] == 2:  # the only phase is done
+            signal.raise_signal(signal_number)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    assert main(command) == 130
+    assert f"stopped, with {first} finished; run the same again to go on" in capsys.readouterr().err
+    assert not second.exists()
+    before = written(first)
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert written(first) == before
+    assert (second / "model.json").is_file()
+
+
 def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root, tmp_path, capsys):
     file = phantom_root.parent / "pair.toml"
     file.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]\n[networks.small_cnn]"))
     command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
     assert main([*command, "--networks", "lenet5"]) == 0
     before = (tmp_path / "pair" / "lenet5" / "model.json").read_bytes()
-    settings = finetune._fixed_settings(study, load_table(study), "small_cnn")
+    settings = finetune._fixed_settings(study, load_table(study), "small_cnn", Accelerator(cpu=True))
     Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save(
         {"best_epoch": 0, "best_state": {}}
     )
     kept = sorted(path.name for path in (tmp_path / "pair").iterdir())
     capsys.readouterr()
     assert main([*command, "--epochs", "7"]) == 2
-    assert "other settings (epochs: 2, now 7): go on with those, or start anew" in capsys.readouterr().err
+    assert "other settings (epochs = 2, now 7): go on with those, or start anew" in capsys.readouterr().err
     assert (tmp_path / "pair" / "lenet5" / "model.json").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == kept
 
@@ -359,7 +435,10 @@ def test_seeds_are_trained_side_by_side_with_one_split(phantom_root, tmp_path, c
     study = phantom_root.parent / "seeds.toml"
     study.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]"))
     command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--seeds", "0"]) == 0
+    before = written(tmp_path / "seeds" / "lenet5")
     assert main([*command, "--seeds", "0,3"]) == 0
+    assert written(tmp_path / "seeds" / "lenet5") == before
     own, other = (tmp_path / name / "lenet5" for name in ("seeds", "seeds-seed3"))
     assert (own / "splits.csv").read_bytes() == (other / "splits.csv").read_bytes()
     assert (own / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ from utils import (
     XrayDataset,
     balanced_weights,
     class_weights,
+    derived_generator,
     make_batches,
     read_mask,
     read_xray,
@@ -292,3 +293,33 @@ def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
     found = dataset[torch.tensor([1, 0])][1]
     assert found.dtype == torch.float32
     assert found.tolist() == targets[::-1].tolist()
+
+
+def test_an_order_and_the_views_of_its_first_batch_are_drawn_apart():
+    drawn = []
+
+    class Recorder:
+        def draw(self, number, generator):
+            drawn.append(torch.randperm(10, generator=generator).tolist())
+            return Augmentation().draw(number, generator)
+
+        def __call__(self, images, draws):
+            return images
+
+    images = torch.zeros(10, 1, 4, 4, dtype=torch.uint8)
+    data = torch.utils.data.TensorDataset(images, torch.arange(10))
+    for seed in range(3):
+        batches = Batches(data, 5, seed=seed, augment=Recorder())
+        for epoch in range(4):
+            drawn.clear()
+            assert len(list(batches.epoch(epoch))) == len(drawn) == 2
+            assert batches.chosen(epoch).tolist() not in drawn
+
+
+def test_each_use_of_a_seed_at_each_epoch_and_batch_draws_other_numbers():
+    asked = [(seed, "order", epoch) for seed in range(5) for epoch in range(5)]
+    asked += [(*which, batch) for which in asked for batch in range(5)]
+    asked += [(seed, "views", *numbers) for seed, _, *numbers in asked]
+    first = {tuple(torch.rand(4, generator=derived_generator(*which)).tolist()) for which in asked}
+    assert len(first) == len(asked)
+    assert torch.equal(*(torch.rand(4, generator=derived_generator(1, "order", 2)) for _ in range(2)))
