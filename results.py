@@ -57,7 +57,7 @@ def read_runs(study: Study, runs: Path) -> dict[str, Run]:
     (`Study.repeated`), the lowest of them stands in.
 
     Raises FileNotFoundError where the study has no trained network at all, ValueError where two of them know
-    other classes or were tested on other images: their figures could not be compared.
+    other classes, have another positive one or were tested on other images: their figures could not be compared.
     """
     found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
@@ -156,6 +156,8 @@ def _refuse_other_tests(read: Mapping[str, Run]) -> None:
     for title, other in others:
         if other.card.classes != run.card.classes or not tested.equals(_test_targets(other)):
             raise ValueError(f"{first} and {title} were tested on other images or classes: train them again")
+        if other.card.positive_index != run.card.positive_index:
+            raise ValueError(f"{first} and {title} have another positive class: train them again")
 
 
 def _refuse_other_settings(read: Mapping[str, Run]) -> None:
