@@ -21,14 +21,15 @@ TEMPERATURES = (0.05, 20.0)  # where fit_temperature looks
 
 
 def negative_log_likelihood(targets: np.ndarray, probabilities: np.ndarray) -> float:
-    """Return -mean log p(true class) in nats, for multi-label the mean over images and labels;
-    probabilities below 2.2e-16 count as that, as in scikit-learn's log_loss.
+    """Return -mean log p(true class) in nats, for multi-label the mean over images and the labels that have a
+    probability; probabilities below 2.2e-16 count as that, as in scikit-learn's log_loss.
     """
     targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
     if targets.ndim == 2:
         chosen = np.where(targets == 1, probabilities, 1 - probabilities)
     else:
         chosen = probabilities[np.arange(len(targets)), targets]
+    chosen = chosen[~np.isnan(chosen)]
     return float(-np.log(np.maximum(chosen, np.finfo(np.float64).eps)).mean())
 
 
@@ -83,7 +84,8 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
     """
     targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
     if targets.ndim == 2:
-        said, correct = probabilities.ravel(), targets.ravel() == 1
+        known = ~np.isnan(probabilities)
+        said, correct = probabilities[known], targets[known] == 1
     else:
         said, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     edges = np.linspace(0, 1, bins + 1)

@@ -46,16 +46,16 @@ def cam_panel(
     return CamPanel(said.maps[0], card.classes[shown], probability, image=seen, title=title)
 
 
-def picked_rows(test: pd.DataFrame, num_classes: int, *, seed: int) -> pd.DataFrame:
+def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.DataFrame:
     """Return one test image a class, drawn by `seed`; of many findings those `MOST_FINDINGS` that are most
-    frequent, and none without a finding.
+    frequent among the `reported` ones, (C,) bool, and none without a finding.
     """
-    known = test[test["label"] < num_classes]
+    known = test[np.append(reported, False)[test["label"]]]
     frequent = known["label"].value_counts().index[:MOST_FINDINGS]
     return known[known["label"].isin(frequent)].groupby("label").sample(1, random_state=seed)
 
 
-def outcomes(said: Predictions, classes: Sequence[str], *, positive: int = 1) -> dict[str, Outcome]:
+def outcomes(said: Predictions, classes: Sequence[str], *, positive: int | None = None) -> dict[str, Outcome]:
     """Return the kinds of test images to look at, by name.
 
     Of two classes the true and false positives and negatives of class `positive`, with the predicted class; of more
@@ -63,9 +63,13 @@ def outcomes(said: Predictions, classes: Sequence[str], *, positive: int = 1) ->
     ones, with the finding.
     """
     if said.multilabel:
-        frequent = np.argsort(-said.targets.sum(axis=0), kind="stable")[:MOST_FINDINGS]
-        has = {classes[i]: Outcome(list(said.paths[said.targets[:, i] == 1]), int(i)) for i in frequent}
-        return {name: outcome for name, outcome in has.items() if outcome.paths}
+        counts = np.where(said.reported, said.targets.sum(axis=0), 0)
+        frequent = np.argsort(-counts, kind="stable")[:MOST_FINDINGS]
+        return {
+            classes[i]: Outcome(list(said.paths[said.targets[:, i] == 1]), int(i))
+            for i in frequent
+            if counts[i]
+        }
     right, predicted = said.predicted == said.targets, said.predicted
     if len(classes) == 2:
         cells = {

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lung_masking import LungMask
 
 SEEDS = 3  # random networks to compare with: one random head may by chance point as the trained one does
+YES_OR_NO = ("empty", "peak", "increase")  # of these a mean is a proportion
 BATCH = 16  # images that a network sees at once
 # The first method's map of another patient, of the same class where there is one: what it knows is the class.
 ANOTHER = "another patient's"
@@ -95,7 +96,7 @@ def map_cases(table: XrayTable, said: Predictions, *, most: int, seed: int) -> l
             (image, index)
             for image in test.to_dict("records")
             for index, name in enumerate(table.classes)
-            if image[name] == 1 or (image["path"], index) in boxed
+            if said.reported[index] and (image[name] == 1 or (image["path"], index) in boxed)
         ]
         pairs = [(image, index) for image, index in pairs if (image["path"], index) in boxed] or pairs
     else:
@@ -370,8 +371,8 @@ def _differences(located: pd.DataFrame, column: str, seed: int) -> dict[str, Int
     theirs = located.loc[located["map"] == ANOTHER, column].to_numpy(float)
     kinds = {kind: own for kind, own in located.groupby("map", sort=False) if kind != ANOTHER}
     # Every kind has the same cases in the same order.
-    frames = [own.assign(**{column: own[column].to_numpy(float) - theirs}) for own in kinds.values()]
-    return _means(pd.concat(frames), column, seed)
+    frames = [own.assign(difference=own[column].to_numpy(float) - theirs) for own in kinds.values()]
+    return _means(pd.concat(frames), "difference", seed)
 
 
 def case_counts(scores: MapScores) -> str:
@@ -385,12 +386,9 @@ def case_counts(scores: MapScores) -> str:
 def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
     means = {}
     for kind, own in frame.groupby("map", sort=False):
-        known = own.dropna(subset=[column])
-        if known["patient"].nunique() < 2:
-            means[kind] = Interval(known[column].mean(), np.nan, np.nan)
-            continue
-        values, patients = known[column].to_numpy(float), known["patient"].to_list()
-        means[kind] = bootstrap_mean(values, patients, rng=np.random.default_rng(seed))
+        values, patients, yes_or_no = own[column].to_numpy(float), own["patient"], column in YES_OR_NO
+        rng = np.random.default_rng(seed)
+        means[kind] = bootstrap_mean(values, patients, proportion=yes_or_no, rng=rng)
     return means
 
 

@@ -34,20 +34,20 @@ def explain(
     """Return probabilities and maps, at the X-ray's own size, for one (H, W) uint8 X-ray.
 
     `method` and `layer` as `GradCAM` takes them; by default the layer of the model card.
-    "top" is the class that is decided on: the most probable one, or the one by the model card's thresholds. Of
-    several networks the probabilities are the means, and a map is the mean of the networks' maps, each scaled
-    to 0–1, scaled again: each has the same say, however high its raw maps are. Raises ValueError where their
-    classes differ, or for a method or layer that is not there.
+    "top" is the class that is decided on: the most probable one that is reported, or the one by the model card's
+    thresholds. Of several networks the probabilities are the means, and a map is the mean of the networks' maps,
+    each scaled to 0–1, scaled again: each has the same say, however high its raw maps are. Raises ValueError where
+    their classes differ, or for a method or layer that is not there.
     """
     members = [trained] if isinstance(trained, TrainedNetwork) else list(trained)
     card = ensemble_card([member.card for member in members])
     inputs = [_input(member, xray) for member in members]
-    by_threshold = card.thresholds is not None and not card.multilabel
-    if (len(members) > 1 or by_threshold) and isinstance(classes, str) and classes == "top":
+    not_by_logits = bool(card.unreported) if card.multilabel else card.thresholds is not None
+    if (len(members) > 1 or not_by_logits) and isinstance(classes, str) and classes == "top":
         with torch.inference_mode():
             said = [m.card.probabilities(m.network(x)).cpu() for m, x in zip(members, inputs, strict=True)]
         mean = torch.stack(said).mean(dim=0)
-        classes = int(mean.argmax() if card.multilabel else card.decide(mean))
+        classes = int(mean.nan_to_num(-1).argmax() if card.multilabel else card.decide(mean))
     probabilities, maps = [], []
     for member, images in zip(members, inputs, strict=True):
         with cam_of(member, method, layer) as cam:

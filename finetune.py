@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -45,11 +46,11 @@ from networks import (
     parameter_count,
     resolve_device,
 )
-from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, uninformed_loss
+from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, macro_auc, uninformed_loss
 from predictions import choose_thresholds
 from processes import accelerator_on
 from results import complete_or_absent, history_log, linked, predictions_frame, training_folder
-from studies import PROJECT, Study, Training, load_study, load_table
+from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, class_weights, label_weights, make_batches, seed_everything
@@ -86,7 +87,7 @@ def fine_tune_study(
     accelerator = accelerator_on(where)
     outputs = _number_of_outputs(training, table)
     _refuse_absent_classes(table)
-    objective, weights = MULTI_LABEL if table.multilabel else SINGLE_LABEL, _loss_weights(training, table)
+    objective, weights = _objective(table), _loss_weights(training, table)
     if training.batch_size < accelerator.num_processes:
         raise ValueError(
             f"batch_size {training.batch_size} is shared by {accelerator.num_processes} processes: raise it"
@@ -269,6 +270,20 @@ def _announce(
     print(f"{title}: computed in {described(training.precision, device)}")
     if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
         print(f"{title}: the frozen layers keep random weights, which is for trying things out only")
+    if (positive := positive_class(study, table)) is not None:
+        reason = "the study says so" if study.positive else "the other one has a name for healthy people"
+        print(f"{title}: the positive class is {positive!r}: {reason}")
+    if unlearnt := table.one_sided("train"):
+        print(
+            f"{title}: WARNING: no training image has {', '.join(unlearnt)}, or all have: a network cannot learn what "
+            "it is, and nothing is reported of it"
+        )
+    undecided = [name for name in table.one_sided("val") if name not in unlearnt]
+    if undecided and training.threshold != "none":
+        print(
+            f"{title}: WARNING: no validation image has {', '.join(undecided)}, or all have: no threshold can be "
+            "chosen for it, and it is never said to be there"
+        )
 
 
 def _fixed_settings(
@@ -372,6 +387,10 @@ def _warn_of_nothing_learnt(done: FineTuned, uninformed_loss: float, *, title: s
 def _number_of_outputs(training: Training, table: XrayTable) -> int:
     """Return how many outputs the network needs; refuse settings that do not fit the table's classes."""
     number = len(table.classes)
+    if table.multilabel and len(table.one_sided("train")) == number:
+        raise ValueError(
+            f"no training image has any of {', '.join(table.classes)}, or all have all: take more images"
+        )
     if table.multilabel and training.balance == "oversample":
         raise ValueError('balance = "oversample" needs one class an image: use "loss" for several labels')
     if training.select == "auc" and not table.multilabel:
@@ -383,6 +402,18 @@ def _number_of_outputs(training: Training, table: XrayTable) -> int:
     if number != 2:
         raise ValueError(f'head = "sigmoid" tells two classes apart, not {number}: use "softmax"')
     return 1
+
+
+def _objective(table: XrayTable) -> Objective:
+    """Return what a network for the table is trained for; findings that nothing can be learnt of have no score."""
+    if not table.multilabel:
+        return SINGLE_LABEL
+    unlearnt = torch.tensor([name in table.one_sided("train") for name in table.classes])
+
+    def score(outputs: Tensor, targets: Tensor) -> float:
+        return macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
+
+    return replace(MULTI_LABEL, score=score)
 
 
 def _lung_masking(
@@ -460,6 +491,8 @@ def _card(
         dropout=training.dropout,
         multilabel=table.multilabel,
         lung_masking=study.preprocessing.lung_model is not None,
+        positive=positive_class(study, table),
+        unreported=table.one_sided("train"),
         temperature=1.0 if table.multilabel else fit_temperature(class_logits(val_logits).numpy(), targets),
         origin=_origin(study, table, device=str(device), parameters=parameter_count(model), **origin),
         validation={
@@ -471,8 +504,9 @@ def _card(
     )
     if training.threshold == "none":
         return plain
-    chosen = choose_thresholds(targets, plain.probabilities(val_logits).numpy(), training.threshold)
-    return replace(plain, thresholds=tuple(float(value) for value in chosen))
+    values = plain.probabilities(val_logits).numpy()
+    chosen = choose_thresholds(targets, values, training.threshold, positive=plain.positive_index)
+    return replace(plain, thresholds=tuple(None if math.isnan(value) else float(value) for value in chosen))
 
 
 def _origin(study: Study, table: XrayTable, **more: object) -> dict[str, object]:

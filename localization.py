@@ -181,8 +181,8 @@ def overlap_table(
     finding and the patient of each map. Rows (map, finding, score): the kinds; each of the labels and, pooled,
     "all"; "IoU" and "IoBB". Columns `images` (how many had a true box), `regions` (how many a map were detected on
     average: of many small ones, one meets a box by chance, so read IoBB beside it) and `at 0.1` …; behind them
-    all, so that the shares can be read side by side, `at 0.1 low`, `at 0.1 high` …: bootstrap intervals over patients,
-    of one finding all from the same resamples.
+    all, so that the shares can be read side by side, `at 0.1 low`, `at 0.1 high` …: intervals over patients (see
+    `metrics.bootstrap_mean`), of one finding all from the same resamples.
     """
     labels, patients = np.asarray(labels), np.asarray(patients)
     findings = {str(label): labels == label for label in np.unique(labels)}
@@ -221,7 +221,8 @@ def _shares_above(
     row = {"images": int(known.sum()), "regions": float(detected[known].mean()) if known.any() else np.nan}
     for overlap in overlaps:
         above = np.where(np.isnan(values), np.nan, values > overlap)
-        interval = bootstrap_mean(above, patients, rng=np.random.default_rng(seed), **bootstrap)
+        rng = np.random.default_rng(seed)
+        interval = bootstrap_mean(above, patients, proportion=True, rng=rng, **bootstrap)
         at = f"at {overlap:g}"
         row |= dict(zip((at, f"{at} low", f"{at} high"), interval, strict=True))
     return row

@@ -6,6 +6,10 @@ classes, `patients` (N,) ids of any type, and one of two tasks, told apart by th
 - single-label: `targets` (N,) class indices 0..C-1, `probabilities` (N, C) whose rows sum to 1;
 - multi-label: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0..1, each label on its own.
 
+Intervals are percentiles of a bootstrap over patients (see `patient_weights`). It knows nothing of what it never saw:
+of a proportion that is 0 or 1, all resamples say the same. There the interval is exact (see `exact_interval`). Of a
+single patient there is none.
+
 Scores are computed one class against the rest from four weighted counts and one weighted rank statistic, with
 a weight per image and resample: the estimate is the case "every weight 1", a bootstrap resample is the case
 "how often was this image's patient drawn".
@@ -47,8 +51,10 @@ class Interval(NamedTuple):
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Return `0.912 (0.880–0.941)`; the format (default `.3f`) applies to each number."""
+        """Return `0.912 (0.880–0.941)`, `–` for NaN; the format (default `.3f`) applies to each number."""
         estimate, low, high = (format(value, spec or ".3f") for value in self)
+        if math.isnan(self.estimate):
+            return "–"
         if math.isnan(self.low) or math.isnan(self.high):
             return f"{estimate} (no interval)"
         # A dash before a minus sign would be misread, and differences do go below zero.
@@ -94,7 +100,7 @@ def classification_scores(
     probabilities: np.ndarray,
     classes: Sequence[str],
     *,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
 ) -> pd.DataFrame:
     """Return one row a class and a last row "macro"; columns are `METRICS` and `support`.
 
@@ -106,7 +112,9 @@ def classification_scores(
 
     A class without a test image has NaN for precision, recall, f1 and roc_auc (0 would be the value whatever
     the network does, which says nothing about it), and the macro means leave that class out. Specificity and
-    roc_auc are NaN where every image is of the class; the macro means leave such a label out, too.
+    roc_auc are NaN where every image is of the class; the macro means leave such a label out, too. So they do with
+    all scores of a finding without a probability, and with all but roc_auc of one that is not decided on, having no
+    threshold beside others that have one (see `decide`): both are NaN.
     """
     judged = _judged(targets, probabilities, len(classes), thresholds=thresholds)
     scores = _scores(judged, np.ones((1, len(judged.truth))))[0]
@@ -120,21 +128,21 @@ def classification_report_table(
     probabilities: np.ndarray,
     classes: Sequence[str],
     *,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
 ) -> pd.DataFrame:
     """Return scikit-learn's classification_report(zero_division=0) as a frame: columns precision, recall, f1
     and support, a row a class, then "accuracy" (as printed there: under f1), "macro avg" and "weighted avg".
 
     Unlike in `classification_scores`, a class without an image counts as 0 in the means: it is the field's
     report, to be set beside published ones. Multi-label has "micro avg" in place of "accuracy", and a last
-    row "samples avg".
+    row "samples avg"; findings that are not decided on have no row.
     """
-    targets, probabilities = checked(targets, probabilities, len(classes))
+    decided = np.flatnonzero(_judged(targets, probabilities, len(classes), thresholds=thresholds).decided)
     report = classification_report(
         targets,
-        decide(probabilities, thresholds, multilabel=targets.ndim == 2),
-        labels=range(len(classes)),
-        target_names=list(classes),
+        decide(probabilities, thresholds, multilabel=np.ndim(targets) == 2),
+        labels=decided,
+        target_names=[classes[i] for i in decided],
         output_dict=True,
         zero_division=0,
     )
@@ -149,10 +157,13 @@ def patient_weights(patients: Sequence, *, resamples: int, rng: np.random.Genera
 
     Patients are drawn with replacement, each with all of their images (cluster bootstrap: Efron & Tibshirani
     1993, An Introduction to the Bootstrap; Field & Welsh 2007, J. R. Stat. Soc. B 69:369), because images of
-    one patient do not err independently.
+    one patient do not err independently. One patient alone says nothing of others: no rows.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     count = patient.max() + 1
+    if count < 2:
+        yield np.empty((0, len(patient)))
+        return
     rows = max(1, CHUNK // len(patient))
     for start in range(0, resamples, rows):
         r = min(rows, resamples - start)
@@ -161,21 +172,33 @@ def patient_weights(patients: Sequence, *, resamples: int, rng: np.random.Genera
         yield times[:, patient].astype(np.float64)
 
 
+def exact_interval(estimate: float, patients: int, *, confidence: float = 0.95) -> Interval:
+    """Return a proportion of 0 or 1 with its interval by Clopper & Pearson (1934, Biometrika 26:404), which is
+    (0, 1 - a) or (a, 1) with a = (alpha / 2) ** (1 / patients); without one below two patients.
+
+    Patients, not images, are the trials: it holds however alike the images of a patient are.
+    """
+    if patients < 2:
+        return Interval(estimate, math.nan, math.nan)
+    least = ((1 - confidence) / 2) ** (1 / patients)
+    return Interval(estimate, least, 1.0) if estimate == 1 else Interval(estimate, 0.0, 1 - least)
+
+
 def bootstrap_scores(
     targets: np.ndarray,
     probabilities: np.ndarray,
     patients: Sequence,
     classes: Sequence[str],
     *,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """Return the scores of `classification_scores` with percentile intervals over patients.
+    """Return the scores of `classification_scores` with intervals over patients.
 
     Long table: class (each class, then "macro"), metric, estimate, low, high. See `patient_weights` for the
-    resampling.
+    resampling, and `_edge_intervals` for scores of 0 and 1.
 
     A resample in which a figure is undefined (it happened to draw no patient with that class) is left out of
     that figure's interval. If more than 5 % are, low and high are NaN: what is left is then a sample of the
@@ -187,12 +210,61 @@ def bootstrap_scores(
     estimate = _scores(judged, np.ones((1, len(judged.truth))))[0]
     chunks = patient_weights(patients, resamples=resamples, rng=rng)
     resampled = np.concatenate([_scores(judged, weights) for weights in chunks])
+    at_the_edge = _edge_intervals(judged, estimate, patients, confidence)
     rows = [
-        (name, metric, *_percentile_interval(estimate[i, j], resampled[:, i, j], confidence))
+        (
+            name,
+            metric,
+            *(
+                at_the_edge.get((i, j))
+                or _percentile_interval(estimate[i, j], resampled[:, i, j], confidence)
+            ),
+        )
         for i, name in enumerate([*classes, MACRO])
         for j, metric in enumerate(METRICS)
     ]
     return pd.DataFrame(rows, columns=["class", "metric", *Interval._fields])
+
+
+def _edge_intervals(
+    judged: _Judged, estimate: np.ndarray, patients: Sequence, confidence: float
+) -> dict[tuple[int, int], Interval]:
+    """Return the intervals of those of the (C + 1, M) scores that are 0 or 1, by row and column.
+
+    Proportions have the exact interval over the patients that they are about: accuracy all of them, recall those
+    with an image of the class, specificity those with another one, precision those with an image that was called
+    the class. F1 = 2 J / (1 + J) has that of J, the share that was both among the images that were of the class or
+    called it. roc_auc has that of the smaller side's patients: of as many pairs of a positive and a negative that
+    have no patient in common, each is ranked rightly with a probability of roc_auc, and all of them (or none) were.
+    That leaves pairs out, so it is rather wide. A macro mean has the means of its classes' ends, which is wide, too.
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+
+    def counts(images: np.ndarray) -> list[int]:
+        return [len(np.unique(patient[of_class])) for of_class in images.T]
+
+    truth, called = judged.truth, judged.predicted
+    number = {
+        "accuracy": counts(np.ones_like(truth)),
+        "precision": counts(called),
+        "recall": counts(truth),
+        "specificity": counts(~truth),
+        "f1": counts(truth | called),
+        "roc_auc": np.minimum(counts(truth), counts(~truth)),
+    }
+    counted, found = _counted(judged), {}
+    for j, metric in enumerate(METRICS):
+        for i in np.flatnonzero(np.isin(estimate[:-1, j], (0, 1))):
+            found[i, j] = exact_interval(estimate[i, j], number[metric][i], confidence=confidence)
+            if metric == "f1":
+                found[i, j] = Interval(*(2 * end / (1 + end) for end in found[i, j]))
+        macro = (len(truth.T), j)
+        if metric == "accuracy" and not judged.multilabel and estimate[macro] in (0, 1):
+            found[macro] = exact_interval(estimate[macro], patient.max() + 1, confidence=confidence)
+        elif estimate[macro] in (0, 1):  # so are all the classes that it is the mean of
+            ends = [found[i, j] for i in np.flatnonzero(counted[:, j])]
+            found[macro] = Interval(*np.mean(ends, axis=0))
+    return found
 
 
 def auc_summary(scores: pd.DataFrame) -> pd.Series:
@@ -212,8 +284,8 @@ def paired_difference(
     *,
     metric: str = "accuracy",
     of: str = MACRO,
-    thresholds_a: Sequence[float] | None = None,
-    thresholds_b: Sequence[float] | None = None,
+    thresholds_a: Sequence[float | None] | None = None,
+    thresholds_b: Sequence[float | None] | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     rng: np.random.Generator,
@@ -221,7 +293,8 @@ def paired_difference(
     """Return metric(a) - metric(b) of two networks on the same images, both scored on the same resamples of
     patients, each by its own thresholds; `of` is a class, against the rest, or the macro row.
 
-    Much narrower than the two intervals side by side suggest, since images that are hard are hard for both.
+    Much narrower than the two intervals side by side suggest, since images that are hard are hard for both. Where
+    all resamples agree, as those of two networks that decide alike, there is no interval.
     """
     if metric not in METRICS:
         raise ValueError(f"No metric {metric!r}: choose one of {', '.join(METRICS)}")
@@ -234,19 +307,22 @@ def paired_difference(
 
     chunks = patient_weights(patients, resamples=resamples, rng=rng)
     resampled = np.concatenate([difference(weights) for weights in chunks])
-    return _percentile_interval(difference(np.ones((1, len(a.truth))))[0], resampled, confidence)
+    interval = _percentile_interval(difference(np.ones((1, len(a.truth))))[0], resampled, confidence)
+    return interval if interval.low < interval.high else Interval(interval.estimate, math.nan, math.nan)
 
 
 def bootstrap_mean(
     values: np.ndarray,
     patients: Sequence,
     *,
+    proportion: bool = False,
     resamples: int = 1000,
     confidence: float = 0.95,
     rng: np.random.Generator,
 ) -> Interval:
-    """Return the mean over images of `values` (N,), NaNs left out, with its percentile interval over
-    patients.
+    """Return the mean over images of `values` (N,), NaNs left out, with its percentile interval over patients.
+
+    `proportion`: the values are 0 or 1, and a mean of 0 or 1 has the exact interval over the patients.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) != len(patients) or not len(values):
@@ -258,6 +334,8 @@ def bootstrap_mean(
         return Interval(math.nan, math.nan, math.nan)
     # Patients without a value are not part of the sample that the mean is over.
     values, patients = values[known], np.asarray(patients)[known]
+    if proportion and values.mean() in (0, 1):
+        return exact_interval(values.mean(), len(np.unique(patients)), confidence=confidence)
     chunks = patient_weights(patients, resamples=resamples, rng=rng)
     resampled = np.concatenate([weights @ values / weights.sum(axis=1) for weights in chunks])
     return _percentile_interval(values.mean(), resampled, confidence)
@@ -288,10 +366,10 @@ def mean_auc(targets: np.ndarray, probabilities: np.ndarray) -> float:
 
 def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> RocCurve:
     """Return the ROC curve of one class against the rest; no points and a NaN area where there is nothing to
-    tell apart.
+    tell apart, or no probability.
     """
     positive, scores = _one_class(targets, probabilities, class_index)
-    if positive.all() or not positive.any():
+    if positive.all() or not positive.any() or np.isnan(scores).any():
         return RocCurve(np.empty(0), np.empty(0), math.nan)
     false_positive_rate, true_positive_rate, _ = roc_curve(positive, scores)
     return RocCurve(
@@ -303,10 +381,10 @@ def precision_recall_points(
     targets: np.ndarray, probabilities: np.ndarray, class_index: int
 ) -> PrecisionRecallCurve:
     """Return precision and recall of one class against the rest at every threshold, and the average
-    precision; no points and NaN where there is nothing to tell apart.
+    precision; no points and NaN where there is nothing to tell apart, or no probability.
     """
     positive, scores = _one_class(targets, probabilities, class_index)
-    if positive.all() or not positive.any():
+    if positive.all() or not positive.any() or np.isnan(scores).any():
         return PrecisionRecallCurve(np.empty(0), np.empty(0), np.empty(0), math.nan)
     precision, recall, thresholds = precision_recall_curve(positive, scores)
     # scikit-learn appends the end of the curve, (1, 0), which no threshold has.
@@ -345,11 +423,14 @@ def tsne(embeddings: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 class _Judged(NamedTuple):
-    """Of N images and C classes: (N, C) bool, is of the class and is said to be; (N, C) probabilities."""
+    """Of N images and C classes: (N, C) bool, is of the class and is said to be; (N, C) probabilities; (C,) bool, is
+    decided on at all.
+    """
 
     truth: np.ndarray
     predicted: np.ndarray
     probabilities: np.ndarray
+    decided: np.ndarray
     multilabel: bool
 
 
@@ -358,23 +439,35 @@ def _judged(
     probabilities: np.ndarray,
     num_classes: int,
     *,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
     patients: Sequence | None = None,
 ) -> _Judged:
     targets, probabilities = checked(targets, probabilities, num_classes, patients)
     multilabel = targets.ndim == 2
     predicted = decide(probabilities, thresholds, multilabel=multilabel)
     if multilabel:
-        return _Judged(targets == 1, predicted, probabilities, multilabel)
+        limits = np.full(num_classes, 0.5) if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+        decided = ~(np.isnan(limits) | np.isnan(probabilities).any(axis=0))
+        return _Judged(targets == 1, predicted, probabilities, decided, multilabel)
     classes = np.arange(num_classes)
-    return _Judged(targets[:, None] == classes, predicted[:, None] == classes, probabilities, multilabel)
+    truth, predicted = targets[:, None] == classes, predicted[:, None] == classes
+    return _Judged(truth, predicted, probabilities, np.ones(num_classes, bool), multilabel)
+
+
+def _counted(judged: _Judged) -> np.ndarray:
+    """Return (C, M) bool: which classes a macro mean of METRICS is over."""
+    truth, _, probabilities, decided, multilabel = judged
+    # A label that every image has cannot be told from anything; a class that every image is of stays.
+    there = truth.any(axis=0) & ~(truth.all(axis=0) & multilabel)
+    ranked = ~np.isnan(probabilities).any(axis=0)
+    return there[:, None] & np.stack([ranked if name == "roc_auc" else decided for name in METRICS], axis=1)
 
 
 def _scores(judged: _Judged, weights: np.ndarray) -> np.ndarray:
     """Return (R, C + 1, M) scores, classes then macro by METRICS, of (R, N) image weights; NaN where
     undefined.
     """
-    truth, predicted, probabilities, multilabel = judged
+    truth, predicted, probabilities, decided, multilabel = judged
     true_positive = weights @ (truth & predicted).astype(np.float64)
     false_positive = weights @ (~truth & predicted).astype(np.float64)
     positive = weights @ truth.astype(np.float64)
@@ -389,25 +482,28 @@ def _scores(judged: _Judged, weights: np.ndarray) -> np.ndarray:
         precision = np.where(positive > 0, true_positive / np.where(called > 0, called, 1), np.nan)
         f1 = np.where(positive > 0, 2 * true_positive / (positive + called), np.nan)
     accuracy = (true_positive + negative - false_positive) / total
+    decisions = np.stack([accuracy, precision, recall, specificity, f1], axis=2)
+    decisions[:, ~decided] = np.nan
     areas = [_weighted_auc(truth[:, c], probabilities[:, c], weights) for c in range(truth.shape[1])]
-    by_class = np.stack([accuracy, precision, recall, specificity, f1, np.stack(areas, axis=1)], axis=2)
-    # A label that every image has cannot be told from anything; a class that every image is of stays.
-    there = truth.any(axis=0) & ~(truth.all(axis=0) & multilabel)
+    by_class = np.concatenate([decisions, np.stack(areas, axis=1)[:, :, None]], axis=2)
+    counted = _counted(judged)
     lost = (positive == 0) | ((negative == 0) & multilabel)
     with np.errstate(invalid="ignore"):
-        macro = by_class[:, there].sum(axis=1) / there.sum()
+        macro = np.where(counted, by_class, 0).sum(axis=1) / counted.sum(axis=0)
     overall = true_positive.sum(axis=1) / total[:, 0]
     macro_accuracy = macro[:, METRICS.index("accuracy")].copy() if multilabel else overall
     # Undefined as a whole where the resample lost a class, also for the scores that such a class still has.
-    macro[lost[:, there].any(axis=1)] = np.nan
+    macro[(lost[:, :, None] & counted).any(axis=1)] = np.nan
     macro[:, METRICS.index("accuracy")] = macro_accuracy
     return np.concatenate([by_class, macro[:, None]], axis=1)
 
 
 def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return (R,) areas under the ROC curve: P(score of a positive > of a negative) + P(equal) / 2
-    (Mann-Whitney U), weighted.
+    (Mann-Whitney U), weighted; NaN where there are no scores.
     """
+    if np.isnan(scores).any():
+        return np.full(len(weights), np.nan)
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
     # The first image of each run of equal scores: ties count half, whatever order the sort left them in.

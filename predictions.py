@@ -1,12 +1,13 @@
 """What networks said of a split: read from disk, decided, averaged, and checked before anything is computed.
 
 N images, C classes. Single-label: `targets` (N,) class indices 0..C-1, `probabilities` (N, C) whose rows sum to 1.
-Multi-label: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0..1, each label on its own.
+Multi-label: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0..1, each label on its own; NaN in the whole column of
+a finding that the network could not learn, of which nothing is reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,21 +16,12 @@ import numpy as np
 import pandas as pd
 
 from datasets.table import NO_FINDING
-
-NEAREST = 1e-6  # how near to 0 and 1 a chosen threshold may lie: at 0 or 1 it would divide by zero
-# What a threshold is chosen for, from the (K,) true and false positives that it leaves and the numbers of
-# positives and negatives. Whole numbers, or one quotient of two: equal figures compare equal.
-THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
-    # Youden 1950, Cancer 3:32: sensitivity + specificity - 1, here times both numbers and without the -1.
-    "youden": lambda hits, alarms, positives, negatives: hits * negatives - alarms * positives,
-    "f1": lambda hits, alarms, positives, negatives: 2 * hits / (hits + alarms + positives),
-    "accuracy": lambda hits, alarms, positives, negatives: hits - alarms,
-}
+from decisions import THRESHOLD_RULES, best_threshold, decide
 
 
 class Predictions(NamedTuple):
     """What a network said of a split: targets and (N, C) probabilities (see the module), (N,) patient ids,
-    (N,) paths below the data root, and the (C,) thresholds of its decisions, None for the usual ones.
+    (N,) paths below the data root, and the (C,) thresholds of its decisions (see `decide`), None for the usual ones.
     """
 
     targets: np.ndarray
@@ -48,23 +40,10 @@ class Predictions(NamedTuple):
         """(N,) class indices, or (N, C) bool for multi-label; see `decide`."""
         return decide(self.probabilities, self.thresholds, multilabel=self.multilabel)
 
-
-def decide(
-    probabilities: np.ndarray, thresholds: Sequence[float] | None = None, *, multilabel: bool = False
-) -> np.ndarray:
-    """Return what is predicted from (N, C) probabilities with (C,) thresholds.
-
-    Single-label: (N,) the class with the largest probability / threshold, without thresholds the most
-    probable; of two classes with thresholds (1 - t, t), class 1 where its probability is above t.
-    Multi-label: (N, C) bool, probability >= threshold, without thresholds 0.5.
-    """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    if thresholds is None:
-        return probabilities >= 0.5 if multilabel else probabilities.argmax(axis=1)
-    thresholds = np.asarray(thresholds, dtype=np.float64)
-    if thresholds.shape != probabilities.shape[1:] or not (thresholds > 0).all():
-        raise ValueError(f"thresholds {thresholds.tolist()}: pass one above 0 for each class")
-    return probabilities >= thresholds if multilabel else (probabilities / thresholds).argmax(axis=1)
+    @property
+    def reported(self) -> np.ndarray:
+        """(C,) bool: whether the network could learn the class, so that its probability says something."""
+        return ~np.isnan(self.probabilities).any(axis=0)
 
 
 def read_predictions(
@@ -72,16 +51,18 @@ def read_predictions(
     classes: Sequence[str],
     *,
     multilabel: bool = False,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
 ) -> Predictions:
-    """Read a `predictions_<split>.csv` of a run folder: path, patient, target, a probability a class.
+    """Read a `predictions_<split>.csv` of a run folder: path, patient, target, a probability a class, empty where
+    nothing is reported.
 
     The target is a class, for multi-label the findings joined by "|" or "No Finding". `thresholds` are the
     run's own. Raises FileNotFoundError where there is no file and ValueError where its classes are others.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
-    frame = pd.read_csv(path, dtype={"path": str, "patient": str, "target": str}, keep_default_na=False)
+    texts = {"path": str, "patient": str, "target": str}
+    frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values={name: "" for name in classes})
     found = frame["target"].str.get_dummies(sep="|") if multilabel else pd.get_dummies(frame["target"])
     known = {*classes, NO_FINDING} if multilabel else set(classes)
     if not set(classes) <= set(frame.columns) or not set(found.columns) <= known:
@@ -109,48 +90,33 @@ def ensemble(predictions: Sequence[Predictions]) -> Predictions:
     return first._replace(probabilities=np.mean(matched, axis=0), thresholds=mean)
 
 
-def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: str) -> np.ndarray:
-    """Return (C,) thresholds for `decide` that are best by a rule of `THRESHOLD_RULES`; choose them on
-    validation data.
+def choose_thresholds(
+    targets: np.ndarray, probabilities: np.ndarray, rule: str, *, positive: int | None = None
+) -> np.ndarray:
+    """Return (C,) thresholds for `decide` that are best by a rule of `THRESHOLD_RULES` (see `best_threshold`); choose
+    them on validation data.
 
     "youden": the largest sensitivity + specificity, whatever the shares of the classes. "f1", "accuracy":
-    the largest one, at these shares. Of two classes, 1 is the positive one, and the thresholds are
-    (1 - t, t); of labels each has its own t, 0.5 where all or none of the images have it.
-
-    t lies midway between two neighbouring scores (or 0, or 1). Of several gaps between scores that are
-    equally good it is the widest, and of those the lowest: the farther the nearest scores, the less depends
-    on just these images.
+    the largest one, at these shares. Of two classes, `positive` is the index of the positive one; it alone has a
+    threshold, the other has NaN. Of labels each has its own, or NaN where all or none of the images have it, so
+    that there is nothing to choose by.
     """
     if rule not in THRESHOLD_RULES:
         raise ValueError(f"No rule {rule!r}: choose one of {', '.join(THRESHOLD_RULES)}")
     targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
     if targets.ndim == 2:
         columns = zip(targets.T, probabilities.T, strict=True)
-        return np.array([_threshold(positive == 1, scores, rule) for positive, scores in columns])
+        return np.array([best_threshold(truth == 1, scores, rule) for truth, scores in columns])
     if probabilities.shape[1] > 2:
         raise ValueError(
             "thresholds are chosen for two classes or for labels: for more classes leave the rule out"
         )
-    threshold = _threshold(targets == 1, probabilities[:, 1], rule)
-    return np.array([1 - threshold, threshold])
-
-
-def _threshold(positive: np.ndarray, scores: np.ndarray, rule: str) -> float:
-    """Return the best threshold for (N,) bool truth and (N,) scores in 0..1; see `choose_thresholds`."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return 0.5
-    levels, level = np.unique(scores, return_inverse=True)
-    # hits[k] and alarms[k]: what is above the gap k, which lies below levels[k]; the last is above them all.
-    hits, alarms = (
-        np.r_[np.cumsum(np.bincount(level[chosen], minlength=len(levels))[::-1])[::-1], 0]
-        for chosen in (positive, ~positive)
-    )
-    figures = THRESHOLD_RULES[rule](hits, alarms, positives, negatives)
-    edges = np.r_[0.0, levels, 1.0]
-    widths = np.where(figures == figures.max(), np.diff(edges), -1)
-    best = int(widths.argmax())
-    return float(np.clip((edges[best] + edges[best + 1]) / 2, NEAREST, 1 - NEAREST))
+    if positive not in (0, 1):
+        raise ValueError(f"positive = {positive}: say which of the two classes is the positive one, 0 or 1")
+    thresholds = np.full(2, np.nan)
+    chosen = best_threshold(targets == positive, probabilities[:, positive], rule)
+    thresholds[positive] = 0.5 if np.isnan(chosen) else chosen
+    return thresholds
 
 
 def _matched(first: Predictions, other: Predictions, number: int) -> np.ndarray:
@@ -222,7 +188,9 @@ def checked(
             f"probabilities {probabilities.shape} for {len(targets)} images of {num_classes} classes: "
             "pass one column a class, two or more (for yes/no, both columns)"
         )
-    if multilabel and not ((probabilities >= 0) & (probabilities <= 1)).all():
+    inside = (probabilities >= 0) & (probabilities <= 1)
+    unreported = np.isnan(probabilities).all(axis=0)
+    if multilabel and (not (inside | unreported).all() or unreported.all()):
         raise ValueError("probabilities must lie in 0..1: apply the sigmoid to logits first")
     # 1e-3: room for float16 and for files with rounded decimals, none for logits. NaN fails too.
     rows_sum_to_one = (np.abs(probabilities.sum(axis=1) - 1) < 1e-3).all()

@@ -58,8 +58,9 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     (`Study.repeated`), the lowest of them stands in.
 
     `images`: all of the study's, as `studies.read_images` returns them. Raises FileNotFoundError where the study has
-    no trained network at all, ValueError where two of them know other classes or were tested on other images, and
-    where an image is not among the study's or has changed since: the figures would be those of another study.
+    no trained network at all, ValueError where two of them know other classes, have another positive one or were
+    tested on other images, and where an image is not among the study's or has changed since: the figures would be
+    those of another study.
     """
     found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
@@ -162,6 +163,11 @@ def _refuse_other_tests(read: Mapping[str, Run]) -> None:
             raise ValueError(
                 f"{first} ({run.folder}) and {title} ({other.folder}) were tested on other images or classes: train "
                 "one of them again, or take its study out of `compare`"
+            )
+        if other.card.positive_index != run.card.positive_index:
+            raise ValueError(
+                f"{first} ({run.folder}) and {title} ({other.folder}) have another positive class: train one of them "
+                "again, or take its study out of `compare`"
             )
 
 

@@ -60,6 +60,26 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 # The names of cam_methods.METHODS, which this room cannot ask: importing it takes as long as torch.
 MapMethod = Literal["gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam", "scorecam"]
 
+# Names of a class of healthy people, whatever their case, spaces and punctuation: of two classes the other one is the
+# positive one, unless the study says otherwise.
+HEALTHY = frozenset(
+    {
+        "normal",
+        "healthy",
+        "nofinding",
+        "nofindings",
+        "nodisease",
+        "noabnormality",
+        "negative",
+        "control",
+        "controls",
+        "none",
+        "no",
+        "clear",
+        "unremarkable",
+    }
+)
+
 
 class Settings(BaseModel):
     """A frozen group of settings that refuses keys that it does not know."""
@@ -270,8 +290,9 @@ class Quick(Settings):
 class Study(Settings):
     """A validated study. `name` is that of its file and of its folder below `runs/`.
 
-    Its images are those of `data`, or of several `datasets` together. `compare` names studies on the same test
-    images whose results notebook 3 shows beside this one's.
+    Its images are those of `data`, or of several `datasets` together. `positive` is the class that is looked for where
+    there are two, see `positive_class`. `compare` names studies on the same test images whose results notebook 3 shows
+    beside this one's.
     """
 
     name: FolderName
@@ -280,6 +301,7 @@ class Study(Settings):
     source: str = ""
     seed: Seed = 0
     limit: Positive | None = None
+    positive: str | None = None
     compare: tuple[FolderName, ...] = ()
     data: Data | None = None
     datasets: tuple[Data, ...] = ()
@@ -534,7 +556,35 @@ def load_table(study: Study) -> XrayTable:
     """
     tables = [_read_source(source) for source in study.sources]
     kept = min(1.0, (study.limit or math.inf) / sum(len(table) for table in tables))
-    return _together([_split(table, study, kept=kept) for table in tables], study)
+    table = _together([_split(table, study, kept=kept) for table in tables], study)
+    positive_class(study, table)  # refused before any work
+    return table
+
+
+def positive_class(study: Study, table: XrayTable) -> str | None:
+    """Return the positive one of a table's two classes: what the study sets, else the one that is not among the names
+    of `HEALTHY`. None for more classes and for several findings, which count each for itself.
+
+    Raises ValueError where the study sets what is not one of two classes, or where neither or both of them are
+    called healthy, so that it must say which one it is.
+    """
+    names = ", ".join(table.classes)
+    if table.multilabel or len(table.classes) != 2:
+        if study.positive is not None:
+            raise ValueError(
+                f"study {study.name}: `positive` chooses between two classes: leave it out for {names}"
+            )
+        return None
+    one, other = table.classes
+    choice = f'set positive = "{one}" or positive = "{other}" at the top of the study'
+    if study.positive is not None:
+        if study.positive not in table.classes:
+            raise ValueError(f"study {study.name}: no class {study.positive!r}: {choice}")
+        return study.positive
+    others = [name for name in table.classes if re.sub(r"[\W_]+", "", name.casefold()) not in HEALTHY]
+    if len(others) != 1:
+        raise ValueError(f"study {study.name}: which of its two classes is looked for? {choice}")
+    return others[0]
 
 
 def _read_source(source: Data) -> XrayTable:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from decisions import decide
 from networks import architecture, build_network, class_logits, embeddings
 from utils import Preprocessing, read_xray
 
@@ -27,8 +28,11 @@ class ModelCard:
     `head`: "softmax", or "sigmoid" where one output tells two classes apart; `multilabel` networks have an
     output a finding, each with a sigmoid of its own. `hidden_units` and `dropout` are as `build_network`
     takes them. `temperature` divides the logits (fitted on validation data, Guo et al. 2017); `thresholds`
-    are a decision threshold a class, see `decide`. `lung_masking`: X-rays are masked by the lung segmentation
-    in the run folder's `lungs`. `origin` (study, seed, versions, commit, data fingerprint, …) and
+    are a decision threshold a class, None for a class that has none of its own, see `decisions.decide`: of two
+    classes that is the one that is not `positive`, of findings those that validation could not choose one for.
+    `positive` is the positive one of two classes. `unreported` are findings that all or none of the training images
+    have: the network could not learn them, and their probability is NaN. `lung_masking`: X-rays are masked by the
+    lung segmentation in the run folder's `lungs`. `origin` (study, seed, versions, commit, data fingerprint, …) and
     `validation` (loss, accuracy, …) are for people.
     """
 
@@ -41,8 +45,10 @@ class ModelCard:
     head: str = "softmax"
     multilabel: bool = False
     lung_masking: bool = False
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[float | None, ...] | None = None
     temperature: float = 1.0
+    positive: str | None = None
+    unreported: tuple[str, ...] = ()
     origin: Mapping[str, object] = field(default_factory=dict)
     validation: Mapping[str, object] = field(default_factory=dict)
     hidden_units: tuple[int, ...] | None = None
@@ -61,6 +67,24 @@ class ModelCard:
         return 1 if single else len(self.classes)
 
     @property
+    def positive_index(self) -> int | None:
+        """The index of the positive one of two classes; None for more classes and for findings.
+
+        In runs from before there was `positive` it was class 1.
+        """
+        if self.multilabel or len(self.classes) != 2:
+            return None
+        return 1 if self.positive is None else self.classes.index(self.positive)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The findings that are reported but have no threshold beside others that have one: never said to be there."""
+        if not self.multilabel or self.thresholds is None:
+            return ()
+        named = zip(self.classes, self.thresholds, strict=True)
+        return tuple(name for name, t in named if t is None and name not in self.unreported)
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """What an X-ray goes through before this network sees it.
 
@@ -72,33 +96,30 @@ class ModelCard:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return (N, C) probabilities for the network's (N, outputs) logits: calibrated, summing to 1; or, of a
-        multi-label network, each finding's own. Those are not calibrated: a loss that weighs rare positives
-        raises them, so compare them with the thresholds.
+        multi-label network, each finding's own, NaN for those that are not reported. Those are not calibrated: a
+        loss that weighs rare positives raises them, so compare them with the thresholds.
         """
         if self.multilabel:
-            return (logits.float() / self.temperature).sigmoid()
+            unknown = torch.tensor([name in self.unreported for name in self.classes], device=logits.device)
+            return (logits.float() / self.temperature).sigmoid().masked_fill(unknown, torch.nan)
         return (class_logits(logits.float()) / self.temperature).softmax(dim=-1)
 
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return (N,) class indices for (N, C) probabilities; multi-label, (N, C) bool: is the finding there?
 
-        A finding is there from its threshold on (0.5 without thresholds). Else the class is the one with the
-        largest ratio of probability to threshold; for two with thresholds 1 - t and t, class 1 if p1 > t.
+        By the thresholds of the card, see `decisions.decide`.
         """
         # In double precision: a threshold that was taken from a float32 probability stays equal to it.
-        values = probabilities.double()
-        default = 0.5 if self.multilabel else 1.0
-        thresholds = values.new_tensor(self.thresholds or (default,) * len(self.classes))
-        if self.multilabel:
-            return values >= thresholds
-        return (values / thresholds.clamp_min(torch.finfo(values.dtype).tiny)).argmax(dim=-1)
+        values = probabilities.double().cpu().numpy()
+        return torch.from_numpy(decide(values, self.thresholds, multilabel=self.multilabel))
 
 
 def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
     """Return the first of several networks' cards with the decision thresholds of their mean probabilities:
-    the means of theirs, or None unless all have some.
+    the means of theirs, None for a class that has none in one of them, or None unless all have some. What one of
+    them does not report, they do not report together.
 
-    Raises ValueError where they do not have the same classes in the same order.
+    Raises ValueError where they do not have the same classes in the same order, or another positive one.
     """
     first = cards[0]
     for card in cards[1:]:
@@ -107,12 +128,17 @@ def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
                 f"an ensemble needs the same classes in the same order: {first.name} has "
                 f"{', '.join(first.classes)}; {card.name} has {', '.join(card.classes)}"
             )
-    thresholds = [card.thresholds for card in cards if card.thresholds is not None]
-    if len(thresholds) < len(cards):
-        return replace(first, thresholds=None)
-    return replace(
-        first, thresholds=tuple(sum(values) / len(cards) for values in zip(*thresholds, strict=True))
-    )
+        if card.positive_index != first.positive_index:
+            one, other = (c.classes[c.positive_index] for c in (first, card))
+            raise ValueError(
+                f"an ensemble needs one positive class, not {one} and {other}: train one of them again"
+            )
+    unreported = tuple(name for name in first.classes if any(name in card.unreported for card in cards))
+    thresholds = None
+    if all(card.thresholds is not None for card in cards):
+        values = np.array([card.thresholds for card in cards], dtype=np.float64).mean(axis=0).tolist()
+        thresholds = tuple(None if np.isnan(value) else value for value in values)
+    return replace(first, thresholds=thresholds, unreported=unreported)
 
 
 class TrainedNetwork(NamedTuple):

@@ -327,10 +327,11 @@ def label_weights(targets: np.ndarray) -> Tensor:
     """Return (2, C) weights for a multi-label loss over (N, C) of 0 and 1: row 0 for the negatives of each
     label, its share of positives; row 1 for its positives, its share of negatives.
 
-    So both sides of every label weigh the same in sum (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1).
+    So both sides of every label weigh the same in sum (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). A
+    label that all or none of the images have weighs nothing on either side, in validation too.
     """
     share = torch.tensor(np.asarray(targets, dtype=np.float64)).mean(dim=0)
-    return torch.stack([share, 1 - share]).float()
+    return (torch.stack([share, 1 - share]) * (share * (1 - share) > 0)).float()
 
 
 def make_batches(

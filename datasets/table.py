@@ -120,6 +120,15 @@ class XrayTable:
             return rows[list(self.classes)].to_numpy(np.uint8)
         return rows["label"].to_numpy(np.int64)
 
+    def one_sided(self, split: str) -> tuple[str, ...]:
+        """Return the findings that all or none of the images of a split have, so that nothing can be learnt, or
+        judged, of them there; of a single-label table there are none.
+        """
+        if not self.multilabel:
+            return ()
+        shares = self.targets(split).mean(axis=0)
+        return tuple(name for name, share in zip(self.classes, shares, strict=True) if share in (0, 1))
+
     def counts(self) -> pd.DataFrame:
         """Return the number of images, a row a class, a column a split (one column if there are none).
 

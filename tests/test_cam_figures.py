@@ -18,7 +18,7 @@ def test_outcomes_of_two_classes_are_the_cells_of_the_confusion_matrix():
     targets, scores = np.array([1, 0, 0, 1, 1, 0]), np.array([0.9, 0.8, 0.1, 0.65, 0.2, 0.65])
     paths = np.array([f"{i}.png" for i in range(6)])
     said = Predictions(targets, np.stack([1 - scores, scores], axis=1), paths, paths, np.array([0.3, 0.7]))
-    kinds = outcomes(said, ("Normal", "Pneumonia"))
+    kinds = outcomes(said, ("Normal", "Pneumonia"), positive=1)
     assert {name: (outcome.paths, outcome.class_index) for name, outcome in kinds.items()} == {
         "true positive": (["0.png"], 1),
         "false positive": (["1.png"], 1),
@@ -78,9 +78,11 @@ def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(fin
             assert sample.map.shape == sample.image.shape
             boxed += len(sample.boxes)
     assert boxed <= len(table.boxes)
-    rows = picked_rows(test, len(table.classes), seed=0)
+    rows = picked_rows(test, np.ones(14, bool), seed=0)
     assert len(rows) <= 6
     assert rows["label"].is_unique
+    kept = np.arange(14) != rows["label"].iloc[0]
+    assert rows["label"].iloc[0] not in picked_rows(test, kept, seed=0)["label"].tolist()
 
 
 def test_panel_of_several_findings_is_titled_with_the_finding_of_the_map(findings):

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from layouts import write_chestxray14
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import finetune
+from explanations import explain
 from finetune import fine_tune_study, main
 from lung_segmentation import phantom_segmenter, save_segmenter
 from predictions import read_predictions
 from studies import load_study, load_table
-from trained_networks import load_network
+from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 
 
@@ -266,11 +269,11 @@ def test_starting_weights_keep_their_head_by_the_names_of_its_classes(trained_wi
 
 def test_a_single_output_is_turned_where_its_two_classes_are_exchanged(trained_with):
     options = 'head = "sigmoid"'
-    folder, _, _ = trained_with("first", LUNGS[:2], options=options)
-    other, _, printed = trained_with("turned", LUNGS[1::-1], "--weights", "first/lenet5", options=options)
+    folder, _, _ = trained_with("first", LUNGS[::2], options=options)
+    other, _, printed = trained_with("turned", LUNGS[::-2], "--weights", "first/lenet5", options=options)
     assert "LeNet-5: head: reordered" in printed
     torch.testing.assert_close(logits_of(other), -logits_of(folder))
-    _, _, printed = trained_with("pair", LUNGS[:2], "--weights", "first/lenet5")
+    _, _, printed = trained_with("pair", LUNGS[::2], "--weights", "first/lenet5")
     assert "LeNet-5: head: new (that of the weights has another form)\n" in printed
 
 
@@ -354,6 +357,7 @@ select = "auc"
 balance = "loss"
 threshold = "f1"
 keep_checkpoints = true
+precision = "fp32"
 [networks.lenet5]
 """
 
@@ -381,6 +385,73 @@ def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(tmp_
         scores = said.probabilities[:, c]
         ours = f1_score(said.targets[:, c], scores >= card.thresholds[c])
         assert ours == pytest.approx(max(f1_score(said.targets[:, c], scores >= t) for t in scores), abs=1e-9)
+
+
+def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(tmp_path, capsys):
+    write_chestxray14(tmp_path / "data", size=40)
+    (tmp_path / "mine.toml").write_text(MULTI_LABEL)
+    study = load_study(tmp_path / "mine.toml")
+    table = load_table(study)
+    frame = table.frame.copy()
+    frame.loc[frame["split"] == "train", "Edema"] = 0
+    frame.loc[frame["split"] == "val", "Mass"] = 0
+    table = replace(table, frame=frame)
+    folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
+    told = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert "no training image has Edema" in told[0]
+    assert "no validation image has Mass" in told[1]
+    network, card, _ = load_network(folder)
+    assert card.unreported == ("Edema",)
+    assert card.undecided == ("Mass",)
+    without = [name for name, t in zip(card.classes, card.thresholds, strict=True) if t is None]
+    assert without == [name for name in card.classes if name in ("Edema", "Mass")]
+    for split in ("train", "val", "test"):
+        frame = pd.read_csv(folder / f"predictions_{split}.csv")
+        assert list(frame.columns[frame.isna().all()]) == ["Edema"]
+        assert frame.drop(columns="Edema").notna().all(axis=None)
+    said = read_predictions(
+        folder / "predictions_val.csv", card.classes, multilabel=True, thresholds=card.thresholds
+    )
+    ranked = [c for c, name in enumerate(card.classes) if name not in without and said.targets[:, c].any()]
+    areas = [roc_auc_score(said.targets[:, c], said.probabilities[:, c]) for c in ranked]
+    assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
+    assert not said.predicted[:, [card.classes.index(name) for name in without]].any()
+    # The most probable finding of an X-ray is never one of which nothing is known.
+    network.classifier[-1].bias.data[card.classes.index("Edema")] = 99
+    answer = explain(TrainedNetwork(network, card), read_xray(table.frame["path"][0]))
+    assert card.classes[answer.classes[0]] != "Edema"
+    frame = table.frame.assign(**dict.fromkeys(table.classes, 0))
+    with pytest.raises(ValueError, match="no training image has any of Atelectasis"):
+        fine_tune_study(study, replace(table, frame=frame), "lenet5", runs=tmp_path / "none", device="cpu")
+
+
+def test_the_positive_class_of_the_study_is_what_thresholds_are_chosen_for(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("abnormal", "healthy")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = rng.normal(110 + 20 * label, 30, (32, 32)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "mine.toml").write_text(
+        """
+        title = "Positive is the first class"
+        data = { reader = "folder", root = "images" }
+        split = { val = 0.4, test = 0.2 }
+        preprocessing.image_size = 32
+        training = { weights = "none", epochs = 1, learning_rate = 1e-3, threshold = "f1" }
+        networks.lenet5 = {}
+        """
+    )
+    study = load_study(tmp_path / "mine.toml")
+    folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
+    assert "the positive class is 'abnormal'" in capsys.readouterr().out
+    card = load_network(folder).card
+    assert (card.positive, card.positive_index, card.thresholds[1]) == ("abnormal", 0, None)
+    said = read_predictions(folder / "predictions_val.csv", card.classes, thresholds=card.thresholds)
+    ours = f1_score(said.targets, said.predicted, pos_label=0)
+    scores = said.probabilities[:, 0]
+    best = max(f1_score(said.targets, np.where(scores >= t, 0, 1), pos_label=0) for t in scores)
+    assert ours == pytest.approx(best, abs=1e-12)
 
 
 def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root, tmp_path):

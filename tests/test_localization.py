@@ -244,12 +244,24 @@ def test_maps_equal_to_their_boxes_reach_every_overlap_and_the_uniform_map_its_a
     assert table.loc[("map", "Mass", "IoU"), "regions"] == 3  # of one box and of two
     bounds = [f"{share} {bound}" for share in shares for bound in ("low", "high")]
     assert table.columns[9:].to_list() == bounds
-    assert (table.loc["map"][shares + bounds] == 1).all(axis=None)
+    assert (table.loc["map"][shares + bounds[1::2]] == 1).all(axis=None)
+    # Exact over patients: of "Effusion" and "Mass" two each, of all three.
+    patients = table.loc["map"].index.get_level_values("finding").map({"Effusion": 2, "Mass": 2, "all": 3})
+    for bound in bounds[::2]:
+        np.testing.assert_allclose(table.loc["map"][bound], 0.025 ** (1 / patients))
     # Areas 0.2, 0.15, 0.16 (the larger), 0.16: all above 0.1, none above 0.2.
     assert (table.loc["uniform"]["at 0.1"] == 1).all()
     assert (table.loc["uniform"][shares[1:]] == 0).all(axis=None)
     counts = table["images"].unstack("finding").drop_duplicates()
     assert counts.to_numpy().tolist() == [[2, 2, 4]]
+
+
+def test_a_table_about_one_patient_has_no_intervals():
+    found = {"map": localization.best_overlaps([localization.box_masks(TRUTH[0], (20, 30))], TRUTH[:1])}
+    table = localization.overlap_table(found, ["Mass"], [7], resamples=20, rng=np.random.default_rng(0))
+    shares = [f"at {overlap}" for overlap in localization.OVERLAPS]
+    assert (table[shares] == 1).all(axis=None)
+    assert table[[f"{share} {bound}" for share in shares for bound in ("low", "high")]].isna().all(axis=None)
 
 
 def test_the_table_counts_overlaps_above_the_threshold_by_finding():

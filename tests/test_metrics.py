@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import special, stats
 from sklearn import metrics as sk
 from sklearn.datasets import make_blobs
 from sklearn.manifold import trustworthiness
@@ -164,8 +165,12 @@ def test_bootstrap_equals_a_plain_loop_that_repeats_rows_and_calls_sklearn():
         looped.append(sklearn_scores(targets[index], probabilities[index]))
     low, high = np.quantile(looped, [0.025, 0.975], axis=0)
     shape = (len(CLASSES) + 1, len(metrics.METRICS))
-    np.testing.assert_allclose(table["low"].to_numpy().reshape(shape), low, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(table["high"].to_numpy().reshape(shape), high, rtol=0, atol=1e-9)
+    inside = ~table["estimate"].isin((0, 1)).to_numpy().reshape(shape)
+    assert inside.sum() > 25
+    np.testing.assert_allclose(table["low"].to_numpy().reshape(shape)[inside], low[inside], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        table["high"].to_numpy().reshape(shape)[inside], high[inside], rtol=0, atol=1e-9
+    )
     np.testing.assert_allclose(
         table["estimate"].to_numpy().reshape(shape), sklearn_scores(targets, probabilities), rtol=0, atol=1e-9
     )
@@ -236,11 +241,108 @@ def test_a_class_of_one_patient_gets_an_estimate_but_no_interval():
     for figure in ("recall", "precision", "f1", "roc_auc"):
         assert table.loc[("Normal", figure), "estimate"] == 1
         assert np.isnan(table.loc[("Normal", figure), ["low", "high"]].to_numpy(dtype=float)).all()
-    # Specificity is defined without the class, but its macro mean would be one over fewer classes.
-    for figure in ("recall", "specificity"):
-        assert np.isnan(table.loc[("macro", figure), "low"])
-    assert table.loc[("macro", "accuracy"), "low"] == 1
-    assert table.loc[("COVID-19", "recall"), "low"] == 1
+    assert np.isnan(table.loc[("macro", "recall"), "low"])
+    assert table.loc[("macro", "accuracy"), "low"] == pytest.approx(0.025 ** (1 / 81))
+    assert table.loc[("COVID-19", "recall"), "low"] == pytest.approx(0.025 ** (1 / 40))
+
+
+def clopper_pearson(hits, trials, confidence=0.95):
+    interval = stats.binomtest(hits, trials).proportion_ci(confidence, method="exact")
+    return interval.low, interval.high
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_proportions_of_none_and_all_have_scipys_exact_interval_over_patients(right, confidence):
+    """9 patients of class 0 with 3 images each, 4 of class 1 with 2 each: all right, or all wrong."""
+    targets = np.repeat([0, 1], [27, 8])
+    patients = np.r_[np.repeat(np.arange(9), 3), np.repeat(np.arange(9, 13), 2)]
+    probabilities = certain(targets if right else 1 - targets, 2)
+    table = metrics.bootstrap_scores(
+        targets,
+        probabilities,
+        patients,
+        ["a", "b"],
+        confidence=confidence,
+        resamples=50,
+        rng=np.random.default_rng(0),
+    ).set_index(["class", "metric"])
+    called = {"a": 9, "b": 4} if right else {"a": 4, "b": 9}
+    for name, own, other in (("a", 9, 4), ("b", 4, 9)):
+        trials = {"accuracy": 13, "recall": own, "specificity": other, "precision": called[name]}
+        for metric, number in trials.items():
+            estimate, *ends = table.loc[(name, metric)]
+            assert estimate == right
+            assert ends == pytest.approx(clopper_pearson(number * right, number, confidence))
+    overall = table.loc[("macro", "accuracy"), ["low", "high"]].to_list()
+    assert overall == pytest.approx(clopper_pearson(13 * right, 13, confidence))
+    recall = np.mean([clopper_pearson(number * right, number, confidence) for number in (9, 4)], axis=0)
+    assert table.loc[("macro", "recall"), ["low", "high"]].to_list() == pytest.approx(list(recall))
+
+
+def test_f1_at_its_ends_has_the_interval_of_the_share_that_it_is_made_of():
+    # Class 1: of 5 patients that are of it or called it, all are both. So F1 = 2 J / (1 + J) = 1 with J = 5 of 5.
+    targets, patients = np.repeat([0, 1], [6, 10]), np.r_[np.arange(6), np.repeat(np.arange(6, 11), 2)]
+    table = metrics.bootstrap_scores(
+        targets, certain(targets, 2), patients, ["a", "b"], resamples=20, rng=np.random.default_rng(0)
+    ).set_index(["class", "metric"])
+    j = 0.025 ** (1 / 5)
+    assert table.loc[("b", "f1")].to_list() == pytest.approx([1, 2 * j / (1 + j), 1])
+    wrong = metrics.bootstrap_scores(
+        targets, certain(1 - targets, 2), patients, ["a", "b"], resamples=20, rng=np.random.default_rng(0)
+    ).set_index(["class", "metric"])
+    j = 1 - 0.025 ** (1 / 11)  # all 11 patients are of class 1 or called it, none is both
+    assert wrong.loc[("b", "f1")].to_list() == pytest.approx([0, 0, 2 * j / (1 + j)])
+
+
+def test_an_area_of_one_has_an_interval_that_holds_the_truth():
+    """Of 8 against 20 patients whose true area is 0.9, the area is now and then 1: the interval must reach 0.9."""
+    rng, classes = np.random.default_rng(0), ["a", "b"]
+    targets, shift = np.repeat([0, 1], [20, 8]), stats.norm.ppf(0.9) * math.sqrt(2)
+    perfect = missed = 0
+    for _ in range(3000):
+        scores = special.expit(rng.normal(shift * targets))
+        if scores[targets == 1].min() < scores[targets == 0].max():
+            continue
+        perfect += 1
+        if perfect == 1:
+            table = metrics.bootstrap_scores(
+                targets, np.stack([1 - scores, scores], 1), np.arange(28), classes, resamples=20, rng=rng
+            ).set_index(["class", "metric"])
+            estimate, low, high = table.loc[("b", "roc_auc")]
+            assert (estimate, low, high) == (1, pytest.approx(clopper_pearson(8, 8)[0]), 1)
+            assert table.loc[("macro", "roc_auc")].to_list() == pytest.approx([1, low, 1])
+        missed += low > 0.9
+    assert perfect > 20
+    assert missed == 0
+
+
+def test_one_patient_has_no_interval():
+    targets, p = skewed(n=30)
+    alone = np.zeros(30)
+    table = metrics.bootstrap_scores(targets, p, alone, CLASSES, resamples=20, rng=np.random.default_rng(0))
+    assert table["estimate"].notna().all()
+    assert table[["low", "high"]].isna().all(axis=None)
+    certainly = metrics.bootstrap_scores(
+        targets, certain(targets, 4), alone, CLASSES, resamples=20, rng=np.random.default_rng(0)
+    )
+    assert (certainly["estimate"] == 1).all()
+    assert certainly[["low", "high"]].isna().all(axis=None)
+    for values, options in ((np.arange(30.0), {}), (np.ones(30), {"proportion": True})):
+        mean = metrics.bootstrap_mean(values, alone, **options, rng=np.random.default_rng(0))
+        assert str(mean) == f"{values.mean():.3f} (no interval)"
+    difference = metrics.paired_difference(targets, p, p[::-1], alone, CLASSES, rng=np.random.default_rng(0))
+    assert np.isnan(difference.low)
+
+
+def test_a_mean_of_hits_is_a_proportion_and_a_mean_of_differences_is_not():
+    rng, patients = np.random.default_rng(0), np.repeat(np.arange(6), 2)
+    for value in (0.0, 1.0):
+        hits = metrics.bootstrap_mean(np.r_[np.full(11, value), np.nan], patients, proportion=True, rng=rng)
+        assert hits == pytest.approx((value, *clopper_pearson(6 * int(value), 6)))
+    some = metrics.bootstrap_mean(np.arange(12) % 2, patients // 2, proportion=True, rng=rng)
+    assert some.estimate == 0.5
+    assert metrics.bootstrap_mean(np.zeros(12), patients, rng=rng) == (0, 0, 0)
 
 
 def test_a_few_undefined_resamples_are_left_out_of_the_interval():
@@ -249,12 +351,12 @@ def test_a_few_undefined_resamples_are_left_out_of_the_interval():
     assert (interval.low, interval.high) == pytest.approx(np.quantile(np.arange(99), [0.05, 0.95]))
 
 
-def test_the_paired_difference_of_a_network_with_itself_is_exactly_zero():
+def test_networks_that_decide_alike_differ_by_zero_without_an_interval():
     targets, probabilities = skewed()
     interval = metrics.paired_difference(
         targets, probabilities, probabilities, np.arange(300), CLASSES, rng=np.random.default_rng(0)
     )
-    assert interval == (0, 0, 0)
+    assert str(interval) == "0.000 (no interval)"
 
 
 def test_the_paired_difference_has_the_interval_of_the_mean_of_differences():
@@ -305,6 +407,7 @@ def test_an_interval_reads_as_text():
     assert f"{interval:.1%}" == "91.2% (88.0%–94.1%)"
     assert f"{metrics.Interval(-0.02, -0.03, -0.01):.2f}" == "-0.02 (-0.03 to -0.01)"
     assert str(metrics.Interval(1.0, math.nan, math.nan)) == "1.000 (no interval)"
+    assert str(metrics.Interval(math.nan, math.nan, math.nan)) == "–"
 
 
 # Softmax and ROC
@@ -370,10 +473,27 @@ def test_labels_are_decided_one_by_one():
     assert decided.tolist() == [[True, True, False], [False, False, True]]
 
 
-@pytest.mark.parametrize("thresholds", [(0.5,), (0.5, 0.0), (0.2, 0.3, 0.5), (np.nan, 0.5)])
-def test_thresholds_that_do_not_fit_the_classes_are_refused(thresholds):
-    with pytest.raises(ValueError, match="one above 0 for each class"):
-        predictions.decide(np.full((3, 2), 0.5), thresholds)
+@pytest.mark.parametrize(
+    ("classes", "thresholds"), [(2, (0.5,)), (2, (0.2, 0.3, 0.5)), (2, (None, None)), (3, (0.5, 0.0, 0.5))]
+)
+def test_thresholds_that_do_not_fit_the_classes_are_refused(classes, thresholds):
+    with pytest.raises(ValueError, match=r"thresholds \[.*pass one"):
+        predictions.decide(np.full((3, classes), 1 / classes), thresholds)
+
+
+def test_the_class_that_has_a_threshold_is_the_one_that_is_decided_on():
+    p = np.array([0.1, 0.3, 0.6, 1.0])
+    rows = np.stack([1 - p, p], axis=1)
+    assert predictions.decide(rows, (None, 0.3)).tolist() == [0, 1, 1, 1]
+    assert predictions.decide(rows, (0.3, None)).tolist() == [0, 0, 0, 1]
+    # A finding without a threshold beside others with one is never there, nor is one without a probability.
+    findings = np.array([[0.9, 0.9, np.nan], [0.1, 1.0, np.nan]])
+    decided = predictions.decide(findings, (0.5, None, None), multilabel=True)
+    assert decided.tolist() == [[True, False, False], [False, False, False]]
+    assert predictions.decide(findings, multilabel=True).tolist() == [
+        [True, True, False],
+        [False, True, False],
+    ]
 
 
 def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_alone():
@@ -416,19 +536,70 @@ BY_RULE = {
 }
 
 
+def scores_of_kind(kind, count, rng):
+    """Return (count,) scores that tie, lie at the very ends, or are as near to each other as floats can be."""
+    if kind == "coarse":
+        return rng.random(count).round(1)
+    if kind == "saturated":
+        return rng.choice([0.0, 1e-30, 2e-30, 1e-9, 0.5, 1 - 1e-7, 1 - 2**-53, 1.0], count)
+    if kind == "neighbours":
+        return 0.3 + rng.integers(0, 4, count) * np.spacing(0.3)
+    return metrics.softmax(rng.normal(scale=40, size=(count, 2)))[:, 1]
+
+
 @pytest.mark.parametrize("rule", predictions.THRESHOLD_RULES)
-@pytest.mark.parametrize("seed", range(4))
-def test_no_threshold_is_better_by_sklearn_than_the_chosen_one(rule, seed):
-    rng = np.random.default_rng(seed)
-    truth = rng.random(80) < (0.15, 0.4, 0.6, 0.9)[seed]
-    p = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1).round(2 if seed % 2 else 6)
-    probabilities = np.stack([1 - p, p], axis=1)
-    thresholds = predictions.choose_thresholds(truth.astype(int), probabilities, rule)
-    assert thresholds.sum() == pytest.approx(1)
-    assert ((thresholds > 0) & (thresholds < 1)).all()
-    chosen = BY_RULE[rule](truth, predictions.decide(probabilities, thresholds) == 1)
-    best = max(BY_RULE[rule](truth, p > t) for t in [-1, *np.unique(p)])
-    assert chosen == pytest.approx(best, abs=1e-12)
+@pytest.mark.parametrize("kind", ["coarse", "saturated", "neighbours", "confident"])
+@pytest.mark.parametrize("positive", [0, 1])
+def test_the_decisions_by_the_chosen_threshold_are_the_best_of_all_cuts(rule, kind, positive):
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        p = scores_of_kind(kind, 12, rng)
+        truth = np.r_[True, False, rng.random(10) < rng.random()]
+        probabilities = np.stack([1 - p, p], axis=1)[:, :: 1 if positive else -1]
+        targets = np.where(truth, positive, 1 - positive)
+        thresholds = predictions.choose_thresholds(targets, probabilities, rule, positive=positive)
+        assert np.isnan(thresholds[1 - positive])
+        called = predictions.decide(probabilities, thresholds) == positive
+        best = max(BY_RULE[rule](truth, p >= cut) for cut in [*p, 2.0])
+        assert BY_RULE[rule](truth, called) == pytest.approx(best, abs=1e-12)
+        of_label = predictions.choose_thresholds(truth[:, None].astype(int), p[:, None], rule)
+        found = predictions.decide(p[:, None], of_label, multilabel=True)[:, 0]
+        assert np.array_equal(found, called)
+
+
+def test_single_precision_scores_keep_their_decisions_in_a_file(tmp_path):
+    """A file has the shortest decimals that stand for a float32, which are other numbers than its own."""
+    rng = np.random.default_rng(0)
+    for scale in (1, 30):
+        p = metrics.softmax(rng.normal(scale=scale, size=(60, 2))).astype(np.float32)
+        p[:30] = np.nextafter(p[30:], np.float32(2)).clip(0, 1)  # the nearest scores that there can be
+        targets = rng.integers(0, 2, 60)
+        for positive in (0, 1):
+            thresholds = predictions.choose_thresholds(targets, p, "accuracy", positive=positive)
+            write_predictions(tmp_path / "p.csv", np.array(["no", "yes"])[targets], p, ["no", "yes"])
+            read = predictions.read_predictions(tmp_path / "p.csv", ("no", "yes"), thresholds=thresholds)
+            assert np.array_equal(read.predicted, predictions.decide(p, thresholds))
+
+
+def test_no_score_of_one_is_called_positive_where_that_is_best():
+    p = np.array([1.0, 1.0, 1.0, 0.2])
+    thresholds = predictions.choose_thresholds(
+        np.array([0, 0, 1, 0]), np.stack([1 - p, p], axis=1), "accuracy", positive=1
+    )
+    assert predictions.decide(np.array([[0.0, 1.0]]), thresholds).tolist() == [0]
+    assert thresholds[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rule", predictions.THRESHOLD_RULES)
+def test_the_threshold_of_either_class_is_that_of_the_mirrored_problem(rule):
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 2, 50)
+    probabilities = metrics.softmax(rng.normal(scale=2, size=(50, 2)) + np.eye(2)[truth])
+    one = predictions.choose_thresholds(truth, probabilities, rule, positive=1)
+    other = predictions.choose_thresholds(1 - truth, probabilities[:, ::-1], rule, positive=0)
+    assert np.array_equal(one, other[::-1], equal_nan=True)
+    with pytest.raises(ValueError, match="say which of the two classes is the positive one"):
+        predictions.choose_thresholds(truth, probabilities, rule)
 
 
 def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
@@ -439,7 +610,7 @@ def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
     index = np.repeat(np.arange(100), np.where(truth, 1, 9))
     balanced, skew = (
         {
-            rule: predictions.choose_thresholds(truth[i], np.stack([1 - p[i], p[i]], 1), rule)[1]
+            rule: predictions.choose_thresholds(truth[i], np.stack([1 - p[i], p[i]], 1), rule, positive=1)[1]
             for rule in BY_RULE
         }
         for i in (np.arange(100), index)
@@ -451,7 +622,7 @@ def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
 def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
     def chosen(truth, p, rule="youden"):
         p = np.array(p)
-        return predictions.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule)[1]
+        return predictions.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule, positive=1)[1]
 
     assert chosen([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
     # Two cuts get three of four right: between 0.1 and 0.2, and between 0.3 and 0.9.
@@ -459,8 +630,8 @@ def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
     # Nothing to choose from.
     assert chosen([0, 0], [0.1, 0.8]) == chosen([1, 1], [0.1, 0.8]) == 0.5
     # All are best called positive, or negative, although a score lies at the end of the scale.
-    assert 0 < chosen([1, 1, 0], [0.0, 0.4, 0.3], "accuracy") < 1
-    assert 0 < chosen([0, 0, 1], [0.6, 1.0, 0.7], "accuracy") < 1
+    assert chosen([1, 1, 0], [0.0, 0.0, 0.4], "accuracy") == 0
+    assert chosen([0, 0, 0, 1], [0.6, 1.0, 1.0, 1.0], "accuracy") > 1
 
 
 def test_each_label_has_the_threshold_that_it_has_alone():
@@ -468,10 +639,10 @@ def test_each_label_has_the_threshold_that_it_has_alone():
     thresholds = predictions.choose_thresholds(targets, probabilities, "f1")
     for c in range(4):
         p = probabilities[:, c]
-        alone = predictions.choose_thresholds(targets[:, c], np.stack([1 - p, p], 1), "f1")
+        alone = predictions.choose_thresholds(targets[:, c], np.stack([1 - p, p], 1), "f1", positive=1)
         assert thresholds[c] == alone[1]
-    targets[:, 2] = 0
-    assert predictions.choose_thresholds(targets, probabilities, "f1")[2] == 0.5
+    targets[:, 2], targets[:, 3] = 0, 1
+    assert np.isnan(predictions.choose_thresholds(targets, probabilities, "f1")).tolist() == [0, 0, 1, 1]
 
 
 def test_thresholds_of_three_classes_and_unknown_rules_are_refused():
@@ -480,6 +651,27 @@ def test_thresholds_of_three_classes_and_unknown_rules_are_refused():
         predictions.choose_thresholds(targets, probabilities, "youden")
     with pytest.raises(ValueError, match="youden, f1, accuracy"):
         predictions.choose_thresholds(targets, probabilities, "j")
+
+
+def test_a_first_class_that_is_positive_has_sklearns_scores_by_its_own_threshold():
+    rng = np.random.default_rng(3)
+    targets = (rng.random(200) < 0.7).astype(int)  # classes "abnormal", "healthy"
+    probabilities = metrics.softmax(rng.normal(size=(200, 2)) + 1.2 * np.eye(2)[targets])
+    thresholds = predictions.choose_thresholds(targets, probabilities, "f1", positive=0)
+    table = metrics.classification_scores(
+        targets, probabilities, ["abnormal", "healthy"], thresholds=thresholds
+    )
+    decided = np.where(probabilities[:, 0] >= thresholds[0], 0, 1)
+    f1 = sk.f1_score(targets, decided, pos_label=0)
+    assert table.loc["abnormal", "f1"] == pytest.approx(f1)
+    assert f1 == max(
+        sk.f1_score(targets, np.where(probabilities[:, 0] >= t, 0, 1), pos_label=0)
+        for t in probabilities[:, 0]
+    )
+    assert table.loc["abnormal", "recall"] == pytest.approx(sk.recall_score(targets, decided, pos_label=0))
+    assert table.loc["abnormal", "roc_auc"] == pytest.approx(
+        sk.roc_auc_score(targets == 0, probabilities[:, 0])
+    )
 
 
 # Multi-label
@@ -544,6 +736,45 @@ def test_labels_that_no_image_has_or_every_one_are_left_out_of_the_macro_means()
     assert empty.loc["macro", list(metrics.METRICS)].isna().all()
 
 
+def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no_mean(tmp_path):
+    targets, probabilities = findings()
+    thresholds = (0.4, 0.3, None, 0.3)
+    unlearnt = probabilities.copy()
+    unlearnt[:, 3] = np.nan
+    names = [
+        "|".join(name for name, has in zip(LABELS, row, strict=True) if has) or "No Finding"
+        for row in targets
+    ]
+    write_predictions(tmp_path / "p.csv", names, unlearnt, LABELS)
+    read = predictions.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True, thresholds=thresholds)
+    assert read.reported.tolist() == [True, True, True, False]
+    assert not read.predicted[:, 2:].any()
+    decided_by = list(metrics.METRICS[:-1])
+    table = metrics.classification_scores(
+        read.targets, read.probabilities, LABELS, thresholds=read.thresholds
+    )
+    assert table.loc["Edema", list(metrics.METRICS)].isna().all()
+    assert table.loc["Hernia", decided_by].isna().all()
+    known = multilabel_scores(targets[:, :2], probabilities[:, :2], (0.4, 0.3))
+    np.testing.assert_allclose(table.loc[["Effusion", "Mass", "macro"], decided_by], known[:, :5], atol=1e-9)
+    areas = [sk.roc_auc_score(targets[:, c], probabilities[:, c]) for c in range(3)]
+    assert table.loc["Hernia", "roc_auc"] == pytest.approx(areas[2])
+    assert table.loc["macro", "roc_auc"] == pytest.approx(np.mean(areas))
+    rng = np.random.default_rng(0)
+    resampled = metrics.bootstrap_scores(
+        read.targets, read.probabilities, read.patients, LABELS, thresholds=thresholds, resamples=20, rng=rng
+    )
+    unknown = resampled["estimate"].isna()
+    assert unknown.sum() == 6 + 5
+    assert resampled[unknown][["low", "high"]].isna().all(axis=None)
+    report = metrics.classification_report_table(targets, unlearnt, LABELS, thresholds=thresholds)
+    assert report.index.to_list()[:3] == ["Effusion", "Mass", "micro avg"]
+    assert math.isnan(metrics.roc_points(targets, unlearnt, 3).auc)
+    assert metrics.precision_recall_points(targets, unlearnt, 3).thresholds.size == 0
+    mean = predictions.ensemble([said(targets, probabilities), said(targets, unlearnt)])
+    assert mean.reported.tolist() == [True, True, True, False]
+
+
 def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_areas():
     targets, a = findings()
     b = np.clip(a + np.random.default_rng(3).normal(scale=0.2, size=a.shape), 0, 1)
@@ -561,7 +792,8 @@ def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_area
     [
         ([[0, 2]], [[0.1, 0.2]], "0 or 1"),
         ([[0, 1]], [[0.1, 1.2]], "sigmoid"),
-        ([[0, 1]], [[np.nan, 0.2]], "sigmoid"),
+        ([[0, 1]], [[np.nan, np.nan]], "sigmoid"),
+        ([[0, 1], [1, 0]], [[np.nan, 0.2], [0.1, 0.2]], "sigmoid"),
         ([[0, 1, 1]], [[0.1, 0.2]], "one column for each of 2 labels"),
         ([[0, 1]], [[0.1, 0.2], [0.1, 0.2]], "1 images"),
     ],
@@ -664,7 +896,7 @@ def write_predictions(path, targets, probabilities, classes):
 
 def test_single_label_predictions_are_read_with_their_thresholds(tmp_path):
     write_predictions(
-        tmp_path / "p.csv", ["NA", "Viral", "NA"], [[0.8, 0.2], [0.4, 0.6], [0.45, 0.55]], ["NA", "Viral"]
+        tmp_path / "p.csv", ["NA", "Viral", "NA"], [[0.8, 0.2], [0.42, 0.58], [0.45, 0.55]], ["NA", "Viral"]
     )
     said = predictions.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
     assert said.targets.tolist() == [0, 1, 0]

@@ -25,7 +25,15 @@ from networks import (
     trunk_features,
 )
 from small_networks import LeNet5, ResNetV2
-from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, run_folder, save_network
+from trained_networks import (
+    ModelCard,
+    TrainedNetwork,
+    ensemble_card,
+    load_network,
+    read_card,
+    run_folder,
+    save_network,
+)
 
 # Parameters for 1,000 classes as torchvision documents them, and the input width of the last layer.
 PUBLISHED = {
@@ -481,6 +489,44 @@ def test_ensemble_has_the_mean_thresholds_where_all_have_some():
     one, other = ({"origin": {"study": {"name": name}}} for name in ("covid", "pneumonia"))
     with pytest.raises(ValueError, match=r"covid/resnet18 has a, b, c; pneumonia/resnet18 has b, a, c$"):
         ensemble_card([card(**one), card(classes=("b", "a", "c"), **other)])
+
+
+def test_a_class_without_a_threshold_comes_back_from_a_valid_file_and_through_an_ensemble(tmp_path):
+    two = {"classes": ("ill", "well"), "positive": "ill", "thresholds": (0.3, None)}
+    save_network(tmp_path, nn.Linear(1, 1), card(**two))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / "model.json").read_text(), parse_constant=refuse)
+    read = read_card(tmp_path)
+    assert read == card(**two)
+    assert read.positive_index == 0
+    assert read.decide(torch.tensor([[0.3, 0.7], [0.2, 0.8]])).tolist() == [0, 1]
+    both = ensemble_card([read, card(**two | {"thresholds": (0.5, None)})])
+    assert both.thresholds == (0.4, None)
+    with pytest.raises(ValueError, match="one positive class, not ill and well"):
+        ensemble_card([read, card(**two | {"positive": "well", "thresholds": (None, 0.3)})])
+
+
+def test_in_runs_from_before_there_was_a_positive_class_it_is_the_second():
+    old = card(classes=("ill", "well"), thresholds=(0.7, 0.3))
+    assert old.positive_index == 1
+    assert old.decide(torch.tensor([[0.65, 0.35], [0.75, 0.25]])).tolist() == [1, 0]
+    assert card().positive_index is None
+    assert card(classes=("ill", "well"), multilabel=True).positive_index is None
+
+
+def test_findings_that_could_not_be_learnt_or_decided_have_no_probability_or_decision():
+    own = card(multilabel=True, thresholds=(0.5, None, None), unreported=("c",))
+    assert own.undecided == ("b",)
+    probabilities = own.probabilities(torch.tensor([[2.0, 9.0, 9.0]]))
+    assert torch.isnan(probabilities).tolist() == [[False, False, True]]
+    assert own.decide(probabilities).tolist() == [[True, False, False]]
+    other = card(multilabel=True, thresholds=(0.3, 0.6, 0.6), unreported=("a",))
+    both = ensemble_card([own, other])
+    assert both.unreported == ("a", "c")
+    assert both.thresholds == (0.4, None, None)
 
 
 def test_network_for_masked_lungs_never_sees_whole_images_unasked():

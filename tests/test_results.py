@@ -74,7 +74,7 @@ def test_an_ensemble_is_the_mean_of_its_members(folds):
     assert roc_auc_score(said.targets, said.probabilities[:, 1]) == pytest.approx(
         roc_auc_score(files[0]["target"] == "Pneumonia", mean)
     )
-    thresholds = np.array([run.card.thresholds for run in runs.values()])
+    thresholds = np.array([run.card.thresholds for run in runs.values()], dtype=float)
     np.testing.assert_allclose(said.thresholds, thresholds.mean(axis=0))
 
 

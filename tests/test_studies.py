@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from networks import ARCHITECTURES
-from studies import STUDIES, load_study, load_table
+from studies import STUDIES, load_study, load_table, positive_class
 
 MINIMAL = """
 title = "Mine"
@@ -91,7 +91,7 @@ OUTSIDE = ["..", "...", ".hidden", "up\\there", "a*", "a\x7f", " a", "a."]
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_file_whose_name_is_no_folder_below_runs_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"name: .* does not name a folder below runs/") as caught:
+    with pytest.raises(ValueError, match=r"'name': .* does not name a folder below runs/") as caught:
         load_study(write(tmp_path, name, MINIMAL))
     assert "\n" not in str(caught.value)
 
@@ -368,10 +368,8 @@ def test_the_pneumonia_variants_differ_in_one_line_each():
 
 
 def test_whole_numbers_of_held_out_images_shrink_with_a_limited_study(tmp_path):
-    for name in ("fine", "sick"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(100):
-            Image.new("L", (32, 32)).save(tmp_path / "images" / name / f"{i}.png")
+    for name in ("healthy", "sick"):
+        draw_images(tmp_path / "images" / name, 100)
     path = write(tmp_path, "mine", MINIMAL + "[split]\nval = 30\ntest = 30\n")
     assert load_table(load_study(path)).counts().loc["sick"].to_dict() == {"train": 40, "val": 30, "test": 30}
     limited = load_table(load_study(path, limit=40)).counts()
@@ -386,3 +384,58 @@ def test_a_limited_study_asks_the_network_of_few_images():
     assert load_study("demo", limit=10).maps.faithful == 2
     assert load_study("demo", limit=5000).maps.faithful == 8
     assert load_study("demo", quick=True).maps.faithful == 6
+
+
+def draw_images(folder, number):
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.new("L", (32, 32)).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("classes", "positive"),
+    [
+        (("abnormal", "healthy"), "abnormal"),
+        (("Normal", "Pneumonia"), "Pneumonia"),
+        (("No Finding", "effusion"), "effusion"),
+        (("tb", "no_finding"), "tb"),
+        (("COVID", "NEGATIVE"), "COVID"),
+    ],
+)
+def test_of_two_classes_the_one_that_is_not_called_healthy_is_the_positive_one(tmp_path, classes, positive):
+    for name in classes:
+        draw_images(tmp_path / "images" / name, 5)
+    path = write(tmp_path, "mine", MINIMAL)
+    study = load_study(path)
+    table = load_table(study)
+    assert positive_class(study, table) == positive
+    other = next(name for name in classes if name != positive)
+    chosen = load_study(write(tmp_path, "mine", f'positive = "{other}"' + MINIMAL))
+    assert positive_class(chosen, table) == other
+
+
+@pytest.mark.parametrize("classes", [("bacteria", "virus"), ("control", "normal")])
+def test_a_positive_class_is_never_guessed(tmp_path, classes):
+    for name in classes:
+        draw_images(tmp_path / "images" / name, 5)
+    one, other = classes
+    with pytest.raises(ValueError, match=f'set positive = "{one}" or positive = "{other}"'):
+        load_table(load_study(write(tmp_path, "mine", MINIMAL)))
+    with pytest.raises(ValueError, match=f"no class 'sick': set positive = \"{one}\""):
+        load_table(load_study(write(tmp_path, "mine", 'positive = "sick"' + MINIMAL)))
+    study = load_study(write(tmp_path, "mine", f'positive = "{one}"' + MINIMAL))
+    assert positive_class(study, load_table(study)) == one
+
+
+def test_a_positive_class_of_more_than_two_is_refused(tmp_path):
+    for name in ("healthy", "bacteria", "virus"):
+        draw_images(tmp_path / "images" / name, 5)
+    study = load_study(write(tmp_path, "mine", MINIMAL))
+    assert positive_class(study, load_table(study)) is None
+    with pytest.raises(ValueError, match="leave it out for bacteria, healthy, virus"):
+        load_table(load_study(write(tmp_path, "mine", 'positive = "virus"' + MINIMAL)))
+
+
+def test_the_study_of_two_kinds_of_pneumonia_says_which_one_is_looked_for():
+    assert {load_study(f"viral_vs_bacterial{name}").positive for name in ("", "_scratch")} == {"Viral"}
+    assert load_study("pneumonia_lungs").positive == "Pneumonia"

@@ -171,6 +171,11 @@ def test_several_labels_are_weighed_by_the_frequency_of_the_other_side():
     torch.testing.assert_close(multi_label_loss(outputs, targets, weights), losses.mean())
 
 
+def test_a_label_that_all_or_none_have_weighs_nothing():
+    targets = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]])
+    assert label_weights(targets).tolist() == [[0, 0, 0.25], [0, 0, 0.75]]
+
+
 def test_several_labels_are_learnt_and_chosen_by_the_mean_area_under_the_curve():
     torch.manual_seed(0)
     grey = torch.linspace(-2, 2, 16)

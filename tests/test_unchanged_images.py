@@ -18,6 +18,7 @@ from studies import load_study, load_table, read_images
 
 STUDY = """
 title = "Dark or bright"
+positive = "bright"
 [data]
 reader = "folder"
 root = "xrays"
