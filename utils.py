@@ -5,18 +5,22 @@ Stands under the command line too, so it imports nothing but NumPy, Pillow and t
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import os
 import random
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,18 +31,30 @@ if TYPE_CHECKING:
 
 # Bits that X-ray detectors and their converters store in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
+FEW = 1000  # one pixel in so many does not decide how bright the others are
+NO_VALUE = 1e30  # nothing that is measured is so large; writers put ±3.4e38 where there is no value
 # What is opened; Pillow would hand other files to programs such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag; Pillow minds it in 8-bit files only
+# TIFF tags.
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # Pillow minds it in 8-bit files only
+SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2
+STRIPS, TILES = (273, 279), (324, 325)  # offsets and lengths
+# By Pillow's mode and the tag: what Pillow delivers as int32 and as uint8.
+STORED_AS = {("I", UNSIGNED): np.uint32, ("L", SIGNED): np.int8}
+RUN_LENGTHS = (1, 2)  # compression of a BMP
+START_OF_SCAN, END_OF_JPEG, FOREIGN_BYTES = 0xDA, b"\xff\xd9", bytes.fromhex("5aa533cc") * 8
 
 
 def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the image in a file as (H, W) uint8, 0 = black, whatever its mode on disk.
 
     8-bit greyscale comes back as it is stored; RGB, palette and CMYK by ITU-R 601 luma; transparent parts
-    on black; 16-bit and 32-bit integer greyscale scaled from the smallest of 8, 10, 12, 14, 16 bits that
-    holds its maximum (a 12-bit detector's image in a 16-bit file would otherwise be almost black), floating
-    point greyscale from its own minimum and maximum. EXIF orientation is applied.
+    on black; what has more than 8 bits as `_scaled` says. EXIF orientation is applied. Of several pages the first is
+    read, and a line on stderr says so, once a file.
+
+    Damage is refused where a file shows it: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data that do
+    not reach the last pixel. Files without checksums can hold wrong pixels that nothing shows. A BMP of run lengths is
+    refused: any damage shifts its pixels, and Pillow fills up what is missing.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is no readable image.
     """
@@ -48,35 +64,125 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            grey = _grey(ImageOps.exif_transpose(image))
-            wide = image.mode.startswith(("I", "F"))
-            inverted = wide and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
-            return 255 - grey if inverted else grey
+        # By its path, Pillow would map the file, and scramble a TIFF that is stored turned.
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            pages = getattr(image, "n_frames", 1)
+            grey = _grey(image, file)
+            _check_whole(image, file)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read: give a PNG, JPEG, TIFF or BMP") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(f"{path} cannot be read, is it damaged? ({error})") from None
+    if pages > 1:
+        _say_once(f"{path} holds {pages} images: the first is read")
+    return grey
 
 
-def _grey(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
-        return _scaled_integers(np.asarray(image).astype(np.int64))
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = values.min(), values.max()
-        return np.round((values - low) / max(high - low, np.finfo(float).tiny) * 255).astype(np.uint8)
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _grey(image: Image.Image, file: BinaryIO) -> np.ndarray:
+    """Return an image that is opened, but not loaded yet, as (H, W) uint8; `file` is where it is stored."""
+    tags = getattr(image, "tag_v2", {})
+    stored = STORED_AS.get((image.mode, tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]))
+    deep_colour = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
+    image = ImageOps.exif_transpose(image)
+    if stored or image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        return _scaled(
+            values.view(stored) if stored else values, inverted=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        )
+    if deep_colour:
+        return _scaled(_deep_luma(image, file))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return np.asarray(image.convert("L")).copy()
 
 
-def _scaled_integers(values: np.ndarray) -> np.ndarray:
-    high = int(values.max())
-    bits = next((bits for bits in STORED_BITS if high < 2**bits), None)
-    full = 2**bits - 1 if bits else high
-    return np.round(values.clip(min=0) * (255 / full)).astype(np.uint8)
+def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
+    """Return (H, W) uint16 of colours with 16 bits a channel, of which Pillow keeps 8 (in `image`, upright)."""
+    import cv2
+
+    file.seek(0)
+    values = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_ANYDEPTH)  # upright too
+    if values is None or values.dtype != np.uint16 or values.shape != image.size[::-1]:
+        raise ValueError("16 bits a colour, of a kind that is not read: save it as 16-bit greyscale")
+    if image.mode == "RGBA":
+        values = np.round(values * (np.asarray(image.getchannel("A")) / 255)).astype(np.uint16)
+    return values
+
+
+def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
+    """Return (H, W) uint8 of values of any number type.
+
+    Integers are scaled from the smallest of 8, 10, 12, 14, 16 bits that holds all but one in a thousand of them (a
+    12-bit detector's image in a 16-bit file would otherwise be almost black, and so would one with a few hot pixels).
+    What lies above comes out white; a marker that is larger than that counts as part of the image. Signed integers
+    count from their minimum. Integers of more than 16 bits and floating point span their own range; one in a thousand
+    may lie beyond either end. Values that are not finite, or beyond ±1e30, are left out of it and come out 0.
+
+    `inverted`: the highest value is black. Raises ValueError where no value is finite.
+    """
+    known = np.abs(values) < NO_VALUE
+    finite = values[known]
+    if not finite.size:
+        raise ValueError("none of its pixels has a finite value")
+    few = finite.size // FEW
+    low, high = map(float, np.partition(finite, [few, -1 - few])[[few, -1 - few]])
+    if values.dtype.kind in "iu":
+        low = min(low, 0)
+        high = low + next((2**bits - 1 for bits in STORED_BITS if high - low < 2**bits), high - low)
+    scaled = (np.where(known, values, low) - low) * (255 / ((high - low) or 1))
+    grey = np.round(scaled.clip(0, 255)).astype(np.uint8)
+    return np.where(known, 255 - grey if inverted else grey, 0)
+
+
+def _check_whole(image: Image.Image, file: BinaryIO) -> None:
+    """Raise an error where an image that Pillow could load from a file shows that the file is damaged."""
+    compression = image.info.get("compression")
+    file.seek(0)
+    if image.format == "PNG":
+        Image.open(file, formats=["PNG"]).verify()
+    elif image.format == "BMP" and compression in RUN_LENGTHS:
+        raise ValueError("a BMP of run lengths does not show damage: save it as PNG")
+    elif image.format == "TIFF" and "deflate" in compression:
+        for offsets, lengths in (STRIPS, TILES):
+            for offset, length in zip(
+                image.tag_v2.get(offsets, ()), image.tag_v2.get(lengths, ()), strict=True
+            ):
+                file.seek(offset)
+                zlib.decompress(file.read(length))
+    elif image.format in ("JPEG", "MPO"):
+        # The data of a whole JPEG are used up by its last pixel: what is put after them changes nothing. Where some are
+        # lost, it is taken for pixels.
+        data = file.read()
+        end = _end_of_jpeg(data)
+        with Image.open(io.BytesIO(data[:end] + FOREIGN_BYTES + data[end:]), formats=["JPEG"]) as longer:
+            if ImageChops.difference(longer, image).getbbox():
+                raise ValueError("its data do not reach the last pixel")
+
+
+def _end_of_jpeg(data: bytes) -> int:
+    """Return where the end marker of the first image in a JPEG file stands."""
+    place = 2
+    while data[place + 1] != START_OF_SCAN:  # before it, a thumbnail may have markers of its own
+        padding = data[place + 1] == 0xFF
+        place += 1 if padding else 2 + int.from_bytes(data[place + 2 : place + 4])
+    end = data.find(END_OF_JPEG, place)
+    if end < 0:
+        raise ValueError("its end is missing")
+    return end
 
 
 @dataclass(frozen=True)

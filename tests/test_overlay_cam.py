@@ -68,6 +68,17 @@ def test_probabilities_are_the_models_own(capsys, xray, trained_run, tmp_path):
     np.testing.assert_allclose(list(found.values()), expected.numpy(), atol=1e-4)
 
 
+def test_a_tiff_of_several_pages_is_answered_by_its_first_and_a_line_says_so(
+    capsys, xray, trained_run, tmp_path
+):
+    first = Image.open(xray)
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("L", first.size)])
+    _, plain, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
+    status, out, err = call(capsys, "-i", tmp_path / "pages.tif", "-m", trained_run, "-o", tmp_path, "--json")
+    assert (status, err) == (0, f"{tmp_path / 'pages.tif'} holds 2 images: the first is read\n")
+    assert json.loads(out)[0]["probabilities"] == json.loads(plain)[0]["probabilities"]
+
+
 def test_text_names_every_class_and_the_one_that_the_map_is_for(capsys, xray, trained_run, tmp_path):
     status, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-l", "lung_opacity", "-o", tmp_path)
     assert status == 0

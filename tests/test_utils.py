@@ -1,5 +1,8 @@
 """From a file to a batch: every kind of file reads right, and sampling does what it says."""
 
+import struct
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -68,12 +71,103 @@ def test_detector_bits_in_a_sixteen_bit_file_fill_the_range(tmp_path, bits):
     assert np.abs(read_xray(save(tmp_path, Image.fromarray(values))).astype(int) - RAMP).max() <= 1
 
 
+SIGNED = {"tiffinfo": {339: 2}}
+
+
+def test_a_few_hot_pixels_do_not_blacken_a_twelve_bit_image(tmp_path):
+    values = np.tile(np.linspace(0, 4095, 256).round().astype(np.uint16), (16, 1))
+    wanted = read_xray(save(tmp_path, Image.fromarray(values)))
+    values[3, 40:44] = 65535  # 4 of 4,096
+    read = read_xray(save(tmp_path, Image.fromarray(values), "hot.png"))
+    assert (read[3, 40:44] == 255).all()
+    wanted[3, 40:44] = 255
+    np.testing.assert_array_equal(read, wanted)
+
+
+def test_a_marker_at_full_scale_counts_as_part_of_a_sixteen_bit_image(tmp_path):
+    values = np.full((64, 64), 4000, np.uint16)
+    values[2:5, 2:5] = 65535  # 9 of 4,096
+    read = read_xray(save(tmp_path, Image.fromarray(values)))
+    assert np.unique(read).tolist() == [round(4000 / 257), 255]
+
+
+def test_eight_bits_in_a_sixteen_bit_file_come_back_as_they_are(tmp_path):
+    np.testing.assert_array_equal(read_xray(save(tmp_path, Image.fromarray(RAMP.astype(np.uint16)))), RAMP)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_signed_integers_count_from_their_minimum(tmp_path, bits):
+    low, high = (-100, 100) if bits == 8 else (-1024, 3071)
+    values = np.tile(np.linspace(low, high, 256).round().astype(np.int32), (16, 1))
+    pixels = {8: values.astype(np.uint8), 16: values.astype(np.uint16), 32: values}[bits]
+    read = read_xray(save(tmp_path, Image.fromarray(pixels), "x.tif", **SIGNED)).astype(int)
+    if bits == 8:
+        np.testing.assert_array_equal(read, values + 100)
+    else:
+        assert np.abs(read - RAMP).max() <= 1
+
+
+def test_integers_of_more_than_sixteen_bits_span_their_own_range(tmp_path):
+    for low, high in ((-(2**31), 2**31 - 1), (0, 2**31 - 1), (0, 100_000)):
+        values = np.tile(np.linspace(low, high, 256).round().astype(np.int32), (16, 1))
+        assert (
+            np.abs(read_xray(save(tmp_path, Image.fromarray(values), "x.tif")).astype(int) - RAMP).max() <= 1
+        )
+
+
+def test_unsigned_integers_of_32_bits_do_not_wrap(tmp_path):
+    values = np.tile(np.linspace(0, 2**32 - 1, 256).round().astype(np.uint32), (16, 1))
+    path = save(tmp_path, Image.fromarray(values.view(np.int32)), "x.tif")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
+    assert path.read_bytes().count(signed) == 1
+    path.write_bytes(path.read_bytes().replace(signed, unsigned))
+    assert np.abs(read_xray(path).astype(int) - RAMP).max() <= 1
+
+
 def test_floating_point_tiff_spans_its_own_range(tmp_path):
     values = np.linspace(-3, 7, 256, dtype=np.float32)[None].repeat(4, 0)
     grey = read_xray(save(tmp_path, Image.fromarray(values), "x.tif"))
     assert (grey.min(), grey.max(), grey.dtype) == (0, 255, np.uint8)
     constant = save(tmp_path, Image.fromarray(np.full((4, 4), 5, np.float32)), "y.tif")
     assert not read_xray(constant).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
+def test_what_is_no_value_is_black_and_does_not_change_the_other_pixels(tmp_path, value):
+    values = np.linspace(-3, 7, 256, dtype=np.float32)[None].repeat(16, 0)
+    values[4:9, 100:200] = value
+    read = read_xray(save(tmp_path, Image.fromarray(values), "x.tif"))
+    wanted = RAMP.copy()
+    wanted[4:9, 100:200] = 0
+    assert np.abs(read.astype(int) - wanted).max() <= 1
+    inverted = read_xray(save(tmp_path, Image.fromarray(values), "y.tif", tiffinfo={262: 0}))
+    assert np.abs(inverted.astype(int) - np.where(wanted == 0, wanted, 255 - wanted))[:, 1:].max() <= 1
+    path = save(tmp_path, Image.fromarray(np.full((4, 4), value, np.float32)), "none.tif")
+    with pytest.raises(ValueError, match=r"none\.tif .*none of its pixels has a finite value"):
+        read_xray(path)
+
+
+def test_a_hot_pixel_does_not_blacken_a_floating_point_image(tmp_path):
+    values = np.linspace(0, 1, 256, dtype=np.float32)[None].repeat(16, 0)
+    values[3, 40], values[3, 41] = 1e6, -1e6
+    read = read_xray(save(tmp_path, Image.fromarray(values), "x.tif"))
+    assert read[3, 40:42].tolist() == [255, 0]
+    assert np.abs(np.delete(read, 3, axis=0).astype(int) - RAMP[:15]).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_twelve_bits_in_colour_channels_of_sixteen_fill_the_range(tmp_path, suffix):
+    values = np.tile(np.linspace(0, 4095, 256).round().astype(np.uint16), (16, 1))
+    path = str(tmp_path / f"x{suffix}")
+    cv2.imwrite(path, np.dstack([values] * 3))
+    assert np.abs(read_xray(path).astype(int) - RAMP).max() <= 1
+    alpha = np.where(np.arange(256) < 100, 0, 65535)[None].repeat(16, 0)
+    cv2.imwrite(path, np.dstack([values] * 3 + [alpha.astype(np.uint16)]))
+    assert np.abs(read_xray(path).astype(int) - np.where(alpha, RAMP, 0)).max() <= 1
+    colours = np.random.default_rng(0).integers(0, 65536, (8, 9, 3), dtype=np.uint16)
+    cv2.imwrite(path, colours[..., ::-1])
+    luma = (colours @ [0.299, 0.587, 0.114]) / 257
+    assert np.abs(read_xray(path) - luma).max() <= 1
 
 
 def test_sixteen_bit_tiff_in_which_white_is_zero_is_turned_over(tmp_path):
@@ -112,6 +206,111 @@ def test_exif_orientation_is_applied(tmp_path):
     image = Image.fromarray(np.tile(RAMP[:, ::32], (2, 1)))
     path = save(tmp_path, image, exif=exif)
     assert read_xray(path).shape == (image.width, image.height)
+
+
+TURNED = {
+    1: lambda stored: stored,
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).T,
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_tiffs_of_every_orientation_come_upright(tmp_path, orientation, compression):
+    stored = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    for name, image in {
+        "8 bits": Image.fromarray(stored),
+        "16 bits": Image.fromarray(stored * np.uint16(257)),
+        "float": Image.fromarray(stored.astype(np.float32)),
+        "RGB": Image.fromarray(stored).convert("RGB"),
+    }.items():
+        path = save(tmp_path, image, "x.tif", tiffinfo={274: orientation}, compression=compression)
+        np.testing.assert_array_equal(read_xray(path), TURNED[orientation](stored), err_msg=name)
+
+
+def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, capfd):
+    other = Image.fromarray(255 - RAMP)
+    path = save(tmp_path, Image.fromarray(RAMP), "x.tif", save_all=True, append_images=[other, other])
+    for _ in range(3):
+        np.testing.assert_array_equal(read_xray(path), RAMP)
+    assert capfd.readouterr() == ("", f"{path} holds 3 images: the first is read\n")
+    read_xray(save(tmp_path, Image.fromarray(RAMP), "y.tif"))
+    assert capfd.readouterr() == ("", "")
+
+
+def noisy(size=(300, 400)):
+    """Return an X-ray of stripes and noise, with a black border."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    grey = 120 + 60 * np.sin(x / 40) * np.cos(y / 30) + np.random.default_rng(0).normal(0, 6, size)
+    grey[:, :30] = grey[-40:] = 0
+    return grey.clip(0, 255).astype(np.uint8)
+
+
+WHOLE_JPEGS = {
+    "greyscale": {},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True, "quality": 30},
+    "restarts": {"restart_marker_rows": 2},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE_JPEGS)
+def test_whole_jpegs_are_read_and_those_that_lost_data_are_refused(tmp_path, kind):
+    for picture in (noisy(), np.zeros((65, 70), np.uint8), np.full((64, 64), 255, np.uint8)):
+        path = save(tmp_path, Image.fromarray(picture), "x.jpg", **WHOLE_JPEGS[kind])
+        with Image.open(path) as whole:
+            np.testing.assert_array_equal(read_xray(path), np.asarray(whole))
+        path.write_bytes(path.read_bytes() + b"and more")  # what stands behind the end is no matter
+        assert read_xray(path).shape == picture.shape
+    path = save(tmp_path, Image.fromarray(noisy()), "x.jpg", **WHOLE_JPEGS[kind])
+    data = path.read_bytes()
+    for share in (0.5, 0.7, 0.9):
+        place = int(len(data) * share)
+        for damaged in (data[:place], data[:place] + bytes(len(data) - place), data[:place] + b"\xff\xd9"):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"x\.jpg cannot be read, is it damaged\?"):
+                read_xray(path)
+
+
+def test_jpegs_with_a_hole_are_refused(tmp_path):
+    path = save(tmp_path, Image.fromarray(noisy()), "x.jpg", quality=90)
+    data = path.read_bytes()
+    for place in range(len(data) // 4, len(data) - 1000, len(data) // 9):
+        for hole, lost in ((bytes(512), 512), (b"", 64)):
+            path.write_bytes(data[:place] + hole + data[place + lost :])
+            with pytest.raises(ValueError, match="damaged"):
+                read_xray(path)
+
+
+@pytest.mark.parametrize(("suffix", "compression"), [(".png", None), (".tif", "tiff_adobe_deflate")])
+def test_a_wrong_byte_in_a_file_with_checksums_is_refused(tmp_path, suffix, compression):
+    options = {"compression": compression} if compression else {}
+    path = save(tmp_path, Image.fromarray(noisy()), f"x{suffix}", **options)
+    data = path.read_bytes()
+    np.testing.assert_array_equal(read_xray(path), noisy())
+    for place in range(1000, len(data) - 1000, len(data) // 9):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            read_xray(path)
+        path.write_bytes(data[:place] + bytes(len(data) - place))  # a length that a crash has left
+        with pytest.raises(ValueError, match=r"damaged|not an image"):
+            read_xray(path)
+
+
+def test_a_bmp_of_run_lengths_is_refused_and_a_plain_one_is_read(tmp_path):
+    path = save(tmp_path, Image.fromarray(RAMP), "x.bmp")
+    np.testing.assert_array_equal(read_xray(path), RAMP)
+    data = bytearray(path.read_bytes())
+    data[30] = 1  # its compression
+    path.write_bytes(data[:1078] + (bytes([255, 7, 1, 7]) + b"\0\0") * 16 + b"\0\1")
+    with pytest.raises(ValueError, match=r"x\.bmp .*run lengths .*: save it as PNG"):
+        read_xray(path)
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
