@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.table import XrayTable, patients_of, patients_up_to, rarest_findings, target_names
+from datasets.table import XrayTable, first_patients, patients_of, rarest_findings, target_names
 
 
 def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) -> XrayTable:
@@ -16,7 +16,8 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
     `val` and `test` are fractions of each class's images (below 1) or numbers of images a class (1 and
     more). Splits that the source brings are kept; a missing one is drawn from the source's "train" (or from
     the images without a split). A patient counts for the class that most of its images have. With one
-    image a patient the sizes are exact; with several they are met as nearly as whole patients allow.
+    image a patient the sizes are exact; with several they are met within half a patient a class, whether patients have
+    few images or many (see `table.first_patients`).
 
     In a multi-label table a patient counts for its rarest finding, and a finding too rare for every split to
     get a patient of its stratum is left to train.
@@ -52,7 +53,8 @@ def _no_finding(table: XrayTable) -> int | None:
 
 
 def _held_out(images: pd.Series, wanted: Mapping[str, float]) -> dict[str, str]:
-    """Return the split of each patient of one class that is not for training, from their numbers of `images`.
+    """Return the split of each patient of one class that is not for training, from their numbers of `images`, in random
+    order.
 
     Raises ValueError where they are too few for all the splits `wanted` and for training.
     """
@@ -62,14 +64,17 @@ def _held_out(images: pd.Series, wanted: Mapping[str, float]) -> dict[str, str]:
             f"{', '.join(wanted)}"
         )
     total, side = int(images.sum()), {}
-    for split, size in wanted.items():
-        target = max(1, round(size * total) if size < 1 else int(size))
-        chosen = patients_up_to(images, target)
+    targets = {
+        split: max(1, round(size * total) if size < 1 else int(size)) for split, size in wanted.items()
+    }
+    if sum(targets.values()) >= total:
+        sizes = " and ".join(f"{size} for {split}" for split, size in wanted.items())
+        raise ValueError(f"{total} images: none is left to train on beside {sizes}")
+    for following, (split, target) in zip(range(len(targets), 0, -1), targets.items(), strict=True):
+        # One patient at least is left for each split that follows, train among them.
+        chosen = first_patients(images, target)[: len(images) - following]
         side |= dict.fromkeys(chosen, split)
         images = images.drop(index=chosen)
-        if images.empty:
-            sizes = " and ".join(f"{size} for {split}" for split, size in wanted.items())
-            raise ValueError(f"{total} images: none is left to train on beside {sizes}")
     return side
 
 

@@ -178,7 +178,7 @@ class XrayTable:
         kept: list[str] = []
         for stratum, group in patients.sample(frac=1, random_state=seed).groupby(["split", "label"]):
             if wanted[stratum]:
-                kept.extend(patients_up_to(group["images"], wanted[stratum]))
+                kept.extend(first_patients(group["images"], wanted[stratum]))
         note = f"limited to {{}} of {len(self)} images"
         return self.of_images(self.frame["patient"].isin(kept), note=note)
 
@@ -206,17 +206,17 @@ def _shares(counts: pd.Series, number: int) -> pd.Series:
     return whole
 
 
-def patients_up_to(images: pd.Series, target: int) -> list[str]:
-    """Return patients, in their order, whose numbers of `images` together come to `target` without passing it.
+def first_patients(images: pd.Series, target: int) -> list[str]:
+    """Return the first patients, in their random order, whose numbers of `images` together come to `target` as nearly
+    as can be: the last one is taken if at least half of its images still fit.
 
-    Where even one passes it, the patient with the fewest images: better a few too many than an empty split.
+    To go on and fill up with those who fit would prefer patients with few images. Only one with at least twice `target`
+    images is passed over, for it would be all of a split; where all have, it is the one with the fewest: better a few
+    too many than an empty split.
     """
-    chosen, count = [], 0
-    for patient, number in images.items():
-        if count + number <= target:
-            chosen.append(patient)
-            count += int(number)
-    return chosen or [images.idxmin()]
+    possible = images[images < 2 * target]
+    middles = possible.cumsum() - possible / 2
+    return list(possible.index[middles < target]) or [images.idxmin()]
 
 
 def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.DataFrame:

@@ -19,7 +19,15 @@ from datasets.splits import (
     splits_frame,
     thinned,
 )
-from datasets.table import merged, patients_of, rarest_findings, relabelled, relative_paths, target_names
+from datasets.table import (
+    first_patients,
+    merged,
+    patients_of,
+    rarest_findings,
+    relabelled,
+    relative_paths,
+    target_names,
+)
 
 FINDINGS = ("Effusion", "Mass", "Edema")
 
@@ -59,7 +67,7 @@ def single(
             "lesion": pd.Series([None] * number, dtype=object),
         }
     )
-    classes = tuple(f"class {i}" for i in range(max(labels) + 1))
+    classes = tuple(f"class {i}" for i in range(max(1, *labels) + 1))
     return XrayTable(frame=frame, classes=classes, root=Path("/data/one"), has_patient_ids=True)
 
 
@@ -160,6 +168,47 @@ def test_every_split_has_every_finding_that_is_frequent_enough():
     assert (shares["test"] - 0.2).abs().max() < 0.03
 
 
+def heavy_tailed(number: int) -> pd.Series:
+    """Numbers of images of that many patients: most have few, some have many."""
+    sizes = np.ceil(np.random.default_rng(5).lognormal(1, 1.1, number)).astype(int)
+    return pd.Series(sizes, index=[f"p{i:03d}" for i in range(number)])
+
+
+def test_patients_of_a_split_have_as_many_images_as_the_others():
+    images = heavy_tailed(40)
+    table = single([0] * int(images.sum()), patients=list(images.index.repeat(images)))
+    sums = pd.DataFrame(0, index=["images", "patients"], columns=SPLITS)
+    for seed in range(80):
+        divided = split_by_patient(table, val=0.2, test=0.2, seed=seed).frame.groupby("split")["patient"]
+        sums.loc["images"] += divided.size()
+        sums.loc["patients"] += divided.nunique()
+        # Within half a patient, and the rounding of the target to whole images.
+        assert (divided.size()[["val", "test"]] - 0.2 * len(table)).abs().max() <= images.max() / 2 + 0.5
+    mean = sums.loc["images"] / sums.loc["patients"]
+    # Not quite equal: one with so many images that half of them do not fit is never the last.
+    assert (mean / images.mean() - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("sizes", [[90, 5, 5], [1, 1, 40], [30, 30, 30], [1, 2, 3, 100]])
+def test_few_patients_of_very_different_sizes_still_fill_every_split(sizes):
+    table = single([0] * sum(sizes), patients=[f"p{i}" for i, size in enumerate(sizes) for _ in range(size)])
+    for seed in range(20):
+        assert set(split_by_patient(table, val=0.1, test=0.2, seed=seed).frame["split"]) == set(SPLITS)
+
+
+def test_the_first_patients_are_taken_to_the_nearest_number_of_images():
+    assert first_patients(pd.Series(1, index=list("dcab")), 3) == ["d", "c", "a"]
+    images = pd.Series({"a": 3, "b": 4, "c": 1, "d": 50})
+    assert [first_patients(images, target) for target in (4, 5, 6, 8)] == [
+        ["a"],
+        ["a"],
+        ["a", "b"],
+        ["a", "b", "c"],
+    ]
+    assert first_patients(images[["d", "a", "c"]], 4) == ["a", "c"]
+    assert first_patients(images[["d", "b"]], 1) == ["b"]
+
+
 def test_finding_too_rare_for_all_splits_is_left_to_train():
     table = split_by_patient(several(["Edema"] * 2 + ["Mass"] * 20 + [""] * 20), val=0.1, test=0.1, seed=0)
     assert table.counts().loc["Edema"].tolist() == [2, 0, 0]
@@ -224,8 +273,10 @@ def test_limit_is_nearly_met_though_patients_have_many_images():
     patients = [f"p{number:03d}" for number in np.repeat(np.arange(300), rng.integers(1, 30, 300))]
     texts = ["|".join(np.array(FINDINGS)[rng.random(3) < 0.1]) for _ in patients]
     table = several(texts, patients)
+    sizes = [len(table.limited(100, seed=seed)) for seed in range(20)]
+    assert np.mean(sizes) == pytest.approx(100, abs=5)
+    assert np.abs(np.array(sizes) - 100).max() <= 4 * 29 / 2  # half a patient in each of four strata
     limited = table.limited(100, seed=0)
-    assert 90 <= len(limited) <= 105
     kept = table.frame["patient"].isin(limited.frame["patient"])
     assert kept.sum() == len(limited)
 
