@@ -1,12 +1,10 @@
 """What is said of one X-ray: its record, its text and the overlays that are written."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 
@@ -15,6 +13,7 @@ from explanations import cam_of, explain
 from heatmaps import boxes_from_map, draw_boxes, overlay, with_colour_bar
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card
 from utils import read_xray
+from xray_files import check_replaceable, write_overlay
 
 if TYPE_CHECKING:
     from lung_masking import LungMask
@@ -108,8 +107,11 @@ def answer(
     where several networks or layers have no scale in common), the "boxes" that were asked for and, where
     there is a lung model, the share inside the lungs ("in_lungs", None where they were not found).
 
-    Raises ValueError or OSError where the image cannot be read or an overlay not be written.
+    Raises ValueError or OSError where the image cannot be read or an overlay not be written, and before the first
+    is written where one would replace a file that is no overlay.
     """
+    for path in outputs:
+        check_replaceable(path)
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
     said = explain(members, xray, wanted, method=options.method, layer=options.layer)
     found = lungs(xray) if lungs else None
@@ -126,7 +128,7 @@ def answer(
             picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
         if found is not None:
             entry["in_lungs"] = _share_inside(map_, found)
-        _write(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
+        write_overlay(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
         entries.append(entry)
     record = {
         "image": str(image),
@@ -142,19 +144,6 @@ def answer(
         "maps": entries,
     }
     return {key: value for key, value in record.items() if value is not None}
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ValueError(f"cannot write {path}")
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        unfinished.write_bytes(encoded.tobytes())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
