@@ -376,6 +376,62 @@ def test_findings_are_those_from_their_thresholds_on(capsys, noise, tmp_path):
     assert out.count("Grad-CAM for") == 3
 
 
+def always(folder, probabilities, thresholds=None, *, multilabel=False):
+    """A run whose network says the same of every image, for which nothing in the image speaks."""
+    names = ("Mass", "Edema", "Hernia")[: len(probabilities)]
+    head = {"head": "sigmoid", "multilabel": True} if multilabel else {}
+    trained = untrained(0, names, thresholds=thresholds, **head)
+    for parameter in trained.network.parameters():
+        parameter.data.zero_()
+    p = torch.tensor(probabilities)
+    last = [module for module in trained.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    last.bias.data.copy_(p.logit() if multilabel else p.log())
+    return run_of(folder, trained)
+
+
+def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.69, 0.31), (0.76, 0.24))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["predicted"] == "Edema"
+    assert record["thresholds"] == {"Mass": 0.76, "Edema": 0.24}
+    assert text.splitlines()[1:] == [
+        "  Mass   0.690  (decision threshold 0.760)",
+        "  Edema  0.310  (decision threshold 0.240)",
+        "  Predicted: Edema (probability 0.310, above its decision threshold 0.240)",
+        "  Grad-CAM for Edema (empty: nothing in the image speaks for it; it is predicted because its decision "
+        f"threshold is low): {tmp_path / 'o.png'}",
+    ]
+
+
+def test_class_whose_probability_is_nearest_to_its_threshold_is_said_to_be(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.45, 0.42, 0.13), (0.5, 0.45, 0.2))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["predicted"] == "Edema"  # 0.42 / 0.45 is the largest ratio
+    assert (
+        "  Predicted: Edema (probability 0.420, of all the nearest to its decision threshold 0.450)\n" in text
+    )
+
+
+def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.3, 0.25, 0.1), (0.2, 0.5, 0.5), multilabel=True)
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["findings"] == ["Mass"]
+    assert record["thresholds"] == {"Mass": 0.2, "Edema": 0.5, "Hernia": 0.5}
+    assert "  Mass    0.300  (decision threshold 0.200)\n" in text
+    assert "  Edema   0.250  (decision threshold 0.500)\n" in text
+    assert "  Findings: Mass (by their thresholds; these probabilities are not calibrated)\n" in text
+    assert "speaks for it; it is predicted because its decision threshold is low)" in text
+
+
+def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
+    record, text = said(
+        capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png"
+    )
+    assert "thresholds" not in record
+    assert "decision threshold" not in text
+    assert "(empty: nothing in the image speaks for it): " in text
+
+
 def test_warning_is_one_line_on_stderr_and_leaves_the_list_whole(
     capsys, noise, small_run, tmp_path, monkeypatch
 ):
