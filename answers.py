@@ -1,12 +1,10 @@
 """What is said of one X-ray: its record, its text and the overlays that are written."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 
@@ -15,6 +13,7 @@ from explanations import cam_of, explain
 from heatmaps import boxes_from_map, draw_boxes, overlay, with_colour_bar
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card
 from utils import read_xray
+from xray_files import check_replaceable, write_overlay
 
 if TYPE_CHECKING:
     from lung_masking import LungMask
@@ -104,12 +103,16 @@ def answer(
     lungs: "LungFinder | None" = None,
 ) -> dict[str, object]:
     """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
-    a multi-label network "findings"), and of each map the label, the file, the raw maximum ("peak", None
-    where several networks or layers have no scale in common), the "boxes" that were asked for and, where
-    there is a lung model, the share inside the lungs ("in_lungs", None where they were not found).
+    a multi-label network "findings"), the decision "thresholds" where there are some, and of each map the label,
+    the file, the raw maximum ("peak", None where several networks or layers have no scale in common), the "boxes"
+    that were asked for and, where there is a lung model, the share inside the lungs ("in_lungs", None where they
+    were not found).
 
-    Raises ValueError or OSError where the image cannot be read or an overlay not be written.
+    Raises ValueError or OSError where the image cannot be read or an overlay not be written, and before the first
+    is written where one would replace a file that is no overlay.
     """
+    for path in outputs:
+        check_replaceable(path)
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
     said = explain(members, xray, wanted, method=options.method, layer=options.layer)
     found = lungs(xray) if lungs else None
@@ -126,16 +129,15 @@ def answer(
             picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
         if found is not None:
             entry["in_lungs"] = _share_inside(map_, found)
-        _write(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
+        write_overlay(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
         entries.append(entry)
     record = {
         "image": str(image),
         "networks": len(members) if len(members) > 1 else None,
         "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
         **_decision(card, said.probabilities),
-        "probabilities": {
-            n: round(p, 4) for n, p in zip(card.classes, said.probabilities.tolist(), strict=True)
-        },
+        "probabilities": _by_class(card, said.probabilities.tolist()),
+        "thresholds": _by_class(card, card.thresholds),
         "method": options.method,
         "layers": options.layer,
         "boxes_above": options.boxes,
@@ -144,23 +146,14 @@ def answer(
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _write(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ValueError(f"cannot write {path}")
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        unfinished.write_bytes(encoded.tobytes())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
     if lungs.reason is not None or not map_.any():
         return None
     return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
+
+
+def _by_class(card: ModelCard, values: Sequence[float] | None) -> dict[str, float] | None:
+    return None if values is None else {n: round(v, 4) for n, v in zip(card.classes, values, strict=True)}
 
 
 def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
@@ -182,15 +175,21 @@ def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray, other: "LungMask
 
 
 def text_of(record: dict[str, object]) -> str:
-    """Return what is printed of a record of `answer`: classes from the most probable one on, remarks, maps."""
+    """Return what is printed of a record of `answer`: classes from the most probable one on, with the thresholds
+    that they are compared with, what is predicted, remarks, maps.
+    """
     width = max(len(name) for name in record["probabilities"])
-    ranked = sorted(record["probabilities"].items(), key=lambda item: -item[1])
-    lines = [record["image"], *(f"  {name:<{width}}  {value:.3f}" for name, value in ranked)]
+    thresholds = record.get("thresholds", {})
+    lines = [record["image"]]
+    for name in _ranked(record):
+        compared = f"  (decision threshold {thresholds[name]:.3f})" if thresholds else ""
+        lines.append(f"  {name:<{width}}  {record['probabilities'][name]:.3f}{compared}")
     if "findings" in record:
         found = ", ".join(record["findings"]) or "none"
-        lines.append(f"  Findings: {found} (by their thresholds; these probabilities are not calibrated)")
-    elif record["predicted"] != ranked[0][0]:
-        lines.append(f"  Predicted, by its decision threshold: {record['predicted']}")
+        by = "their thresholds" if thresholds else "probabilities of at least 0.5"
+        lines.append(f"  Findings: {found} (by {by}; these probabilities are not calibrated)")
+    elif thresholds:
+        lines.append(f"  Predicted: {record['predicted']} ({_reason(record)})")
     if "lungs" in record:
         lines.append(f"  Lungs: {record['lungs']}")
     title = METHODS[record["method"]].title
@@ -201,13 +200,28 @@ def text_of(record: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def _ranked(record: dict[str, object]) -> list[str]:
+    """Return the names of the classes from the most probable one on."""
+    return sorted(record["probabilities"], key=lambda name: -record["probabilities"][name])
+
+
+def _reason(record: dict[str, object]) -> str:
+    """Return why the thresholds decide on what is predicted: as `ModelCard.decide`, which compares ratios."""
+    name = record["predicted"]
+    probability, threshold = record["probabilities"][name], record["thresholds"][name]
+    if probability >= threshold:
+        return f"probability {probability:.3f}, above its decision threshold {threshold:.3f}"
+    return f"probability {probability:.3f}, of all the nearest to its decision threshold {threshold:.3f}"
+
+
 def _knows_classes(method: str) -> bool:
     return METHODS[method].needs != "activation"
 
 
 def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
     if entry["empty"]:
-        return " (empty: nothing in the image speaks for it)"
+        by = "; it is predicted because its decision threshold is low" if _by_threshold(entry, record) else ""
+        return f" (empty: nothing in the image speaks for it{by})"
     notes = ""
     if entry.get("in_lungs") is not None:
         notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
@@ -215,3 +229,11 @@ def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
         number = len(entry["boxes"])
         notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
     return notes
+
+
+def _by_threshold(entry: dict[str, object], record: dict[str, object]) -> bool:
+    """Return whether a map's class is predicted though the network itself holds it for unlikely."""
+    label = entry["label"]
+    if "findings" in record:
+        return label in record["findings"] and record["probabilities"][label] < 0.5
+    return label == record["predicted"] != _ranked(record)[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 STATE, SETTINGS = "state.pt", "settings.json"
 ANEW = "start anew with --restart, or delete that folder"
+UNFINISHED = ".xraycam-"  # what the names of files that are being written begin with
 
 
 class NotSaved(OSError):
@@ -117,14 +118,18 @@ def _reason(error: BaseException | None) -> str | None:
     return getattr(error, "strerror", None)
 
 
-def write_whole(file: Path, content: str | Mapping[str, object] | Callable[[Path], None]) -> None:
-    """Write a file that is there completely or not at all, whatever happens: a text, what `torch.save` takes, or
-    what a function writes into the path that it is given. The disk has it when this returns.
+def write_whole(file: Path, content: str | bytes | Mapping[str, object] | Callable[[Path], None]) -> None:
+    """Write a file that is there completely or not at all, whatever happens: a text, bytes, what `torch.save`
+    takes, or what a function writes into the path that it is given. The disk has it when this returns.
     """
-    unfinished = file.with_name(f".{file.name}.tmp")
+    # A name of its own, as two processes may write one file at once; not made of the file's, which may be as long
+    # as a name can be.
+    unfinished = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}.tmp")
     try:
         if isinstance(content, str):
-            unfinished.write_text(content, encoding="utf-8", newline="")
+            content = content.encode()
+        if isinstance(content, bytes):
+            unfinished.write_bytes(content)
         elif isinstance(content, Mapping):
             with unfinished.open("wb") as stream:  # torch's own writer would hide why a disk refuses
                 torch.save(content, stream)
@@ -135,6 +140,12 @@ def write_whole(file: Path, content: str | Mapping[str, object] | Callable[[Path
     finally:
         unfinished.unlink(missing_ok=True)
     flush(file.parent)  # the new name, too, must outlive a power cut
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed in `write_whole` have left in a folder that no other one writes to."""
+    for left in folder.glob(f"{UNFINISHED}*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

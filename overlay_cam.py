@@ -1,4 +1,4 @@
-"""Command line: X-rays in, probabilities and overlays of class activation maps out.
+r"""Command line: X-rays in, probabilities and overlays of class activation maps out.
 
     python overlay_cam.py -i IMAGE [IMAGE|FOLDER ...] -m RUN [RUN ...] [-l LABEL|all] [-o OUTPUT]
                           [--method NAME] [--layer NAME [NAME ...]] [--boxes [SHARE]] [--bar]
@@ -8,14 +8,24 @@ Prints each class with its probability and writes, for each image, an overlay at
 several runs, an ensemble, the mean is given. Where a lung model is at hand (the network's own, or the one in
 `lungs` beside the studies' folders) it says how much of each map lies inside the lungs.
 
-Of a folder, or of several images, `predictions.csv` in the output folder gets a row as soon as an image's
-overlays are written: image (absolute path), predicted (of a multi-label network findings, joined with |, or
-"No Finding"), each class's probability, lungs and in_lungs (what is said of them, and the share of the first
-map inside), overlay (the first map's file), and the image's bytes and time of change. The same command goes on
-where it was stopped: it does images again only if they or their overlays have changed or gone. With another
-model or other options for the maps the table is begun anew. Started several times at once by `accelerate launch
---multi_gpu --num_processes N overlay_cam.py …` or `torchrun --nproc-per-node N overlay_cam.py …`, each process
-does a share of the images, on a GPU of its own, and all write to that table.
+Of a folder, or of several images, `predictions.csv` in the output folder gets a row as soon as an image is done:
+
+- image: absolute path, in which a backslash is written as two, a line break as \n
+- predicted: a class; of a multi-label network findings, joined with |, or "No Finding"
+- each class's probability
+- lungs, in_lungs: what is said of them, and the share of the first map inside
+- overlay, overlay_bytes: the first map's file; the size of each map's file, joined with |
+- bytes, changed: the image's size and its time of change
+- error: why the image could not be done; nothing else is in its row then
+
+The same command goes on where it was stopped: it does images again only if they have failed, or if they or their
+overlays have changed or gone. With another model or other options for the maps the table is begun anew, and the old
+one is kept as `predictions-1.csv`. Started several times at once by `accelerate launch --multi_gpu --num_processes N
+overlay_cam.py …` or `torchrun --nproc-per-node N overlay_cam.py …`, each process does a share of the images, on a
+GPU of its own, and all write to that table. Any other command is refused as long as one is at work on the table.
+
+An overlay carries a mark, by which it is known. A file without it is never replaced; one with it is no X-ray, and is
+skipped. What is skipped in a folder is said on stderr.
 
 Exit status: 0 all done; 1 some images could not be done, the others are; 2 nothing could be done, or the disk
 is full; 130 stopped by Ctrl-C. Of several processes one with some images undone ends with 0 too: else the
@@ -26,11 +36,14 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
+import platform
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,7 +56,17 @@ from heatmaps import COLORMAPS
 from networks import resolve_device
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
 from utils import Share
-from xray_files import TABLE, Job, images_in, names_file, output_paths, prediction_table, resume, row_of
+from xray_files import (
+    TABLE,
+    Job,
+    failed_row,
+    images_in,
+    names_file,
+    output_paths,
+    prediction_table,
+    resume,
+    row_of,
+)
 
 if TYPE_CHECKING:
     from answers import LungFinder
@@ -54,8 +77,8 @@ HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE})
 
 
 class Work(NamedTuple):
-    """What this process has to do: `answer`'s arguments, the `jobs` that remain of its `number` of them, and the
-    `table` for more than one image, which may be `begun_anew`.
+    """What this process has to do: `answer`'s arguments, the `jobs` that remain of its `number` of them, what was
+    `skipped`, and the `table` for more than one image, with the new name of one that was `set_aside` for it.
     """
 
     members: list[TrainedNetwork]
@@ -65,8 +88,9 @@ class Work(NamedTuple):
     share: Share
     number: int
     jobs: list[Job]
+    skipped: list[str]
     table: "ResumableTable | None" = None
-    begun_anew: bool = False
+    set_aside: Path | None = None
 
 
 def share_of(environment: Mapping[str, str]) -> Share:
@@ -78,6 +102,17 @@ def share_of(environment: Mapping[str, str]) -> Share:
     if not rank.isdecimal() or not of.isdecimal() or int(rank) >= int(of):
         raise ValueError(f"RANK {rank} of WORLD_SIZE {of}: unset them, or start with accelerate launch")
     return Share(int(rank), int(of))
+
+
+def launch_of(environment: Mapping[str, str], share: Share, settings: object) -> str:
+    """Return a name that all processes of one launch have in common, and no other command at the same time."""
+    if share.of == 1:
+        return os.urandom(8).hex()
+    variables = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    parts = [environment.get(name) for name in variables]
+    if environment.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1"):
+        parts.append(platform.node())  # that address is every machine's own
+    return hashlib.sha256(repr((parts, settings)).encode()).hexdigest()[:16]
 
 
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
@@ -183,7 +218,7 @@ def _prepare(given: argparse.Namespace) -> Work:
     if given.json and share.of > 1:
         raise ValueError(f"--json: several processes cannot print one list: leave it out, {TABLE} has it all")
     device = _device(given.device, share)
-    images = images_in(given.image)
+    images, problems, skipped = images_in(given.image)
     folders = list(dict.fromkeys(run_folder(model).resolve() for model in given.model))
     card = ensemble_card([read_card(folder) for folder in folders])
     wanted = chosen_labels(given.label, card)
@@ -193,23 +228,41 @@ def _prepare(given: argparse.Namespace) -> Work:
     if options.layer:
         check_layers(members, options.layer)
     lungs = lung_finder(given.lungs, members, folders[0], device)
-    jobs = [Job(image, base, endings) for image, base in zip(images, bases, strict=True)]
+    jobs = [Job(image, base, endings, problems.get(image)) for image, base in zip(images, bases, strict=True)]
     mine = jobs[share.index :: share.of]
-    work = Work(members, wanted, options, lungs, share, len(mine), mine)
-    if names_file(given.output) or (len(jobs) == 1 and not any(path.is_dir() for path in given.image)):
+    work = Work(members, wanted, options, lungs, share, len(mine), mine, skipped)
+    if names_file(given.output) or (len(jobs) == 1 and not any(map(os.path.isdir, given.image))):
         return work
     lungs_from = lung_folder(given.lungs, [member.card for member in members], folders[0])
     settings = {"labels": wanted, **options._asdict()}
-    table = prediction_table(given.output or Path(), folders, lungs=lungs_from, options=settings)
+    table = prediction_table(
+        given.output or Path(),
+        folders,
+        lungs=lungs_from,
+        options=settings,
+        launch=launch_of(os.environ, share, [*folders, lungs_from, settings]),
+        process=share.index,
+    )
     return work._replace(table=table, **resume(table, jobs, share)._asdict())
+
+
+def _complain(what: object) -> None:
+    # On one line: a file's name, or what torch says, may have several.
+    print(f"overlay_cam.py: {' '.join(str(what).splitlines())}", file=sys.stderr)
 
 
 def _announce(work: Work, *, as_json: bool) -> None:
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     if work.share.of > 1:
         say(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
-    if work.begun_anew:
-        say(f"{work.table.path} is begun anew: it was made by another model or with other options")
+    if work.share.index == 0:
+        for line in work.skipped:
+            _complain(line)
+    if work.set_aside is not None:
+        say(
+            f"{work.table.path} is begun anew: the one before was made by another model or with other options, or "
+            f"its settings are damaged; it is kept as {work.set_aside.name}"
+        )
     done = work.number - len(work.jobs)
     if done == work.number > 0:
         say(f"all {done} images are done already, see {work.table.path}")
@@ -229,18 +282,22 @@ def _say(record: dict[str, object], *, as_json: bool, first: bool) -> None:
 
 def _attempt(work: Work, job: Job) -> dict[str, object]:
     """Do a job and write its row; return its record, or what it failed for. Raises OSError where all would fail."""
-    state = job.state()  # before the image is read: if it changes meanwhile, it is done again next time
+    source = job.source()  # before the image is read: if it changes meanwhile, it is done again next time
     try:
+        if job.problem is not None:
+            raise ValueError(job.problem)
         record = answer(
             work.members, job.image, work.wanted, job.overlays, options=work.options, lungs=work.lungs
         )
     except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         if work.table is not None and getattr(error, "errno", None) in HOPELESS:
             raise
-        print(f"overlay_cam.py: {error}", file=sys.stderr)
-        return {"image": str(job.image), "error": str(error)}
+        _complain(error)
+        record = {"image": str(job.image), "error": str(error)}
     if work.table is not None:
-        work.table.append(row_of(record, state))
+        failed = "error" in record
+        row = failed_row(record, work.table.columns) if failed else row_of(record, [*job.written(), *source])
+        work.table.append(row)
     return record
 
 
@@ -261,11 +318,11 @@ def _answer_all(work: Work, *, as_json: bool) -> int:
         with contextlib.suppress(BrokenPipeError):
             print("\n]" if told else "[]", flush=True)
     if failed and work.number > 1:
-        print(f"overlay_cam.py: {failed} of {work.number} images could not be done", file=sys.stderr)
+        _complain(f"{failed} of {work.number} images could not be done")
     if status:
         said = f"stopped after {work.number - len(work.jobs) + told} of {work.number} images"
         onwards = "; the same command goes on from there" if work.table is not None else ""
-        print(f"overlay_cam.py: {reason}{said}{onwards}", file=sys.stderr)
+        _complain(f"{reason}{said}{onwards}")
     if status or not failed or work.share.of > 1:
         return status
     return 1 if failed < work.number else 2
@@ -274,17 +331,25 @@ def _answer_all(work: Work, *, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
     given = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _complain(f"WARNING {message}")
+        return _done(given)
+
+
+def _done(given: argparse.Namespace) -> int:
     try:
         work = _prepare(given)
     except KeyboardInterrupt:
-        print("overlay_cam.py: stopped before the first image", file=sys.stderr)
+        _complain("stopped before the first image")
         return 130
     except (ValueError, OSError) as error:
-        print(f"overlay_cam.py: {error}", file=sys.stderr)
+        _complain(error)
         return 2
-    _announce(work, as_json=given.json)
-    return _answer_all(work, as_json=given.json)
+    with contextlib.nullcontext() if work.table is None else contextlib.closing(work.table):
+        _announce(work, as_json=given.json)
+        return _answer_all(work, as_json=given.json)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid UTF-8
     sys.exit(main())

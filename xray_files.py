@@ -1,16 +1,20 @@
 """Which X-rays the command line does, and where their overlays and rows go."""
 
-import functools
 import hashlib
 import itertools
 import os
-import re
+import struct
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import cv2
+import numpy as np
+
+from checkpoints import write_whole
 from trained_networks import read_card
 from utils import Share
 
@@ -18,59 +22,163 @@ if TYPE_CHECKING:
     from resumable_table import ResumableTable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
-OVERLAY = re.compile(r"_cam(_\w+)?\.png$")
 TABLE = "predictions.csv"
 
 
+def _png_text(text: bytes) -> bytes:
+    part = b"tEXt" + text
+    return struct.pack(">I", len(text)) + part + struct.pack(">I", zlib.crc32(part))
+
+
+def _jpeg_comment(text: bytes) -> bytes:
+    return b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text
+
+
+# By which an overlay is known from an X-ray, whatever its name: a comment, and at which byte it stands, behind what
+# comes first in every PNG (its size) and in the JPEGs of OpenCV (which format it is).
+WRITTEN_BY = b"Software\0xraycam overlay_cam.py"
+MARKS = {".png": (33, _png_text(WRITTEN_BY)), ".jpg": (20, _jpeg_comment(WRITTEN_BY))}
+MARKS[".jpeg"] = MARKS[".jpg"]
+
+
+def is_overlay(path: Path) -> bool:
+    """Return whether a file is an overlay that `write_overlay` has written."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(128)
+    except OSError:
+        return False
+    return any(start.startswith(mark, place) for place, mark in MARKS.values())
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError where a file that is no overlay stands in an overlay's place."""
+    if os.path.lexists(path) and not is_overlay(path):
+        raise ValueError(f"{path} is there and is no overlay of this program: move it, or give another -o")
+
+
+def write_overlay(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 RGB picture as a PNG or JPEG file that `is_overlay`.
+
+    Raises ValueError where a file is there that is no overlay, OSError where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise ValueError(f"cannot write {path}")
+    content, (place, mark) = encoded.tobytes(), MARKS[path.suffix.lower()]
+    check_replaceable(path)
+    write_whole(path, content[:place] + mark + content[place:])
+
+
 class Job(NamedTuple):
-    """An X-ray's file, and what its overlays' files are named by, as `overlay_files` takes it."""
+    """An X-ray's file, what its overlays' files are named by, as `overlay_files` takes it, and the `problem` where
+    it is known beforehand that it cannot be done.
+    """
 
     image: Path
     base: Path
     endings: Sequence[str]
+    problem: str | None = None
 
     @property
     def overlays(self) -> list[Path]:
         """The files of the overlays, one an ending."""
         return overlay_files(self.base, self.endings)
 
-    def state(self) -> list[str]:
-        """Return a row's last cells, by which a later run knows whether it still holds."""
-        name = self.overlays[0].name
+    def source(self) -> list[str]:
+        """Return the cells by which a later run knows whether the X-ray is the same."""
         try:
             now = self.image.stat()
         except OSError:
-            return [name, "", ""]
-        return [name, str(now.st_size), datetime.fromtimestamp(now.st_mtime, UTC).isoformat()]
+            return ["", ""]
+        return [str(now.st_size), datetime.fromtimestamp(now.st_mtime, UTC).isoformat()]
+
+    def written(self) -> list[str]:
+        """Return the cells by which a later run knows whether the overlays are those that were written."""
+        sizes = [str(path.stat().st_size) if is_overlay(path) else "" for path in self.overlays]
+        return [self.overlays[0].name, "|".join(sizes) if all(sizes) else ""]
+
+    def remove_emptied(self) -> None:
+        """Remove overlays that hold nothing any more, as that is the one change that leaves nothing to lose."""
+        for path in self.overlays:
+            if path.is_file() and path.stat().st_size == 0:
+                path.unlink()
+
+
+class Inputs(NamedTuple):
+    """The `images` that were given, what is wrong (`problems`) with those names that cannot be any, and a line about
+    each kind of file that was `skipped`.
+    """
+
+    images: list[Path]
+    problems: dict[Path, str]
+    skipped: list[str]
 
 
 class Remaining(NamedTuple):
-    """The `jobs` of this process that its table does not have yet, and whether that table is `begun_anew`."""
+    """The `jobs` of this process that its table does not have yet, and the name that the table before it was given
+    (`set_aside`) where that was of other settings.
+    """
 
     jobs: list[Job]
-    begun_anew: bool
+    set_aside: Path | None
 
 
-def images_in(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files that are named, and from the folders that are named those with an image's suffix that
-    are no overlays of ours.
+def images_in(inputs: Sequence[Path]) -> Inputs:
+    """Return the files that are named, and from the folders that are named those with an image's suffix; overlays
+    are skipped. A folder that holds none, or cannot be read, is a problem.
 
-    Raises ValueError for a folder without images.
+    Raises ValueError where nothing is left.
     """
     files: dict[str, Path] = {}
+    problems, overlays, others = {}, [], []
     for path in inputs:
         found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if _is_xray(file))
-        if not found:
-            raise ValueError(f"no images in the folder {path}: its sub-folders are not searched")
+        if os.path.isdir(path):
+            try:
+                found, unknown = _in_folder(path)
+                others += unknown
+            except (ValueError, OSError) as error:
+                problems[path] = str(error)
         for file in found:
-            files.setdefault(os.path.abspath(file), file)
-    return list(files.values())
+            if is_overlay(file):
+                overlays.append(file.name)
+            else:
+                files.setdefault(os.path.abspath(file), file)
+    if not files:
+        raise ValueError(f"no X-rays were given, but overlays of this program: {_listed(overlays)}")
+    if all(file in problems for file in files.values()):
+        raise ValueError(problems[next(iter(files.values()))])
+    skipped = {"overlays of this program": overlays, "not PNG, JPEG, TIFF or BMP": others}
+    lines = [f"{len(names)} skipped, {why}: {_listed(names)}" for why, names in skipped.items() if names]
+    return Inputs(list(files.values()), problems, lines)
 
 
-def _is_xray(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not OVERLAY.search(file.name)
+def _in_folder(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return a folder's images and the names of what else is there, but for what is hidden and our own tables."""
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.match("predictions*.csv"):
+            continue
+        if os.path.isdir(path):
+            others.append(f"{path.name}/")
+        elif path.suffix.lower() in SUFFIXES:
+            images.append(path)
+        else:
+            others.append(path.name)
+    if not images:
+        raise ValueError(
+            f"no images in the folder {folder}: give PNG, JPEG, TIFF or BMP files; its sub-folders are not searched"
+        )
+    return images, others
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def overlay_files(base: Path, endings: Sequence[str]) -> list[Path]:
@@ -82,27 +190,17 @@ def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[
     """Return for each image the file that `overlay_files` derives its overlays' from: `<name>_cam.png` in the
     folder `output` (default: here), or `output` itself where it names a PNG or JPEG file.
 
-    Images of one name from several folders are numbered. Raises ValueError where one file would have to
-    hold the overlays of several images, or where an overlay would replace an X-ray.
+    Images of one name from several folders are numbered, and so are those whose overlays would have the place of
+    another image. Raises ValueError where one file would have to hold the overlays of several images.
     """
-    names = names_file(output)
-    if names and output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"cannot write {output.suffix} files: give -o a .png or .jpg file or a folder")
-    if names and len(images) > 1:
-        raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
-    real_folder = functools.cache(os.path.realpath)  # to resolve each of very many files takes minutes
-
-    def place(path: Path) -> str:
-        return f"{real_folder(path.parent)}/{path.name}"
-
-    originals = {place(image) for image in images}
-    originals |= {os.path.realpath(image) for image in images if image.is_symlink()}
-    if names:
-        for path in overlay_files(output, endings):
-            if place(path) in originals:
-                raise ValueError(f"{path} is an X-ray that was given: choose another -o")
-        return [output] * len(images)
-    endangered = set(filter(OVERLAY.search, originals))
+    if names_file(output):
+        if output.suffix.lower() not in MARKS:
+            raise ValueError(f"cannot write {output.suffix} files: give -o a .png or .jpg file or a folder")
+        if len(images) > 1:
+            raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
+        return [output]
+    # Only these can stand where an overlay goes; to compare with all of very many images takes long.
+    endangered = {os.path.abspath(image) for image in images if "_cam" in image.stem}
     paths: dict[str, Path] = {}
     numbers = defaultdict(lambda: itertools.chain([""], (f"_{number}" for number in itertools.count(2))))
     for image in images:
@@ -110,7 +208,7 @@ def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[
             path = (output or Path()) / f"{image.stem}{number}_cam.png"
             if path.name in paths:
                 continue
-            if not endangered or endangered.isdisjoint(map(place, overlay_files(path, endings))):
+            if not endangered or endangered.isdisjoint(map(os.path.abspath, overlay_files(path, endings))):
                 break
         paths[path.name] = path
     return list(paths.values())
@@ -118,14 +216,20 @@ def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[
 
 def names_file(output: Path | None) -> bool:
     """Return whether `-o` names a file for one overlay, not a folder."""
-    return bool(output is not None and output.suffix and not output.is_dir())
+    return bool(output is not None and output.suffix and not os.path.isdir(output))
 
 
 def prediction_table(
-    output: Path, folders: Sequence[Path], *, lungs: Path | None, options: Mapping[str, object]
+    output: Path,
+    folders: Sequence[Path],
+    *,
+    lungs: Path | None,
+    options: Mapping[str, object],
+    launch: str,
+    process: int,
 ) -> "ResumableTable":
     """Return the table in the folder `output` of the networks in `folders`, the lung model in `lungs` and the
-    `options` for the maps (whatever JSON holds), not yet opened.
+    `options` for the maps (whatever JSON holds), not yet opened, for a `process` of a `launch`.
 
     Raises FileNotFoundError or ValueError where a folder holds no network.
     """
@@ -140,8 +244,9 @@ def prediction_table(
         **options,
     }
     said = "findings" if cards[0].multilabel else "predicted"
-    columns = ["image", said, *cards[0].classes, "lungs", "in_lungs", "overlay", "bytes", "changed"]
-    return ResumableTable(output / TABLE, columns, settings)
+    columns = ["image", said, *cards[0].classes, "lungs", "in_lungs"]
+    columns += ["overlay", "overlay_bytes", "bytes", "changed", "error"]
+    return ResumableTable(output / TABLE, columns, settings, launch=launch, process=process)
 
 
 def _fingerprint(folder: Path | None) -> list[object]:
@@ -153,11 +258,18 @@ def _fingerprint(folder: Path | None) -> list[object]:
 
 
 def row_of(record: Mapping[str, object], state: Sequence[str]) -> list[object]:
-    """Return the cells of `prediction_table` for a record of `answers.answer` and its job's state."""
+    """Return the cells of `prediction_table` for a record of `answers.answer` and what its job has `written` from
+    which `source`.
+    """
     said = record["predicted"] if "predicted" in record else "|".join(record["findings"]) or "No Finding"
     probabilities = [f"{value:.4f}" for value in record["probabilities"].values()]
     lungs = [record.get("lungs"), record["maps"][0].get("in_lungs")]
-    return [os.path.abspath(record["image"]), said, *probabilities, *lungs, *state]
+    return [os.path.abspath(record["image"]), said, *probabilities, *lungs, *state, None]
+
+
+def failed_row(record: Mapping[str, object], columns: Sequence[str]) -> list[object]:
+    """Return the cells of `prediction_table` for an image that could not be done: its path and the "error"."""
+    return [os.path.abspath(record["image"]), *[None] * (len(columns) - 2), record["error"]]
 
 
 def resume(table: "ResumableTable", jobs: Sequence[Job], share: Share) -> Remaining:
@@ -174,14 +286,18 @@ def resume(table: "ResumableTable", jobs: Sequence[Job], share: Share) -> Remain
     done: set[str] = set()
 
     def keep(row: list[str]) -> bool:
-        image, state = row[0], row[-3:]
+        image, state = row[0], row[-5:-1]
         if image in done or owners.get(state[0], image) != image:
             return False
         if (job := mine.get(image)) is None:
             return True
-        holds = list(map(cell, job.state())) == state and all(path.is_file() for path in job.overlays)
-        done.update([image] if holds else [])
-        return holds
+        now = list(map(cell, [*job.written(), *job.source()]))
+        if "" not in now and now == state:
+            done.add(image)
+            return True
+        if now[0] == state[0]:
+            job.remove_emptied()
+        return False
 
-    begun_anew = table.resume(keep)
-    return Remaining([job for key, job in mine.items() if key not in done], begun_anew)
+    set_aside = table.resume(keep)
+    return Remaining([job for key, job in mine.items() if key not in done], set_aside)

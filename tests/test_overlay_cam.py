@@ -115,17 +115,44 @@ def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_
     )
 
 
-def test_good_files_of_a_folder_are_done_and_bad_ones_listed(capsys, xray, trained_run, tmp_path):
+def test_good_files_of_a_folder_are_done_and_the_others_named(capsys, xray, trained_run, tmp_path):
     (xray.parent / "broken.png").write_bytes(b"no image")
-    (xray.parent / "notes.txt").write_text("not looked at")
-    (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an overlay of an earlier call
+    for name in ("scan.dcm", "a.txt", "b.txt", "c.txt"):
+        (xray.parent / name).write_text("not looked at")
+    (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an X-ray, whatever its name says
+    call(capsys, "-i", xray, "-m", trained_run, "-o", xray.parent / "any name.png")
     status, out, err = call(capsys, "-i", xray.parent, "-m", trained_run, "-o", tmp_path / "out", "--json")
     assert status == 1
-    assert "broken.png" in err
-    assert "1 of 2 images" in err
+    assert err.splitlines() == [
+        "overlay_cam.py: 1 skipped, overlays of this program: any name.png",
+        "overlay_cam.py: 4 skipped, not PNG, JPEG, TIFF or BMP: a.txt, b.txt, c.txt and 1 more",
+        f"overlay_cam.py: {xray.parent / 'broken.png'} is not an image that can be read: give a PNG, JPEG, TIFF or BMP",
+        "overlay_cam.py: 1 of 3 images could not be done",
+    ]
     records = {Path(record["image"]).name: record for record in json.loads(out)}
     assert "error" in records["broken.png"]
-    assert (tmp_path / "out" / "patient 7_cam.png").is_file()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "patient 7_cam.png",
+        "patient 7_cam_cam.png",
+    ]
+
+
+def test_an_overlay_is_no_xray(capsys, xray, trained_run, tmp_path):
+    overlays = [tmp_path / name for name in ("a.png", "b.jpg", "c.jpeg")]
+    for path in overlays:
+        assert call(capsys, "-i", xray, "-m", trained_run, "-o", path)[0] == 0
+    status, out, err = call(capsys, "-i", *overlays, "-m", trained_run, "-o", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err == "overlay_cam.py: no X-rays were given, but overlays of this program: a.png, b.jpg, c.jpeg\n"
+    status, out, err = call(
+        capsys, "-i", *overlays, xray, "-m", trained_run, "-o", tmp_path / "out", "--json"
+    )
+    assert [record["image"] for record in json.loads(out)] == [str(xray)]
+    assert "3 skipped, overlays of this program" in err
+    # The mark does not harm the files.
+    pictures = [pixels(path) for path in overlays]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 8
+    np.testing.assert_array_equal(pictures[1], pictures[2])
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, trained_run, tmp_path):
@@ -151,13 +178,45 @@ def test_numbered_names_do_not_collide_with_real_ones(capsys, xray, trained_run,
     assert len(overlays) == 3 == len(list((tmp_path / "out").glob("*.png")))
 
 
-def test_maps_of_all_labels_never_replace_an_xray(capsys, xray, trained_run, tmp_path):
-    victim = tmp_path / "out_normal.png"
-    victim.write_bytes(xray.read_bytes())
-    status, _, err = call(capsys, "-i", victim, "-m", trained_run, "-o", tmp_path / "out.png", "-l", "all")
-    assert status == 2
-    assert "is an X-ray that was given" in err
-    assert victim.read_bytes() == xray.read_bytes()
+@pytest.mark.parametrize("kind", ["xray", "text", "empty", "folder", "hard link", "link", "dangling link"])
+@pytest.mark.parametrize(("output", "overlay"), [("o.jpg", "o_yes.jpg"), ("out", "out/noise_cam_yes.png")])
+def test_nothing_but_an_overlay_is_replaced(capsys, noise, small_run, tmp_path, kind, output, overlay):
+    """The place of an overlay is taken: by each kind of file, for the second of two."""
+    (tmp_path / "out").mkdir()
+    victim = tmp_path / overlay
+    {
+        "xray": lambda: victim.write_bytes(noise.read_bytes()),
+        "text": lambda: victim.write_text("notes"),
+        "empty": victim.touch,
+        "folder": victim.mkdir,
+        "hard link": lambda: victim.hardlink_to(noise),
+        "link": lambda: victim.symlink_to(noise),
+        "dangling link": lambda: victim.symlink_to(tmp_path / "gone"),
+    }[kind]()
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
+    original = noise.read_bytes()
+    arguments = "-i", noise, "-m", small_run, "-o", tmp_path / output, "-l", "all"
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err == (
+        f"overlay_cam.py: {victim} is there and is no overlay of this program: move it, or give another -o\n"
+    )
+    after = {path: path.lstat() for path in tmp_path.rglob("*")}
+    kept = ("st_ino", "st_size", "st_mtime_ns")
+    assert [[getattr(s, k) for k in kept] for s in after.values()] == [
+        [getattr(s, k) for k in kept] for s in before.values()
+    ]
+    assert list(after) == list(before)
+    assert noise.read_bytes() == original
+
+
+@pytest.mark.parametrize("name", ["o.png", "o.jpg"])
+def test_an_overlay_is_replaced_by_a_new_one(capsys, noise, small_run, tmp_path, name):
+    common = "-i", noise, "-m", small_run, "-o", tmp_path / name
+    call(capsys, *common, "--alpha", "0")
+    plain = pixels(tmp_path / name)
+    assert call(capsys, *common, "--alpha", "0.9")[0] == 0
+    assert np.abs(pixels(tmp_path / name) - plain).max() > 50
 
 
 def test_labels_that_differ_in_punctuation_only_are_told_apart():
@@ -200,7 +259,7 @@ def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no
         ({"--layer": "fc"}, "resnet18: layer 'fc' gives no"),
         ({"--lungs": "EMPTY"}, "no lung model in"),
         ({"-o": "x.gif"}, ".png or .jpg"),
-        ({"-o": "XRAY"}, "is an X-ray that was given"),
+        ({"-o": "XRAY"}, "is no overlay of this program: move it, or give another -o"),
         ({"--device": "meta"}, "no device 'meta'"),
     ],
 )
@@ -326,6 +385,75 @@ def test_findings_are_those_from_their_thresholds_on(capsys, noise, tmp_path):
     assert status == 0
     assert "Findings: Mass, Hernia" in out
     assert out.count("Grad-CAM for") == 3
+
+
+def always(folder, probabilities, thresholds=None, *, multilabel=False):
+    """A run whose network says the same of every image, for which nothing in the image speaks."""
+    names = ("Mass", "Edema", "Hernia")[: len(probabilities)]
+    head = {"head": "sigmoid", "multilabel": True} if multilabel else {}
+    trained = untrained(0, names, thresholds=thresholds, **head)
+    for parameter in trained.network.parameters():
+        parameter.data.zero_()
+    p = torch.tensor(probabilities)
+    last = [module for module in trained.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    last.bias.data.copy_(p.logit() if multilabel else p.log())
+    return run_of(folder, trained)
+
+
+def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.69, 0.31), (0.76, 0.24))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["predicted"] == "Edema"
+    assert record["thresholds"] == {"Mass": 0.76, "Edema": 0.24}
+    assert text.splitlines()[1:] == [
+        "  Mass   0.690  (decision threshold 0.760)",
+        "  Edema  0.310  (decision threshold 0.240)",
+        "  Predicted: Edema (probability 0.310, above its decision threshold 0.240)",
+        "  Grad-CAM for Edema (empty: nothing in the image speaks for it; it is predicted because its decision "
+        f"threshold is low): {tmp_path / 'o.png'}",
+    ]
+
+
+def test_class_whose_probability_is_nearest_to_its_threshold_is_said_to_be(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.45, 0.42, 0.13), (0.5, 0.45, 0.2))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["predicted"] == "Edema"  # 0.42 / 0.45 is the largest ratio
+    assert (
+        "  Predicted: Edema (probability 0.420, of all the nearest to its decision threshold 0.450)\n" in text
+    )
+
+
+def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
+    run = always(tmp_path / "run", (0.3, 0.25, 0.1), (0.2, 0.5, 0.5), multilabel=True)
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["findings"] == ["Mass"]
+    assert record["thresholds"] == {"Mass": 0.2, "Edema": 0.5, "Hernia": 0.5}
+    assert "  Mass    0.300  (decision threshold 0.200)\n" in text
+    assert "  Edema   0.250  (decision threshold 0.500)\n" in text
+    assert "  Findings: Mass (by their thresholds; these probabilities are not calibrated)\n" in text
+    assert "speaks for it; it is predicted because its decision threshold is low)" in text
+
+
+def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
+    record, text = said(
+        capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png"
+    )
+    assert "thresholds" not in record
+    assert "decision threshold" not in text
+    assert "(empty: nothing in the image speaks for it): " in text
+
+
+def test_warning_is_one_line_on_stderr_and_leaves_the_list_whole(
+    capsys, noise, small_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 1500
+    )  # the image has 2000; Pillow warns, up to twice as many
+    status, out, err = call(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--json")
+    assert status == 0
+    assert len(json.loads(out)) == 1
+    assert err.count("\n") == 1
+    assert err.startswith("overlay_cam.py: WARNING Image size (2000 pixels) exceeds limit")
 
 
 class HalfMask:

@@ -4,10 +4,13 @@ import csv
 import errno
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +22,8 @@ from PIL import Image
 
 from lung_segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
-from overlay_cam import main, share_of
-from resumable_table import ResumableTable
+from overlay_cam import launch_of, main, share_of
+from resumable_table import ResumableTable, cell
 from trained_networks import ModelCard, save_network
 from utils import Share
 
@@ -96,7 +99,7 @@ def test_rows_say_what_each_image_alone_is_answered(capsys, phantoms, trained_ru
     rows = {row[0]: row for row in rows}
     assert header == [
         *("image", "predicted", "COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"),
-        *("lungs", "in_lungs", "overlay", "bytes", "changed"),
+        *("lungs", "in_lungs", "overlay", "overlay_bytes", "bytes", "changed", "error"),
     ]
     for folder in phantoms:
         image = sorted(folder.iterdir())[1]
@@ -105,9 +108,10 @@ def test_rows_say_what_each_image_alone_is_answered(capsys, phantoms, trained_ru
         row = rows[str(image)]
         assert row[1] == record["predicted"]
         assert row[2:6] == [f"{p:.4f}" for p in record["probabilities"].values()]
-        assert row[6:9] == ["", "", f"{image.stem}_cam.png"]
-        assert int(row[9]) == image.stat().st_size
-        assert datetime.fromisoformat(row[10]).timestamp() == pytest.approx(image.stat().st_mtime, abs=1e-5)
+        overlay = tmp_path / f"{image.stem}_cam.png"
+        assert row[6:11] == ["", "", overlay.name, str(overlay.stat().st_size), str(image.stat().st_size)]
+        assert datetime.fromisoformat(row[11]).timestamp() == pytest.approx(image.stat().st_mtime, abs=1e-5)
+        assert row[12] == ""
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         rows[str(sorted(folder.iterdir())[1])][8] for folder in phantoms
     )  # of one image, no table
@@ -141,6 +145,8 @@ def test_json_of_a_folder_is_one_list_also_where_images_fail_or_are_done(capsys,
     assert ["error" in record for record in records] == [number == 5 for number in range(12)]
     assert status == 1
     assert "1 of 12 images could not be done" in err
+    failed = rows_of(tmp_path / "out")[1][5]
+    assert failed == [str(xrays / "05.png"), *[""] * 9, records[5]["error"]]
     status, out, err = call(capsys, *common)  # only the failed one is tried again
     assert [Path(record["image"]).name for record in json.loads(out)] == ["05.png"]
     assert status == 1
@@ -150,7 +156,9 @@ def test_json_of_a_folder_is_one_list_also_where_images_fail_or_are_done(capsys,
     status, out, err = call(capsys, *common)
     assert (status, out) == (0, "[]\n")
     assert "all 12 images are done already" in err
-    assert len(rows_of(tmp_path / "out")[1]) == 12
+    rows = rows_of(tmp_path / "out")[1]
+    assert len(rows) == 12
+    assert not any(row[-1] for row in rows)
 
 
 def test_lungs_in_a_row_are_those_of_the_record(capsys, xrays, run, tmp_path):
@@ -270,11 +278,11 @@ def test_image_whose_overlay_is_replaced_by_another_ones_loses_its_row(capsys, x
     common = "-m", run, "-o", tmp_path / "out"
     call(capsys, "-i", xrays, *common)
     assert call(capsys, "-i", twins, *common)[0] == 0
-    rows = {row[0]: row[-3] for row in rows_of(tmp_path / "out")[1]}
+    rows = {row[0]: row[-5] for row in rows_of(tmp_path / "out")[1]}
     assert len(rows) == 12 == len(set(rows.values()))
     assert rows[str(twins / "00.png")] == "00_cam.png"
     assert call(capsys, "-i", xrays, twins, *common)[0] == 0
-    rows = {row[0]: row[-3] for row in rows_of(tmp_path / "out")[1]}
+    rows = {row[0]: row[-5] for row in rows_of(tmp_path / "out")[1]}
     assert len(rows) == 14 == len(set(rows.values()))
     assert rows[str(twins / "00.png")] == "00_2_cam.png"
 
@@ -293,11 +301,11 @@ def test_table_of_another_program_is_left_alone(capsys, xrays, run, tmp_path, th
     if there == "edited":
         call(capsys, *common)
     table.parent.mkdir(exist_ok=True)
-    table.write_text("patient;diagnosis\n7;healthy\n")
+    table.write_text("patient;diagnosis\n7;healthy")  # its last line has no end
     status, out, err = call(capsys, *common)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "move it, or give another -o" in err
-    assert table.read_text() == "patient;diagnosis\n7;healthy\n"
+    assert table.read_text() == "patient;diagnosis\n7;healthy"
 
 
 # --- stops -----------------------------------------------------------------------------------------------
@@ -365,8 +373,8 @@ def test_full_disk_stops_the_run_once_and_costs_no_complete_row(capsys, xrays, r
 
 
 def test_row_behind_a_half_written_one_is_whole(tmp_path):
-    table = ResumableTable(tmp_path / "t.csv", ["a", "b"], {})
-    assert not table.resume(lambda row: True)
+    table = ResumableTable(tmp_path / "t.csv", ["a", "b"], {}, launch="one")
+    assert table.resume(lambda row: True) is None
     table.append(["1", "x, y"])
     for rest in (b"2,hal", b"3" * 10_000):  # what others left that were killed; one longer than a block
         with table.path.open("ab") as file:
@@ -375,14 +383,269 @@ def test_row_behind_a_half_written_one_is_whole(tmp_path):
     assert table.path.read_bytes() == b'a,b\n1,"x, y"\n4,\n4,\n'
 
 
-def test_row_is_refused_by_a_table_that_another_command_has_begun_anew(tmp_path):
-    table, other = (ResumableTable(tmp_path / "t.csv", ["a"], {"alpha": n}) for n in range(2))
-    assert not table.resume(lambda row: True)
-    table.append(["1"])
-    assert other.resume(lambda row: True)
-    with pytest.raises(OSError, match="anew: give each its own -o"):
-        table.append(["2"])
-    assert table.path.read_text() == "a\n"
+# --- several commands ------------------------------------------------------------------------------------
+
+
+def test_table_is_had_by_the_processes_of_one_launch_only(tmp_path):
+    def table(launch, process=0):
+        return ResumableTable(tmp_path / "t.csv", ["a"], {}, launch=launch, process=process)
+
+    first, second = table("one", 0), table("one", 1)
+    first.resume(lambda row: True)
+    second.resume(lambda row: True)
+    first.append(["1"])
+    second.append(["2"])
+    for other in (table("another"), table("one", 1)):  # the second: the same process once more
+        with pytest.raises(
+            ValueError, match=r"another command is at work on .*: wait for it, or give another -o"
+        ):
+            other.resume(lambda row: False)
+    first.close()
+    with pytest.raises(ValueError, match="another command"):
+        table("another").resume(lambda row: False)
+    second.close()
+    rows = []
+    other = table("another")
+    other.resume(lambda row: rows.append(row) or True)
+    other.close()
+    assert rows == [["1"], ["2"]]
+    assert {path.name for path in tmp_path.iterdir()} == {"t.csv", ".t.json", ".t.csv.lock"}
+
+
+def test_what_a_killed_process_has_left_is_removed(capsys, xrays, run, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    (out / ".predictions.csv.some launch.0.run").touch()
+    (out / ".xraycam-0123456789abcdef.tmp").write_bytes(b"half an overlay")
+    (out / ".mine.tmp").touch()
+    assert call(capsys, "-i", xrays, "-m", run, "-o", out)[0] == 0
+    hidden = {path.name for path in out.glob(".*")}
+    assert hidden == {".mine.tmp", ".predictions.csv.lock", ".predictions.json"}
+
+
+def test_launches_have_names_of_their_own():
+    elastic = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+
+    def launch(environment, rank=0, settings="x"):
+        return launch_of(environment, Share(rank, int(environment.get("WORLD_SIZE", 1))), settings)
+
+    assert launch({}) != launch({})  # one process each
+    assert launch(elastic, 0) == launch(elastic, 1)
+    for key in elastic:
+        assert launch(elastic) != launch(elastic | {key: "7"})
+    assert launch(elastic) != launch(elastic, settings="y")
+
+
+def at_once(*commands):
+    """Run two commands at once and return their statuses, what they said and their complaints. Both print more than
+    a pipe holds, which nobody reads until one of them has ended: so neither can be done before the other has begun.
+    """
+    processes = [start(*command, PYTHONIOENCODING="utf-8:strict") for command in commands]
+    deadline = time.monotonic() + 300
+    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        assert any(process.poll() is not None for process in processes), "neither was refused"
+        said = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return sorted(zip([process.returncode for process in processes], *zip(*said, strict=True), strict=True))
+
+
+def test_xrays_named_like_overlays_have_the_bytes_that_they_had(capsys, run, tmp_path):
+    """50 X-rays, ten of them named as the overlays of ten others would be, answered into their own folder: twice,
+    with a full disk, and by two commands at once.
+    """
+    folder = tmp_path / "xrays"
+    folder.mkdir()
+    names = [f"{number:02}" for number in range(40)] + [f"{number:02}_cam" for number in range(10)]
+    images = np.random.default_rng(0).integers(0, 256, (50, 9, 8), dtype=np.uint8)
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
+    noise = np.random.default_rng(1).integers(0, 256, (60, 60), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "03.png")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def check():
+        assert {path: path.read_bytes() for path in before} == before
+        assert not list(folder.glob(".*.tmp"))
+
+    common = "-i", folder, "-o", folder, "-m"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))  # smaller than the overlay of 03.png
+    try:
+        status, _, err = call(capsys, *common, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 2
+    assert "stopped after" in err
+    check()
+    assert call(capsys, *common, run)[0] == 0
+    check()
+    assert "all 50 images are done already" in call(capsys, *common, run)[1]
+    check()
+    rows = rows_of(folder)[1]
+    overlays = {folder / row[-5] for row in rows}
+    assert len(overlays) == 50
+    assert set(folder.glob("*.png")) == before.keys() | overlays
+    assert before.keys().isdisjoint(overlays)
+    assert next(row[-5] for row in rows if row[0].endswith("/04.png")) == "04_2_cam.png"
+
+    odd = folder / "\udcff.png"  # a name that is no UTF-8
+    before[(folder / "39.png").rename(odd)] = before.pop(folder / "39.png")
+    wordy = small_run(tmp_path / "wordy", ("no" * 600, "yes" * 400))
+    (done, _, skipped), (refused, out, line) = at_once([*common, wordy], [*common, wordy])
+    assert (done, refused, out) == (0, 2, "")
+    assert skipped == (
+        "overlay_cam.py: 50 skipped, overlays of this program: 00_2_cam.png, 00_cam_cam.png, 01_2_cam.png and 47 more\n"
+    )
+    assert line == (
+        f"overlay_cam.py: another command is at work on {folder / 'predictions.csv'}: wait for it, or give another -o\n"
+    )
+    assert len(rows_of(folder)[1]) == 50
+    check()
+
+
+# --- names and files that something is wrong with --------------------------------------------------------
+
+
+def test_cells_of_different_names_differ_and_are_of_one_line():
+    names = [
+        "a\nb",
+        "a\\nb",
+        "a\\\nb",
+        "a\\\\nb",
+        "a\rb",
+        "a\\rb",
+        "\udcff",
+        "\\udcff",
+        "\\\\udcff",
+        "ÿ",
+        "a,b",
+        '"a"',
+    ]
+    cells = [cell(name) for name in names]
+    assert len(set(cells)) == len(names)
+    assert not any(end in text for end in "\n\r" for text in cells)
+
+    def meant(match):
+        return {"\\": "\\", "n": "\n", "r": "\r"}.get(match[1]) or chr(int(match[1][1:], 16))
+
+    assert [re.sub(r"\\(\\|n|r|u[0-9a-f]{4})", meant, text) for text in cells] == names
+
+
+def test_names_with_a_line_break_and_with_its_escape_are_two_images(capsys, xrays, run, tmp_path):
+    for name in ("a\nb.png", "a\\nb.png", "a\\\\nb.png", "\udcff.png"):
+        (xrays / name).write_bytes((xrays / "00.png").read_bytes())
+    common = "-i", xrays, "-m", run, "-o", tmp_path / "out"
+    assert call(capsys, *common, "--json")[0] == 0
+    assert len(rows_of(tmp_path / "out")[1]) == 16 == len(list((tmp_path / "out").glob("*_cam.png")))
+    assert "all 16 images are done already" in call(capsys, *common)[1]
+
+
+def test_bad_names_fail_alone(capsys, xrays, run, tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "dangling.png").symlink_to("gone")
+    (tmp_path / "empty").mkdir()
+    (xrays / ("y" * 251 + ".png")).write_bytes(
+        (xrays / "00.png").read_bytes()
+    )  # its overlay's name is too long
+    bad = [tmp_path / name for name in ("x" * 300, "loop.png", "dangling.png", "empty", "empty/gone.png")]
+    status, out, err = call(capsys, "-i", *bad, xrays, "-m", run, "-o", tmp_path / "out")
+    assert status == 1
+    assert out.count("Grad-CAM for") == 12
+    assert err.count("\n") == 7
+    assert "6 of 18 images could not be done" in err
+    errors = {row[0]: row[-1] for row in rows_of(tmp_path / "out")[1] if row[-1]}
+    assert set(errors) == {*map(str, bad), str(xrays / ("y" * 251 + ".png"))}
+    assert os.strerror(errno.ENAMETOOLONG) in errors[str(bad[0])]
+    assert errors[str(bad[3])].startswith(f"no images in the folder {bad[3]}")
+
+
+def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
+    with tempfile.TemporaryDirectory() as name:  # where another user may go, as tests' own folders are not
+        place = Path(name)
+        place.chmod(0o777)
+        model, images = (shutil.copytree(source, place / source.name) for source in (run, xrays))
+        locked = place / "locked"
+        shutil.copytree(xrays, locked)
+        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # all that is imported must be by now
+        locked.chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)  # what may not be read root reads all the same
+        try:
+            status, out, err = call(
+                capsys, "-i", locked, locked / "00.png", images, "-m", model, "-o", place / "out"
+            )
+        finally:
+            if root:
+                os.seteuid(0)
+            locked.chmod(0o700)
+        assert status == 1
+        assert out.count("Grad-CAM for") == 12
+        assert err.count(os.strerror(errno.EACCES)) == 2
+        assert "2 of 14 images could not be done" in err
+
+
+@pytest.mark.parametrize("change", ["emptied", "cut", "other overlay", "removed"])
+def test_overlay_that_is_no_longer_what_was_written_is_made_again(capsys, xrays, run, tmp_path, change):
+    out = tmp_path / "out"
+    common = "-i", xrays, "-m", run, "-o", out
+    noise = np.random.default_rng(1).integers(0, 256, (20, 20), dtype=np.uint8)
+    Image.fromarray(noise).save(xrays / "03.png")
+    call(capsys, *common)
+    overlay, table = out / "03_cam.png", (out / "predictions.csv").read_bytes()
+    content = overlay.read_bytes()
+    if change == "removed":
+        overlay.unlink()
+    else:
+        other = {"emptied": b"", "cut": content[:-20], "other overlay": (out / "04_cam.png").read_bytes()}
+        overlay.write_bytes(other[change])
+    status, text, err = call(capsys, *common)
+    assert (status, err, text.count("Grad-CAM for")) == (0, "", 1)
+    assert overlay.read_bytes() == content
+    assert sorted((out / "predictions.csv").read_bytes().splitlines()) == sorted(table.splitlines())
+
+
+def test_picture_in_place_of_an_overlay_is_left_alone(capsys, xrays, run, tmp_path):
+    out = tmp_path / "out"
+    common = "-i", xrays, "-m", run, "-o", out
+    call(capsys, *common)
+    Image.new("RGB", (8, 9), "red").save(out / "03_cam.png")
+    red = (out / "03_cam.png").read_bytes()
+    for _ in range(2):
+        status, text, err = call(capsys, *common)
+        assert (status, text.count("Grad-CAM for")) == (1, 0)
+        assert "03_cam.png is there and is no overlay of this program" in err
+        assert (out / "03_cam.png").read_bytes() == red
+        assert [row[0] for row in rows_of(out)[1] if row[-1]] == [str(xrays / "03.png")]
+
+
+@pytest.mark.parametrize("sidecar", [b"", b"{", b"\xff\xfe", b"[]", "model"])
+def test_table_of_other_or_damaged_settings_is_kept_under_another_name(capsys, xrays, run, tmp_path, sidecar):
+    out = tmp_path / "out"
+    common = "-i", xrays, "-m", run, "-o", out
+    call(capsys, *common)
+    table = (out / "predictions.csv").read_bytes()
+    (out / "predictions-1.csv").write_text("another's")
+    if sidecar == "model":
+        os.utime(run / "model.safetensors", (0, 0))
+    else:
+        (out / ".predictions.json").write_bytes(sidecar)
+    status, text, _ = call(capsys, *common)
+    assert status == 0
+    assert "predictions.csv is begun anew" in text
+    assert "it is kept as predictions-2.csv" in text
+    assert (out / "predictions-2.csv").read_bytes() == table
+    assert (out / "predictions-1.csv").read_text() == "another's"
+    assert len(rows_of(out)[1]) == 12
+    assert "all 12 images are done already" in call(capsys, *common)[1]
 
 
 # --- several processes -----------------------------------------------------------------------------------
@@ -396,7 +659,9 @@ def test_two_processes_do_every_image_once(phantoms, trained_run, undisturbed, t
     said = [process.communicate(timeout=120) for process in processes]
     # A status of 1 would make the launcher end the other one.
     assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(rows_of(tmp_path / "out")[1]) == sorted(undisturbed[1])
+    rows = rows_of(tmp_path / "out")[1]
+    assert sorted(row for row in rows if not row[-1]) == sorted(undisturbed[1])
+    assert [row[0] for row in rows if row[-1]] == [str(broken)]
     assert [out.splitlines()[0] for out, _ in said] == [
         "process 1 of 2: 21 images are its share",
         "process 2 of 2: 20 images are its share",

@@ -263,6 +263,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / ("x" * 255)  # as long as a name can be
+
+    def slow(unfinished):
+        unfinished.write_bytes(b"slow")
+        write_whole(file, b"quick")
+        assert file.read_bytes() == b"quick"
+
+    write_whole(file, slow)
+    assert file.read_bytes() == b"slow"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_random_states_come_back():
     states = random_states()
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: NPY002
