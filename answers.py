@@ -1,5 +1,6 @@
 """What is said of one X-ray: its record, its text and the overlays that are written."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,8 +153,14 @@ def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
     return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
 
 
-def _by_class(card: ModelCard, values: Sequence[float] | None) -> dict[str, float] | None:
-    return None if values is None else {n: round(v, 4) for n, v in zip(card.classes, values, strict=True)}
+def _by_class(card: ModelCard, values: Sequence[float | None] | None) -> dict[str, float | None] | None:
+    """Return the values by class, to four digits; None for a class that has none or NaN, as JSON has no NaN."""
+    if values is None:
+        return None
+    known = np.array(values, dtype=np.float64)  # None becomes NaN
+    return {
+        n: None if np.isnan(v) else round(v, 4) for n, v in zip(card.classes, known.tolist(), strict=True)
+    }
 
 
 def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
@@ -181,9 +188,7 @@ def text_of(record: dict[str, object]) -> str:
     width = max(len(name) for name in record["probabilities"])
     thresholds = record.get("thresholds", {})
     lines = [record["image"]]
-    for name in _ranked(record):
-        compared = f"  (decision threshold {thresholds[name]:.3f})" if thresholds else ""
-        lines.append(f"  {name:<{width}}  {record['probabilities'][name]:.3f}{compared}")
+    lines += [f"  {name:<{width}}  {_beside_threshold(name, record)}" for name in _ranked(record)]
     if "findings" in record:
         found = ", ".join(record["findings"]) or "none"
         by = "their thresholds" if thresholds else "probabilities of at least 0.5"
@@ -201,17 +206,32 @@ def text_of(record: dict[str, object]) -> str:
 
 
 def _ranked(record: dict[str, object]) -> list[str]:
-    """Return the names of the classes from the most probable one on."""
-    return sorted(record["probabilities"], key=lambda name: -record["probabilities"][name])
+    """Return the names of the classes from the most probable one on, last those without a probability."""
+    probabilities = record["probabilities"]
+    return sorted(probabilities, key=lambda n: math.inf if probabilities[n] is None else -probabilities[n])
+
+
+def _beside_threshold(name: str, record: dict[str, object]) -> str:
+    """Return a class's probability and its decision threshold, or why there is none."""
+    probability, thresholds = record["probabilities"][name], record.get("thresholds")
+    if probability is None:
+        return "–      (not reported: all of the training images have it, or none)"
+    if thresholds is None or ("predicted" in record and thresholds[name] is None):
+        return f"{probability:.3f}"
+    if thresholds[name] is None:
+        return f"{probability:.3f}  (no decision: all of the validation images have it, or none)"
+    return f"{probability:.3f}  (decision threshold {thresholds[name]:.3f})"
 
 
 def _reason(record: dict[str, object]) -> str:
-    """Return why the thresholds decide on what is predicted: as `ModelCard.decide`, which compares ratios."""
-    name = record["predicted"]
-    probability, threshold = record["probabilities"][name], record["thresholds"][name]
-    if probability >= threshold:
-        return f"probability {probability:.3f}, above its decision threshold {threshold:.3f}"
-    return f"probability {probability:.3f}, of all the nearest to its decision threshold {threshold:.3f}"
+    """Return why the thresholds decide on what is predicted, see `decisions.decide`."""
+    predicted, thresholds = record["predicted"], record["thresholds"]
+    if len(thresholds) > 2:
+        return f"of all the largest probability beside its decision threshold {thresholds[predicted]:.3f}"
+    name = [other for other, threshold in thresholds.items() if threshold is not None][-1]
+    probability = f"{name}'s probability {record['probabilities'][name]:.3f}"
+    compared = "reaches" if name == predicted else "is below"
+    return f"{probability} {compared} its decision threshold {thresholds[name]:.3f}"
 
 
 def _knows_classes(method: str) -> bool:

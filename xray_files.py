@@ -262,7 +262,7 @@ def row_of(record: Mapping[str, object], state: Sequence[str]) -> list[object]:
     which `source`.
     """
     said = record["predicted"] if "predicted" in record else "|".join(record["findings"]) or "No Finding"
-    probabilities = [f"{value:.4f}" for value in record["probabilities"].values()]
+    probabilities = [None if value is None else f"{value:.4f}" for value in record["probabilities"].values()]
     lungs = [record.get("lungs"), record["maps"][0].get("in_lungs")]
     return [os.path.abspath(record["image"]), said, *probabilities, *lungs, *state, None]
 

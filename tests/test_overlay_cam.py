@@ -1,5 +1,6 @@
 """The command line: one X-ray in, probabilities and an overlay out; mistakes answered in one line."""
 
+import csv
 import fcntl
 import json
 import os
@@ -401,26 +402,53 @@ def always(folder, probabilities, thresholds=None, *, multilabel=False):
 
 
 def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise, tmp_path):
-    run = always(tmp_path / "run", (0.69, 0.31), (0.76, 0.24))
+    run = always(tmp_path / "run", (0.69, 0.31), (None, 0.24))
     record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["predicted"] == "Edema"
-    assert record["thresholds"] == {"Mass": 0.76, "Edema": 0.24}
+    assert record["thresholds"] == {"Mass": None, "Edema": 0.24}
     assert text.splitlines()[1:] == [
-        "  Mass   0.690  (decision threshold 0.760)",
+        "  Mass   0.690",
         "  Edema  0.310  (decision threshold 0.240)",
-        "  Predicted: Edema (probability 0.310, above its decision threshold 0.240)",
+        "  Predicted: Edema (Edema's probability 0.310 reaches its decision threshold 0.240)",
         "  Grad-CAM for Edema (empty: nothing in the image speaks for it; it is predicted because its decision "
         f"threshold is low): {tmp_path / 'o.png'}",
     ]
 
 
-def test_class_whose_probability_is_nearest_to_its_threshold_is_said_to_be(capsys, noise, tmp_path):
-    run = always(tmp_path / "run", (0.45, 0.42, 0.13), (0.5, 0.45, 0.2))
+@pytest.mark.parametrize(
+    "thresholds", [(0.7, None), (0.3, 0.7)]
+)  # the second as older cards have them: class 1 counts
+def test_class_without_a_threshold_is_predicted_where_the_other_does_not_reach_its(
+    capsys, noise, tmp_path, thresholds
+):
+    said_of = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
+    run = always(tmp_path / "run", (0.69, 0.31), thresholds)
     record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
-    assert record["predicted"] == "Edema"  # 0.42 / 0.45 is the largest ratio
-    assert (
-        "  Predicted: Edema (probability 0.420, of all the nearest to its decision threshold 0.450)\n" in text
-    )
+    assert record["predicted"] == ("Edema" if thresholds[1] is None else "Mass")
+    name, probability = said_of
+    line = f"({name}'s probability {probability:.3f} is below its decision threshold 0.700)"
+    assert f"  Predicted: {record['predicted']} {line}\n" in text
+
+
+def test_findings_that_were_not_learnt_or_have_no_threshold_are_no_numbers_and_never_found(
+    capsys, noise, tmp_path
+):
+    run = always(tmp_path / "run", (0.6, 0.9, 0.8), (0.5, None, None), multilabel=True)
+    card = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(card | {"unreported": ["Edema"]}))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["findings"] == ["Mass"]
+    assert record["probabilities"] == {"Mass": 0.6, "Edema": None, "Hernia": 0.8}
+    assert record["thresholds"] == {"Mass": 0.5, "Edema": None, "Hernia": None}
+    assert text.splitlines()[1:4] == [
+        "  Hernia  0.800  (no decision: all of the validation images have it, or none)",
+        "  Mass    0.600  (decision threshold 0.500)",
+        "  Edema   –      (not reported: all of the training images have it, or none)",
+    ]
+    assert main(["-i", str(noise), str(noise.parent), "-m", str(run), "-o", str(tmp_path / "many")]) == 0
+    with (tmp_path / "many" / "predictions.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["findings"], row["Mass"], row["Edema"], row["Hernia"]) == ("Mass", "0.6000", "", "0.8000")
 
 
 def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
