@@ -14,7 +14,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from checkpoints import STATE, flush, write_whole
-from datasets import XrayTable, data_fingerprint
+from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import apply_splits
 from datasets.table import FINGERPRINT, relative_paths, target_names
 from metrics import MACRO, METRICS, classification_scores
@@ -22,6 +22,14 @@ from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
 from studies import Study
 from trained_networks import ModelCard, read_card
+
+CARD = "model.json"
+# All that a training writes into its run folder, and so may replace or delete there.
+WRITTEN = frozenset(
+    {CARD, "model.safetensors", "history.csv", "timing.csv", "splits.csv", "lungs", "lungs_failed.csv"}
+    | {f"predictions_{split}.csv" for split in SPLITS}
+    | {"checkpoints", "tensorboard", "resume"}
+)
 
 
 @dataclass(frozen=True)
@@ -308,7 +316,7 @@ def training_folder(folder: Path, *, restart: bool, write: bool = True) -> Itera
             f"another process{who and f' ({who})'} is training into {folder}: wait for it, or give another --runs"
         ) from None
     with lock:
-        _undo_half_swap(folder)
+        _put_in_place(folder)
         if restart:
             shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True, exist_ok=True)
@@ -341,26 +349,42 @@ def linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
-    """Return where results are filled in, and where older ones go while the new take their place."""
-    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+def _staging(folder: Path) -> tuple[Path, Path, Path]:
+    """Return a run folder, where new results are filled in, and where they wait when they are complete."""
+    folder = folder.resolve()
+    return folder, folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.complete")
 
 
-def _undo_half_swap(folder: Path) -> None:
-    """Put an older folder back that a process, killed in between, had moved away but not replaced."""
-    partial, old = _beside(folder)
-    if old.is_dir() and not folder.exists():
-        os.replace(old, folder)
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+def _put_in_place(folder: Path) -> None:
+    """Replace the results in a run folder by complete new ones, where some wait beside it, and touch nothing else
+    there. After a kill in between, it is done again from the start: `model.json` comes last.
+    """
+    folder, partial, complete = _staging(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    if (complete / CARD).is_file():
+        for name in (CARD, *(WRITTEN - {"resume"})):
+            _remove(folder / name)
+        shutil.copytree(complete, folder, copy_function=linked, ignore=lambda *_: {CARD}, dirs_exist_ok=True)
+        flush(folder)
+        os.replace(complete / CARD, folder / CARD)
+        flush(folder)
+    shutil.rmtree(complete, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder` to fill, which takes its place when all went well; otherwise it
-    is removed, and an older `folder` stays as it was.
+    """Yield a hidden folder beside the run folder `folder` to fill with all that a training leaves there. When all
+    went well, that takes the place of the older results; otherwise it is removed, and the older ones stay as they
+    were. What is not a training's own (`WRITTEN`) stays in `folder` in any case.
     """
-    partial, old = _beside(folder)
+    folder, partial, complete = _staging(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -370,8 +394,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         raise
     for file in (*partial.rglob("*"), partial):
         flush(file)  # before the older results and the state to go on from are gone
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
+    os.replace(partial, complete)
     flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _put_in_place(folder)
+    shutil.rmtree(folder / "resume", ignore_errors=True)

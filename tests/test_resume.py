@@ -1,9 +1,11 @@
 """A training that is broken off, however, ends as if nothing had happened; what goes wrong is named."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from augmentation import Augmentation
 from checkpoints import Checkpoints, random_states, set_random_states, write_whole
 from finetune import fine_tune_study, main
 from networks import build_network
-from results import training_folder
+from results import complete_or_absent, training_folder
 from studies import PROJECT, Training, load_study, load_table
 from training import fine_tune
 from utils import Batches, Preprocessing, XrayDataset
@@ -325,14 +327,107 @@ def test_a_second_training_into_one_folder_is_refused(tiny_study, tmp_path):
         fine_tune_study(tiny_study, load_table(tiny_study), "resnet18", runs=tmp_path, device="cpu")
 
 
-def test_results_that_a_kill_left_half_exchanged_come_back(tmp_path):
+def write_results(folder, text, names=("model.json", "model.safetensors", "predictions_test.csv")):
+    with complete_or_absent(folder) as results:
+        for name in names:
+            (results / name).write_text(text)
+        (results / "tensorboard").mkdir()
+        (results / "tensorboard" / "events").write_text(text)
+
+
+def contents(folder):
+    """Return the text of each file below a folder, and where each link points."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path) if path.is_symlink() else path.read_text()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.fixture
+def own_files(tmp_path):
+    """A run folder with older results and a user's own files, and what the latter hold."""
     folder = tmp_path / "study" / "net"
-    folder.mkdir(parents=True)
-    (folder / "model.json").write_text("older")
-    folder.rename(folder.with_name(".net.old"))  # what was killed had moved it away ...
-    folder.with_name(".net.partial").mkdir()  # ... and not put the new one in its place
-    with training_folder(folder, restart=False):
-        assert (folder / "model.json").read_text() == "older"
+    write_results(folder, "older", ("model.json", "model.safetensors", "lungs_failed.csv"))
+    (folder / "notes.txt").write_text("mine")
+    (folder / "figures" / "old").mkdir(parents=True)
+    (folder / "figures" / "old" / "model.json").write_text("mine too")
+    (folder / "images").symlink_to("../../elsewhere")
+    (folder / "figures" / "old").chmod(0o555)  # as one protects what must not change
+    return folder, {"notes.txt": "mine", "figures/old/model.json": "mine too", "images": "../../elsewhere"}
+
+
+NEWER = {
+    name: "newer"
+    for name in ("model.json", "model.safetensors", "predictions_test.csv", "tensorboard/events")
+}
+OLDER = {
+    name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "tensorboard/events")
+}
+
+
+def test_new_results_replace_the_older_ones_and_nothing_else(own_files):
+    folder, own = own_files
+    (folder / "resume").mkdir()
+    (folder / "resume" / "state.pt").write_text("done")
+    write_results(folder, "newer")
+    assert contents(folder) == NEWER | own
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+
+
+def test_results_that_could_not_be_written_whole_replace_nothing(own_files):
+    folder, own = own_files
+    with pytest.raises(TypeError):
+        write_results(folder, None)  # no text: the first file cannot be written
+    assert contents(folder) == OLDER | own
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+
+
+class Killed(BaseException):
+    """As a kill: from a given step on nothing on the disk changes any more."""
+
+
+@pytest.fixture
+def kill_at():
+    """Return a function that sets how many changes of the disk this process may still make; None ends that."""
+    left = [None]
+
+    def audit(event, arguments):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.link", "os.mkdir", "os.symlink")
+        if left[0] is not None and (changes or (event == "open" and arguments[1] == "w")):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+    sys.addaudithook(audit)  # it cannot be taken out again, but does nothing from then on
+    yield partial(left.__setitem__, 0)
+    left[0] = None
+
+
+def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_loses_nothing(
+    own_files, kill_at
+):
+    folder, own = own_files
+    seen, killed, steps = set(), True, 0
+    while killed:
+        write_results(folder, "older", ("model.json", "model.safetensors", "lungs_failed.csv"))
+        kill_at(steps)
+        try:
+            write_results(folder, "newer")
+            killed = False
+        except Killed:
+            steps += 1
+        kill_at(None)
+        found = contents(folder)
+        assert found.items() >= own.items()
+        # Whoever reads now finds whole results or, for a moment, none: there is no model.json.
+        assert "model.json" not in found or found in (OLDER | own, NEWER | own)
+        with training_folder(folder, restart=False):
+            pass
+        assert contents(folder) in (OLDER | own, NEWER | own)
+        seen.add((killed, contents(folder)["model.json"]))
+    assert seen == {(True, "older"), (True, "newer"), (False, "newer")}
+    assert steps > 15
     assert sorted(path.name for path in folder.parent.iterdir()) == [".net.lock", "net"]
 
 
