@@ -395,6 +395,23 @@ def test_more_classes_than_images_and_wrong_methods_are_refused(small, images):
         GradCAM(small, ["features.4.relu", "features.9"])
 
 
+def test_several_methods_are_each_as_alone_from_one_pass(narrow, images):
+    expected = {}
+    for method in METHODS:
+        with GradCAM(narrow, method=method) as cam:
+            expected[method] = cam(images, "all")
+    passes = []
+    hook = narrow.register_forward_hook(lambda *_: passes.append(1))
+    with GradCAM(narrow) as cam:
+        found = cam.by_method([name for name in METHODS if name != "scorecam"], images, "all")
+        assert len(passes) == 1
+        found |= cam.by_method(["scorecam"], images, "all")
+    hook.remove()
+    for method, maps in found.items():
+        torch.testing.assert_close(maps.raw, expected[method].raw)
+        torch.testing.assert_close(maps.logits, expected[method].logits)
+
+
 def test_several_layers_are_each_as_alone_and_fused_by_the_greatest(resnet, images):
     with GradCAM(resnet, ["layer3", "layer4"], "layercam") as cam:
         both = cam(images, "all")
