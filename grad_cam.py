@@ -247,6 +247,14 @@ class GradCAM:
                     f"{len(images)} images are {len(point)} at layer {name!r} and {len(output)} in the output: "
                     "a network that cuts or merges images has no map of one"
                 )
+            height, width = images.shape[2:]
+            first, second, third = point.shape[1:]
+            # The first two axes have the image's proportions and the last two have not: (N, h, w, K).
+            if first * width == second * height and second * width != third * height:
+                raise ValueError(
+                    f"layer {name!r} gives {tuple(point.shape)}, channels last, and not (N, K, h, w): choose a "
+                    "later layer, behind which the channels come second (of torchvision's Swin 'permute')"
+                )
         if not all(tensor.isfinite().all() for tensor in (output, *self._points.values())):
             raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
 
