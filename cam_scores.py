@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cam_methods import METHODS
@@ -21,6 +22,7 @@ from explanations import cam_of
 from faithfulness import (
     deletion_insertion,
     masked_confidence,
+    random_network,
     randomised,
     rank_correlation,
     verdict,
@@ -35,7 +37,7 @@ from localization import (
     overlap_table,
     peak_inside,
 )
-from metrics import Interval, bootstrap_mean
+from metrics import Interval, bootstrap_mean, patient_weights
 from predictions import Predictions
 from trained_networks import TrainedNetwork
 from utils import read_mask, read_xray
@@ -43,7 +45,7 @@ from utils import read_mask, read_xray
 if TYPE_CHECKING:
     from lung_masking import LungMask
 
-SEEDS = 3  # random networks to compare with: one random head may by chance point as the trained one does
+NETWORKS = 10  # random networks to compare with: one random head may by chance point as the trained one does
 YES_OR_NO = ("empty", "peak", "increase")  # of these a mean is a proportion
 BATCH = 16  # images that a network sees at once
 # The first method's map of another patient, of the same class where there is one: what it knows is the class.
@@ -72,9 +74,9 @@ class MapScores(NamedTuple):
     (the share of the map's sum; of an empty map 0 of the lesion, which was not found, and NaN of the lungs), `iou`,
     `iobb` and `detected` (see `localization.BoxOverlaps`), `empty`; NaN where there is nothing to hold it against.
     `faithful`: `probability` of the class for the whole image, `deletion`, `insertion`, `drop`, `increase`; NaN of
-    an empty map. `randomised`: by `stage`, 0 the head alone, the `share` of the modules that are random, the
-    `correlation` of the map's ranks with the trained network's and its size, `agreement`, whatever its sign: means
-    over `SEEDS` random networks; NaN where the trained network's map is empty.
+    an empty map. `randomised`: a row for each random `network`, 0 to `NETWORKS` - 1, too, and `stage`, 0 the head
+    alone; the `share` of the modules that are random, the `correlation` of the map's ranks with the trained network's
+    and its size, `agreement`, whatever its sign; NaN where the trained network's map is empty.
     """
 
     located: pd.DataFrame
@@ -156,10 +158,14 @@ def _maps(
     trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]
 ) -> dict[str, CamMaps]:
     """Return a map an image by each method, by title."""
+    with cam_of(trained) as cam:
+        batches = [
+            cam.by_method(methods, *batch)
+            for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
+        ]
     found = {}
     for name in methods:
-        with cam_of(trained, name) as cam:
-            parts = [cam(*part) for part in zip(images.split(BATCH), classes.split(BATCH), strict=True)]
+        parts = [batch[name] for batch in batches]
         raw = LayerMaps(torch.cat([part.raw for part in parts]), parts[0].grid)
         rest = (torch.cat([getattr(part, field) for part in parts]) for field in ("classes", "logits"))
         found[METHODS[name].title] = CamMaps((raw,), *rest)
@@ -297,23 +303,20 @@ def _randomised(
 ) -> Iterator[dict[str, object]]:
     titles = {method.title: name for name, method in METHODS.items()}
     known = {title: maps.raw[asked, 0] for title, maps in found.items()}
-    correlations: dict[tuple[str, int, float], list[np.ndarray]] = {}
-    for number in range(SEEDS):
-        stages = randomised(trained.network, images[:1], seed=seed + number)
-        for step, stage in enumerate(stages):
-            networks = trained._replace(network=stage.network)
-            names = [titles[title] for title in known]
-            for title, maps in _maps(networks, images[asked], classes[asked], names).items():
+    # Seeds that are drawn: with the study's own, the random network would be the one that the training started from.
+    for number, own_seed in enumerate(np.random.SeedSequence(seed).generate_state(NETWORKS).tolist()):
+        fresh = random_network(trained.card, images[asked], seed=own_seed)
+        for step, stage in enumerate(randomised(trained.network, fresh, images[:1])):
+            network = trained._replace(network=stage.network)
+            maps_of = _maps(network, images[asked], classes[asked], [titles[title] for title in known])
+            for title, maps in maps_of.items():
                 ranks = rank_correlation(maps.raw[:, 0], known[title])
-                correlations.setdefault((title, step, stage.share), []).append(ranks)
-    for (title, step, share), values in correlations.items():
-        there = (
-            known[title].flatten(1).any(dim=1).cpu().numpy()
-        )  # a map without evidence has no ranks to keep
-        signed, size = (np.where(there, np.mean(v, axis=0), np.nan) for v in (values, np.abs(values)))
-        for row, i in enumerate(asked):
-            stage = {"stage": step, "share": share, "correlation": signed[row], "agreement": size[row]}
-            yield _named(cases[i], title) | stage
+                # A map without evidence has no ranks to keep.
+                ranks[~known[title].flatten(1).any(dim=1).cpu().numpy()] = np.nan
+                for rank, i in zip(ranks, asked, strict=True):
+                    of_stage = {"network": number, "stage": step, "share": stage.share}
+                    agreement = {"correlation": rank, "agreement": abs(rank)}
+                    yield _named(cases[i], title) | of_stage | agreement
 
 
 def _named(case: MapCase, kind: str) -> dict[str, object]:
@@ -349,8 +352,8 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         "insertion": _means(scores.faithful, "insertion", seed),
         "average drop": _means(scores.faithful, "drop", seed),
         "increase": _means(scores.faithful, "increase", seed),
-        "agreement, head random": _means(head, "agreement", seed),
-        "agreement, all random": _means(everything, "agreement", seed),
+        "agreement, head random": _agreements(head, seed),
+        "agreement, all random": _agreements(everything, seed),
     }
     kinds = scores.located["map"].unique()
     unknown = Interval(np.nan, np.nan, np.nan)
@@ -390,6 +393,39 @@ def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
         rng = np.random.default_rng(seed)
         means[kind] = bootstrap_mean(values, patients, proportion=yes_or_no, rng=rng)
     return means
+
+
+def _agreements(frame: pd.DataFrame, seed: int) -> dict[str, Interval]:
+    means = {}
+    for kind, own in frame.groupby("map", sort=False):
+        # Each network has the same cases in the same order.
+        agreement = own["agreement"].to_numpy().reshape(own["network"].nunique(), -1)
+        patients = own["patient"].to_numpy()[: agreement.shape[1]]
+        means[kind] = mean_agreement(agreement, patients, rng=np.random.default_rng(seed))
+    return means
+
+
+def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.Generator) -> Interval:
+    """Return the mean of (M, N) agreements of N images' maps with those of M random networks, images that are NaN left
+    out, with its 95 % interval over networks and patients.
+
+    Both are drawn with replacement, independently of one another, 1,000 times (the pigeonhole bootstrap, Owen 2007,
+    Ann. Appl. Stat. 1:386): how much a map agrees depends on both, and a few of either are at hand. So few that
+    percentiles would be too narrow: they are taken as far out as Student's t of the fewer ones asks for (the expanded
+    percentile interval, Hesterberg 2015, Am. Stat. 69:371, section 5.3). One patient has no interval.
+    """
+    known = ~np.isnan(agreement).all(axis=0)
+    agreement, patients = agreement[:, known], np.asarray(patients)[known]
+    fewer = min(len(agreement), len(np.unique(patients)))
+    if fewer < 2:
+        return Interval(agreement.mean() if known.any() else np.nan, np.nan, np.nan)
+    networks, images = (
+        np.concatenate(list(patient_weights(drawn, resamples=1000, rng=rng)))
+        for drawn in (np.arange(len(agreement)), patients)
+    )
+    resampled = ((networks @ agreement) * images).sum(axis=1) / (networks.sum(axis=1) * images.sum(axis=1))
+    tail = stats.norm.cdf(np.sqrt(fewer / (fewer - 1)) * stats.t.ppf(0.025, fewer - 1))
+    return Interval(agreement.mean(), *np.quantile(resampled, (tail, 1 - tail)))
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 Masks and boxes say whether a map lies where a radiologist would look (`localization`); a faithful map of a
 network that looks elsewhere must not. Here: does the prediction hang on the pixels that the map names
 (`deletion_insertion`, `masked_confidence`), and does the map hang on what the network has learnt
-(`randomised`, `rank_correlation`, `verdict`)?
+(`random_network`, `randomised`, `rank_correlation`, `verdict`)?
 
 Throughout: images (N, 3, H, W), normalised, so that 0 is the mean; maps (N, H, W) at the images' size, each
 scaled by its maximum to 0..1 or all zero; classes (N,) the class index that each map is for.
@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from networks import add_batch_norm, build_network, fold_batch_norm
+from trained_networks import ModelCard
 
 Probabilities = Callable[[Tensor], Tensor]  # (N, 3, H, W) normalised images -> (N, C) in 0..1
 
@@ -145,32 +149,85 @@ def masked_confidence(
     return MaskedConfidence(whole, kept)
 
 
+def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
+    """Return a network of the card's architecture and head with the random weights of `build_network`, in eval mode
+    and on the images' device, that tells the (N, 3, H, W) normalised images apart.
+
+    Each batch normalisation normalises by the statistics of these images, as it does by those of a batch when a
+    training starts; a network without normalisation (VGG, LeNet) gets batch normalisation behind each convolution,
+    folded into the weights. With running statistics of 0 and 1 activations would grow or shrink from block to block,
+    to 2e4 in a ResNet-101 and 6e-14 in an EfficientNet-B0, and a VGG-16's Eigen-CAM of different X-rays would
+    correlate at 0.99. No map of such a network is like the trained one's, whatever the method shows.
+
+    The global random state stays as it is.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which reseeds every GPU too. On the CPU the draw is the same for any device.
+        torch.default_generator.manual_seed(seed)
+        network = build_network(
+            card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units
+        )
+        bare = not any(isinstance(module, _BatchNorm | nn.LayerNorm) for module in network.modules())
+        if bare:
+            add_batch_norm(network)
+        network.eval().to(images.device)
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        hooks = [norm.register_forward_pre_hook(_measure) for norm in norms]
+        network(images)
+        for hook in hooks:
+            hook.remove()
+        if bare:
+            fold_batch_norm(network)
+        return network
+
+
+def _measure(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    """Set the running statistics of a batch normalisation to those of its input."""
+    values = inputs[0].transpose(0, 1).flatten(1)
+    norm.running_mean.copy_(values.mean(dim=1))
+    norm.running_var.copy_(values.var(dim=1, correction=0))
+
+
 def randomised(
-    network: nn.Module, example: Tensor, *, stages: Sequence[float] = (0.25, 0.5, 0.75, 1.0), seed: int
+    network: nn.Module, fresh: nn.Module, example: Tensor, *, stages: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
 ) -> Iterator[Randomised]:
     """Yield copies of a network that are random from the top down to ever lower modules: the head alone (the
     last module with parameters), then each share in `stages` of the modules with parameters (cascading
     randomisation, Adebayo et al. 2018, "Sanity checks for saliency maps", NeurIPS, arXiv:1810.03292).
 
-    The order is that in which they run on `example`, an input on the network's device; modules that do not
-    run there come last. It is one copy, in eval mode, that each step makes more random: use it before the
-    next. Modules are reset as when they were built, running statistics too; parameters of others are drawn
-    from a normal distribution of their own mean and standard deviation. The network itself, the flags of
-    frozen parameters and the global random state stay as they are.
+    Random are the weights and running statistics of `fresh`, a network of the same architecture that has learnt
+    nothing (`random_network`). The order is that in which modules run on `example`, an input on the network's
+    device; modules that do not run there come last. It is one copy, in eval mode, that each step makes more random:
+    use it before the next. The network itself and the flags of frozen parameters stay as they are.
     """
     if not all(0 < share <= 1 for share in stages):
         raise ValueError(f"stages {tuple(stages)} must be shares of the modules, above 0 and up to 1")
+    if _shapes(network) != _shapes(fresh):
+        raise ValueError("the random network must have the names and shapes of the trained network's weights")
     with torch.inference_mode(False):  # inference tensors could not be explained later
         copy = deepcopy(network).eval()
     names = _top_down(copy, example)
-    modules = dict(copy.named_modules())
-    # A seed a module: what it becomes does not depend on the stages.
-    seeds = np.random.SeedSequence(seed).generate_state(len(names)).tolist()
+    modules, sources = dict(copy.named_modules()), dict(fresh.named_modules())
     ends = sorted({1, *(max(1, round(share * len(names))) for share in stages)})
     for start, end in pairwise([0, *ends]):
-        for name, own_seed in zip(names[start:end], seeds[start:end], strict=True):
-            _randomise(modules[name], own_seed)
+        for name in names[start:end]:
+            _take(modules[name], sources[name])
         yield Randomised(names[end - 1], end / len(names), copy.eval())
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def _take(module: nn.Module, source: nn.Module) -> None:
+    """Copy the parameters and buffers that a module itself holds, not those of modules in it."""
+    with torch.inference_mode(False), torch.no_grad():
+        for own, new in (
+            (module.named_parameters(recurse=False), source._parameters),
+            (module.named_buffers(recurse=False), source._buffers),
+        ):
+            for name, values in own:
+                values.copy_(new[name])
 
 
 def rank_correlation(maps: Tensor | np.ndarray, others: Tensor | np.ndarray) -> np.ndarray:
@@ -292,17 +349,3 @@ def _top_down(network: nn.Module, example: Tensor) -> list[str]:
         for hook in hooks:
             hook.remove()
     return list(dict.fromkeys([*reversed(ran), *reversed(owners)]))
-
-
-def _randomise(module: nn.Module, seed: int) -> None:
-    device = next(module.parameters(recurse=False)).device
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which reseeds every GPU too. On the CPU the draw is the same for any device.
-        torch.default_generator.manual_seed(seed)
-        module.cpu()
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        else:
-            for parameter in module.parameters(recurse=False):
-                parameter.normal_(float(parameter.mean()), float(parameter.std(correction=0)))
-        module.to(device)

@@ -137,7 +137,7 @@ class GradCAM:
         """
         self.model = getattr(model, "_orig_mod", model)  # of a compiled network the one that hooks reach
         self.method, self.multilabel, self.batch_size = method, multilabel, batch_size
-        self._formula: Method = cam_method(method)
+        cam_method(method)  # an unknown one is an error here
         self._targets = _layers(self.model, layer)
         self.layers = tuple(self._targets)
         self._trackers: dict[tuple[int, int], CellTracker] = {}
@@ -168,6 +168,13 @@ class GradCAM:
         an image, or (N, K). Raises ValueError for another shape, an index out of range or a network whose
         output is not finite.
         """
+        return self.by_method([self.method], images, classes)[self.method]
+
+    def by_method(
+        self, methods: Sequence[str], images: Tensor, classes: Classes = "top"
+    ) -> dict[str, CamMaps]:
+        """Return the maps of several methods from one and the same forward pass, by name; see `__call__`."""
+        formulas = {name: cam_method(name) for name in methods}
         if not self._entered:
             raise RuntimeError(
                 "use `with GradCAM(model) as cam:`: outside it the network is in no known mode"
@@ -186,14 +193,22 @@ class GradCAM:
                 logits = self._logits(output)
                 chosen = _chosen_classes(classes, logits.detach())
                 grids = {name: self._grid(images, point) for name, point in self._points.items()}
-                raw = self._maps(images, output, chosen, grids)
+                raw = {
+                    name: self._maps(formula, images, output, chosen, grids)
+                    for name, formula in formulas.items()
+                }
         finally:
             self._points = {}
             torch.clear_autocast_cache()  # casts made without a graph would break a later training step
-        if not all(maps.isfinite().all() for maps in raw.values()):
+        if not all(maps.isfinite().all() for by_layer in raw.values() for maps in by_layer.values()):
             raise ValueError("the network's gradients are not finite: are its weights damaged?")
-        layers = tuple(LayerMaps(raw[name].relu(), grids[name]) for name in self.layers)
-        return CamMaps(layers, chosen, logits.detach().float())
+        logits = logits.detach().float()
+        return {
+            method: CamMaps(
+                tuple(LayerMaps(by_layer[name].relu(), grids[name]) for name in self.layers), chosen, logits
+            )
+            for method, by_layer in raw.items()
+        }
 
     def _forward(self, images: Tensor) -> Tensor:
         """Run the network, cut at the target; return its output, with `_points` the targets' activations."""
@@ -232,6 +247,14 @@ class GradCAM:
                     f"{len(images)} images are {len(point)} at layer {name!r} and {len(output)} in the output: "
                     "a network that cuts or merges images has no map of one"
                 )
+            height, width = images.shape[2:]
+            first, second, third = point.shape[1:]
+            # The first two axes have the image's proportions and the last two have not: (N, h, w, K).
+            if first * width == second * height and second * width != third * height:
+                raise ValueError(
+                    f"layer {name!r} gives {tuple(point.shape)}, channels last, and not (N, K, h, w): choose a "
+                    "later layer, behind which the channels come second (of torchvision's Swin 'permute')"
+                )
         if not all(tensor.isfinite().all() for tensor in (output, *self._points.values())):
             raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
 
@@ -253,13 +276,13 @@ class GradCAM:
         return self._trackers[tuple(images.shape[2:])].grid(*point.shape[2:])
 
     def _maps(
-        self, images: Tensor, output: Tensor, chosen: Tensor, grids: dict[str, Grid]
+        self, formula: Method, images: Tensor, output: Tensor, chosen: Tensor, grids: dict[str, Grid]
     ) -> dict[str, Tensor]:
         """Return (N, K, h, w) maps by layer, not yet rectified."""
-        if self._formula.needs == "gradient":
-            return self._maps_from_gradients(output, chosen)
+        if formula.needs == "gradient":
+            return self._maps_from_gradients(formula, output, chosen)
         activations = {name: point.detach().float() for name, point in self._points.items()}
-        if self._formula.needs == "activation":
+        if formula.needs == "activation":
             return {
                 name: eigen_cam_maps(activation)[:, None].expand(-1, chosen.shape[1], -1, -1)
                 for name, activation in activations.items()
@@ -269,7 +292,7 @@ class GradCAM:
             for name, activation in activations.items()
         }
 
-    def _maps_from_gradients(self, output: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def _maps_from_gradients(self, formula: Method, output: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         maps = {}
         for name, point in self._points.items():
             head = _pooled_linear_head(output, point)
@@ -277,11 +300,11 @@ class GradCAM:
                 # An index for all images: one row of weights serves them all.
                 rows = chosen[:1] if chosen.stride(0) == 0 else chosen
                 gradient = self._logits(head.float()).T[rows] / (point.shape[2] * point.shape[3])
-                maps[name] = self._weighted(point, gradient[..., None, None])
+                maps[name] = _weighted(formula, point, gradient[..., None, None])
         others = {name: point for name, point in self._points.items() if name not in maps}
         if others:
             parts = [
-                [self._weighted(point, g) for point, g in zip(others.values(), gradients, strict=True)]
+                [_weighted(formula, point, g) for point, g in zip(others.values(), gradients, strict=True)]
                 for gradients in self._gradients(output, list(others.values()), chosen)
             ]
             maps |= {
@@ -289,10 +312,6 @@ class GradCAM:
                 for name, found in zip(others, zip(*parts, strict=True), strict=True)
             }
         return maps
-
-    def _weighted(self, point: Tensor, gradient: Tensor) -> Tensor:
-        activation = point.detach().float()
-        return weighted_maps(activation, self._formula.weights(activation, gradient.float()))
 
     def _gradients(self, output: Tensor, points: list[Tensor], chosen: Tensor) -> Iterator[list[Tensor]]:
         """Yield (N, k, K, h, w) gradients at each point, for a part of the chosen classes after the other."""
@@ -328,6 +347,11 @@ class GradCAM:
                 logits.append(self._logits(self.model((masks * image).to(image.dtype))).float())
             weights.append(score_cam_weights(torch.cat(logits).T[wanted]))
         return torch.stack(weights)[..., None, None]
+
+
+def _weighted(formula: Method, point: Tensor, gradient: Tensor) -> Tensor:
+    activation = point.detach().float()
+    return weighted_maps(activation, formula.weights(activation, gradient.float()))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from checkpoints import STATE, flush, write_whole
+from checkpoints import STATE, flush, remove_unfinished, write_whole
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import apply_splits
 from datasets.table import FINGERPRINT, relative_paths, target_names
@@ -322,8 +322,7 @@ def training_folder(folder: Path, *, restart: bool, write: bool = True) -> Itera
         working.mkdir(parents=True, exist_ok=True)
         for left in working.glob("features-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        for left in working.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        remove_unfinished(working)
         (working / "process").write_text(f"number {os.getpid()} on {platform.node()}", encoding="utf-8")
         try:
             yield working

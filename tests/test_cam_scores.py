@@ -12,12 +12,22 @@ from torch import nn
 
 import cam_scores
 from cam_methods import METHODS
-from cam_scores import MapCase, map_cases, overlaps, score_maps, summary
+from cam_scores import MapCase, map_cases, mean_agreement, overlaps, score_maps, summary
 from datasets.phantom import CLASSES, draw_phantoms
 from datasets.table import XrayTable, no_boxes
 from explanations import cam_of
-from faithfulness import deletion_insertion, masked_confidence, randomised, rank_correlation
+from faithfulness import (
+    CHANGES,
+    deletion_insertion,
+    masked_confidence,
+    random_network,
+    randomised,
+    rank_correlation,
+    verdict,
+)
 from localization import best_overlaps
+from metrics import bootstrap_mean
+from networks import ARCHITECTURES, Architecture
 from predictions import Predictions
 from studies import Maps
 from trained_networks import ModelCard, TrainedNetwork
@@ -45,6 +55,13 @@ def tiny_network():
     network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
     network.cam_layer = "14"
     return network
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_is_an_architecture():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "tiny", Architecture("Tiny", tiny_network, None, "17", "17", "14"))
+        yield
 
 
 def card(**fields):
@@ -182,15 +199,83 @@ def test_the_network_is_asked_what_faithfulness_asks_it(honest, marked_cases):
     for name, values in expected.items():
         np.testing.assert_allclose(own[name], values, atol=1e-6)
     assert np.abs(curves.deletion - curves.insertion).min() > 1e-3
-    head = []
-    for seed in range(cam_scores.SEEDS):
-        first = next(iter(randomised(honest.network, images[:1], seed=seed)))
+    own = scores.randomised[scores.randomised["stage"] == 0]
+    assert own.groupby("network").size().tolist() == [4] * 10
+    seeds = np.random.SeedSequence(0).generate_state(10)
+    for number in (0, 9):
+        fresh = random_network(honest.card, images, seed=int(seeds[number]))
+        first = next(iter(randomised(honest.network, fresh, images[:1])))
         with cam_of(honest._replace(network=first.network), "layercam") as cam:
-            head.append(rank_correlation(cam(images, 1).raw[:, 0], trained_maps.raw[:, 0]))
-    frame = scores.randomised[scores.randomised["stage"] == 0]
-    np.testing.assert_allclose(frame["correlation"], np.mean(head, axis=0), atol=1e-6)
-    np.testing.assert_allclose(frame["agreement"], np.mean(np.abs(head), axis=0), atol=1e-6)
-    assert len(head) == 3
+            expected = rank_correlation(cam(images, 1).raw[:, 0], trained_maps.raw[:, 0])
+        found = own[own["network"] == number]
+        np.testing.assert_allclose(found["correlation"], expected, atol=1e-6)
+        np.testing.assert_allclose(found["agreement"], np.abs(expected), atol=1e-6)
+
+
+def test_no_random_network_is_the_one_that_the_training_started_from(marked_cases):
+    cases = marked_cases[0][:4]  # all are asked
+    images = torch.stack([card().preprocessing(read_xray(case.path)) for case in cases])
+    start = random_network(card(), images, seed=3)
+    scores = score_maps(
+        TrainedNetwork(start, card()), cases, methods=["eigencam"], faithful=4, steps=1, seed=3
+    )
+    last = scores.randomised[scores.randomised["share"] == 1]
+    assert last.groupby("network")["agreement"].mean().max() < 0.95
+
+
+def agreements(rng, *, mean, images=8):
+    """Return (10, images) agreements: random networks, images and what is of both differ by 0.12, 0.06 and 0.06."""
+    return (
+        mean
+        + 0.12 * rng.standard_normal((10, 1))
+        + 0.06 * rng.standard_normal(images)
+        + 0.06 * rng.standard_normal((10, images))
+    )
+
+
+def over_patients_alone(agreement, rng):
+    return bootstrap_mean(agreement[:3].mean(axis=0), range(agreement.shape[1]), rng=rng)
+
+
+def test_the_interval_of_agreement_covers_other_random_networks_and_patients():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(300):
+        agreement = agreements(rng, mean=0.6)
+        both = mean_agreement(agreement, range(8), rng=rng)
+        assert both.estimate == pytest.approx(agreement.mean())
+        held.append([low <= 0.6 <= high for _, low, high in (both, over_patients_alone(agreement, rng))])
+    covered = np.mean(held, axis=0)
+    assert covered[0] >= 0.9
+    assert covered[1] < 0.6
+
+
+def test_verdicts_do_not_hang_on_which_networks_were_drawn():
+    rng = np.random.default_rng(0)
+    low = mean_agreement(agreements(rng, mean=0.2), range(8), rng=rng)
+
+    def share(words, mean, interval):
+        return np.mean([verdict(interval(agreements(rng, mean=mean), rng), low) == words for _ in range(200)])
+
+    def over_both(agreement, rng):
+        return mean_agreement(agreement, range(8), rng=rng)
+
+    # At the limit nothing can be said; where only patients are resampled, chance says one thing or the other.
+    assert share("undecided", 0.7, over_both) >= 0.9
+    assert share("undecided", 0.7, over_patients_alone) <= 0.6
+    assert share(CHANGES, 0.5, over_both) >= 0.9
+    assert share("does not explain the decision", 0.9, over_both) >= 0.9
+
+
+def test_images_of_one_patient_are_drawn_together_and_one_patient_has_no_interval():
+    agreement = np.tile([0.2, 0.2, 0.8, 0.8], (10, 1))
+    together = mean_agreement(agreement, list("aabb"), rng=np.random.default_rng(0))
+    assert together == (0.5, pytest.approx(0.2), pytest.approx(0.8))
+    unknown = np.column_stack([agreement, np.full(10, np.nan)])
+    np.testing.assert_array_equal(
+        mean_agreement(unknown, list("aabbc"), rng=np.random.default_rng(0)), together
+    )
+    alone = mean_agreement(agreement, ["a"] * 4, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(alone, [0.5, np.nan, np.nan])
 
 
 def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):

@@ -395,6 +395,64 @@ def test_more_classes_than_images_and_wrong_methods_are_refused(small, images):
         GradCAM(small, ["features.4.relu", "features.9"])
 
 
+class ChannelsLast(nn.Module):
+    """Cells of 8 x 8 pixels whose channels come last, as in a Swin transformer, then first again."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 8, stride=8)
+        self.mixed = nn.Sequential(nn.Linear(12, 10), nn.ReLU())
+        self.moved = nn.Identity()
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = self.mixed(self.patches(x).permute(0, 2, 3, 1))
+        return self.head(self.moved(x.permute(0, 3, 1, 2)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 64)])
+def test_a_layer_whose_channels_come_last_is_refused_and_the_one_behind_is_not(size):
+    torch.manual_seed(0)
+    network, images = ChannelsLast().eval(), torch.randn(2, 3, *size)
+    rows, columns = size[0] // 8, size[1] // 8
+    with GradCAM(network, "mixed") as cam, pytest.raises(ValueError, match="channels last") as error:
+        cam(images)
+    assert f"'mixed' gives (2, {rows}, {columns}, 10)" in str(error.value)
+    with GradCAM(network, "moved") as cam:
+        assert cam(images, "all").raw.shape == (2, 3, rows, columns)
+
+
+def test_a_swin_transformer_is_explained_behind_its_permutation():
+    torch.manual_seed(0)
+    network, images = models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64)
+    for layer in ("features", "features.1", "features.3", "norm"):
+        with GradCAM(network, layer) as cam, pytest.raises(ValueError, match="'permute'"):
+            cam(images)
+    with GradCAM(network, "permute") as cam:
+        maps = cam(images, [[3, 5]])
+    with torch.no_grad():
+        activation = network.permute(network.norm(network.features(images)))
+    expected = torch.einsum("ck,nkhw->nchw", network.head.weight[[3, 5]], activation).relu() / 4
+    torch.testing.assert_close(maps.raw, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_several_methods_are_each_as_alone_from_one_pass(narrow, images):
+    expected = {}
+    for method in METHODS:
+        with GradCAM(narrow, method=method) as cam:
+            expected[method] = cam(images, "all")
+    passes = []
+    hook = narrow.register_forward_hook(lambda *_: passes.append(1))
+    with GradCAM(narrow) as cam:
+        found = cam.by_method([name for name in METHODS if name != "scorecam"], images, "all")
+        assert len(passes) == 1
+        found |= cam.by_method(["scorecam"], images, "all")
+    hook.remove()
+    for method, maps in found.items():
+        torch.testing.assert_close(maps.raw, expected[method].raw)
+        torch.testing.assert_close(maps.logits, expected[method].logits)
+
+
 def test_several_layers_are_each_as_alone_and_fused_by_the_greatest(resnet, images):
     with GradCAM(resnet, ["layer3", "layer4"], "layercam") as cam:
         both = cam(images, "all")

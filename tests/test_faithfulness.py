@@ -1,5 +1,7 @@
 """Claims about faithfulness.py, with answers from closed forms, SciPy and hand-made networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,14 @@ from faithfulness import (
     MaskedConfidence,
     deletion_insertion,
     masked_confidence,
+    random_network,
     randomised,
     rank_correlation,
     verdict,
 )
+from grad_cam import GradCAM
+from networks import ARCHITECTURES, build_network
+from trained_networks import ModelCard
 
 SIDE = 28  # blocks of 2 x 2
 EVIDENCE = torch.zeros(SIDE, SIDE)
@@ -246,11 +252,85 @@ def test_what_does_not_fit_is_refused_with_the_remedy(change, remedy):
         deletion_insertion(**given)
 
 
+# Random networks
+
+
+def card_of(architecture, outputs=3):
+    classes = tuple(map(str, range(outputs)))
+    layer = ARCHITECTURES[architecture].cam_layer
+    return ModelCard(architecture, classes, 96, (0.5,) * 3, (0.25,) * 3, layer)
+
+
+def smooth_images(n=8, side=96):
+    """Return (n, 3, side, side) grey images that have hardly anything in common."""
+    coarse = torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    return functional.interpolate(coarse, (side, side), mode="bicubic").expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_random_network_of_any_architecture_sees_its_image(name):
+    images = smooth_images()
+    network = random_network(card_of(name), images, seed=0)
+    seen = []
+    network.get_submodule(network.cam_layer).register_forward_hook(
+        lambda module, inputs, output: seen.append(output.clone())
+    )
+    with GradCAM(network, method="eigencam") as cam:
+        maps = cam(images, 0)
+    (activation,) = seen
+    assert maps.logits.isfinite().all()
+    assert maps.logits.std(dim=0).min() > 1e-3
+    assert not maps.empty.any()
+    # Much of the activation is each image's own, not what all have in common; and so of the map.
+    assert activation.std(dim=0, correction=0).square().sum() > 0.4 * activation.square().mean(dim=0).sum()
+    correlations = np.corrcoef(maps.raw[:, 0].flatten(1).numpy())
+    assert correlations[np.triu_indices(len(images), 1)].mean() < 0.9
+
+
+def test_a_random_network_hangs_on_its_seed_alone_and_leaves_the_global_random_state():
+    images, before = smooth_images(2), torch.random.get_rng_state()
+    first, again, other = (state(random_network(card_of("small_cnn"), images, seed=s)) for s in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if name.endswith("conv.weight"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_random_network_is_drawn_as_its_architecture_draws_its_weights():
+    # He et al. 2015: a standard deviation of sqrt(2 / fan-out); what a layer alone would draw has sqrt(1 / 3 fan-in).
+    network = random_network(card_of("small_cnn"), smooth_images(2), seed=0)
+    last = network.features[4].conv.weight.detach()
+    assert float(last.std()) == pytest.approx(np.sqrt(2 / (384 * 9)), rel=0.01)
+    assert (network.features[4].bn.weight == 1).all()
+
+
+def test_batch_normalisation_is_of_the_images():
+    images = smooth_images()
+    network = random_network(card_of("resnet18"), images, seed=0)
+    with torch.no_grad():
+        first = network.conv1(images)
+        torch.testing.assert_close(network.bn1.running_mean, first.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
+        normalised = network.bn1(first)
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
+
+
+def test_a_random_network_has_the_head_of_the_trained_one_and_gradients_in_inference_mode_too():
+    card = replace(card_of("lenet5"), hidden_units=(7,), dropout=0.5)
+    with torch.inference_mode():
+        network = random_network(card, smooth_images(2), seed=0)
+    expected = build_network("lenet5", 3, hidden_units=(7,), dropout=0.5).state_dict()
+    assert {key: value.shape for key, value in state(network).items()} == {
+        key: value.shape for key, value in expected.items()
+    }
+    assert not any(module.training for module in network.modules())
+    network(smooth_images(2)).sum().backward()
+
+
 # Randomisation
 
 
 class Scale(nn.Module):
-    """A module that cannot reset itself."""
+    """A module with a parameter of its own."""
 
     def __init__(self):
         super().__init__()
@@ -278,19 +358,29 @@ class Reversed(nn.Module):
 EXAMPLE = torch.ones(2, 3, 8, 8)
 
 
-@pytest.fixture
-def trained():
-    """Return a network none of whose values is that of a fresh one, in training mode, the stem frozen."""
+def changed_everywhere(network, seed):
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(3)
-        network = Reversed()
+        torch.default_generator.manual_seed(seed)
         for parameter in network.parameters():
             parameter.data.add_(torch.randn_like(parameter))
-        network.norm.running_mean += 3
-        network.norm.running_var *= 7
-        network.norm.num_batches_tracked += 11
+    return network
+
+
+@pytest.fixture
+def trained():
+    """Return a network in training mode, the stem frozen."""
+    network = changed_everywhere(Reversed(), 3)
+    network.norm.running_mean += 3
+    network.norm.running_var *= 7
+    network.norm.num_batches_tracked += 11
     network.stem.requires_grad_(False)
     return network.train()
+
+
+@pytest.fixture
+def fresh():
+    """Return a network none of whose values is that of the trained one."""
+    return changed_everywhere(Reversed(), 4)
 
 
 def state(network):
@@ -301,10 +391,10 @@ def changed(network, before):
     return {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
 
 
-def test_modules_become_random_in_the_order_in_which_they_run_from_the_last(trained):
+def test_modules_become_random_in_the_order_in_which_they_run_from_the_last(trained, fresh):
     before = state(trained)
     steps = [
-        (lowest, share, changed(made, before)) for lowest, share, made in randomised(trained, EXAMPLE, seed=0)
+        (lowest, share, changed(made, before)) for lowest, share, made in randomised(trained, fresh, EXAMPLE)
     ]
     head, scale = {"head.weight", "head.bias"}, {"scale.factor"}
     norm = {key for key in before if key.startswith("norm.")}
@@ -316,57 +406,42 @@ def test_modules_become_random_in_the_order_in_which_they_run_from_the_last(trai
     ]
 
 
-def test_running_statistics_are_those_of_a_fresh_network(trained):
-    *_, last = randomised(trained, EXAMPLE, seed=0)
-    assert (last.network.norm.running_mean == 0).all()
-    assert (last.network.norm.running_var == 1).all()
+def test_in_the_end_weights_and_running_statistics_are_those_of_the_random_network(trained, fresh):
+    expected = state(fresh)
+    *_, last = randomised(trained, fresh, EXAMPLE)
+    assert not changed(last.network, expected)
+    assert not changed(fresh, expected)
 
 
-def test_a_module_that_cannot_reset_itself_keeps_its_parameters_mean_and_spread(trained):
-    *_, last = randomised(trained, EXAMPLE, seed=0)
-    old, new = trained.scale.factor.detach(), last.network.scale.factor.detach()
-    deviation = float(old.std()) / np.sqrt(old.numel())
-    assert float(new.mean()) == pytest.approx(float(old.mean()), abs=4 * deviation)
-    assert float(new.std()) == pytest.approx(float(old.std()), rel=0.05)
-
-
-def test_the_network_given_and_the_global_random_state_stay_as_they_are(trained):
-    before, random_state = state(trained), torch.random.get_rng_state()
+def test_the_network_given_stays_as_it_is(trained, fresh):
+    before = state(trained)
     hooks = len(trained.stem._forward_pre_hooks)
-    for stage in randomised(trained, EXAMPLE, seed=0):
+    for stage in randomised(trained, fresh, EXAMPLE):
         assert not any(module.training for module in stage.network.modules())
         assert [p.requires_grad for p in stage.network.parameters()] == [
             p.requires_grad for p in trained.parameters()
         ]
         assert stage.network.cam_layer == "norm"
-        assert torch.equal(torch.random.get_rng_state(), random_state)
     assert not changed(trained, before)
     assert trained.training
     assert trained.norm.training
     assert len(trained.stem._forward_pre_hooks) == len(stage.network.stem._forward_pre_hooks) == hooks == 0
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_stages_and_another_one_others(trained):
-    def last(seed, **options):
-        *_, stage = randomised(trained, EXAMPLE, seed=seed, **options)
-        return stage.network
-
-    everything = {name for name, _ in trained.named_parameters()} - {"norm.weight", "norm.bias"}
-    once = state(last(0))
-    assert not changed(last(0, stages=(1.0,)), once)
-    assert changed(last(1), once) == everything
+def small_network(seed):
+    return changed_everywhere(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2)), seed)
 
 
 def test_stages_that_are_the_same_number_of_modules_come_once():
-    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2))
-    names = [(lowest, share) for lowest, share, _ in randomised(network, EXAMPLE, seed=0)]
-    assert names == [("2", 0.5), ("0", 1.0)]
+    steps = [(lowest, share) for lowest, share, _ in randomised(small_network(0), small_network(1), EXAMPLE)]
+    assert steps == [("2", 0.5), ("0", 1.0)]
 
 
 def test_what_does_not_run_on_the_example_becomes_random_last():
-    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2))
-    network[0].unused = nn.Linear(1, 1)
-    names = [lowest for lowest, *_ in randomised(network, EXAMPLE, stages=(0.67, 1.0), seed=0)]
+    networks = small_network(0), small_network(1)
+    for network in networks:
+        network[0].unused = nn.Linear(1, 1)
+    names = [lowest for lowest, *_ in randomised(*networks, EXAMPLE, stages=(0.67, 1.0))]
     assert names == ["2", "0", "0.unused"]
 
 
@@ -374,23 +449,26 @@ def test_a_frozen_network_whose_weights_were_loaded_by_assignment_stays_as_it_is
     weights, expected = conv_network(seed=1).state_dict(), state(conv_network(seed=1))
     network = conv_network().to("meta")
     network.load_state_dict(weights, assign=True)
-    *_, last = randomised(network.requires_grad_(False), EXAMPLE, seed=0)
+    *_, last = randomised(network.requires_grad_(False), conv_network(seed=2), EXAMPLE)
     assert not changed(network, expected)
     assert changed(last.network, expected) == set(expected)
 
 
-def test_copies_made_in_inference_mode_have_gradients(trained):
+def test_copies_made_in_inference_mode_have_gradients(trained, fresh):
     with torch.inference_mode():
-        *_, last = randomised(trained, EXAMPLE, seed=0)
+        *_, last = randomised(trained, fresh, EXAMPLE)
     last.network(EXAMPLE).sum().backward()
     assert last.network.head.weight.grad is not None
 
 
-def test_a_network_without_parameters_and_stages_beyond_the_network_are_refused():
+def test_networks_without_parameters_or_of_two_kinds_and_stages_beyond_the_network_are_refused():
     with pytest.raises(ValueError, match="nothing to randomise"):
-        next(randomised(nn.ReLU(), EXAMPLE, seed=0))
+        next(randomised(nn.ReLU(), nn.ReLU(), EXAMPLE))
     with pytest.raises(ValueError, match="up to 1"):
-        next(randomised(nn.Conv2d(3, 2, 3), EXAMPLE, stages=(0.5, 2), seed=0))
+        next(randomised(small_network(0), small_network(1), EXAMPLE, stages=(0.5, 2)))
+    wider = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 3))
+    with pytest.raises(ValueError, match="names and shapes"):
+        next(randomised(small_network(0), wider, EXAMPLE))
 
 
 # Rank correlation and verdict
@@ -447,7 +525,7 @@ def judged(method, network, images):
     for seed in range(8):
         stages = [
             rank_correlation(trained_maps, method(made, images))
-            for *_, made in randomised(network, images, seed=seed)
+            for *_, made in randomised(network, conv_network(seed=100 + seed), images)
         ]
         first.append(stages[0])
         last.append(stages[-1])
