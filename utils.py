@@ -42,6 +42,7 @@ STRIPS, TILES = (273, 279), (324, 325)  # offsets and lengths
 # By Pillow's mode and the tag: what Pillow delivers as int32 and as uint8.
 STORED_AS = {("I", UNSIGNED): np.uint32, ("L", SIGNED): np.int8}
 RUN_LENGTHS = (1, 2)  # compression of a BMP
+# A JPEG's markers, and bytes that stand for no pixels of it.
 START_OF_SCAN, END_OF_JPEG, FOREIGN_BYTES = 0xDA, b"\xff\xd9", bytes.fromhex("5aa533cc") * 8
 
 
