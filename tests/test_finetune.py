@@ -247,6 +247,7 @@ select = "auc"
 balance = "loss"
 threshold = "f1"
 keep_checkpoints = true
+precision = "fp32"
 [networks.lenet5]
 """
 
