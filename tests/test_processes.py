@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,14 +13,15 @@ from safetensors.torch import load_file
 from studies import PROJECT
 from utils import Share
 
-# Without and with batch normalisation. Dropout is off: each process draws its own. By SGD: Adam divides a gradient by
-# its own size, so that one that is nothing but rounding makes a whole step.
+# Without and with batch normalisation. Dropout is off: each process draws its own. By SGD, for Adam divides a gradient
+# by its own size, and in double precision: rounding is all that may differ, and what it does grows with every step.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
+ODD = PROJECT / "tests" / "odd_training.py"
 KILL = 40  # files are renamed before the kill, which falls into the second epoch of the second network
 
 
-def launched(study, runs, *, processes, script=(PROJECT / "finetune.py",)):
-    """Train by the command of the README, or by another script and its first arguments."""
+def launched(study, runs, *, processes, kill=0):
+    """Train by the command of the README, in double precision."""
     alone = [sys.executable]
     launcher = [
         sys.executable,
@@ -33,7 +33,7 @@ def launched(study, runs, *, processes, script=(PROJECT / "finetune.py",)):
     ]
     # A configuration that asks for half precision must not change the study.
     launcher += ["--num_machines", "1", "--mixed_precision", "bf16"]
-    command = [*(launcher if processes > 1 else alone), *map(str, script), str(study)]
+    command = [*(launcher if processes > 1 else alone), str(ODD), "float64", str(kill), str(study)]
     return subprocess.Popen(
         [*command, "--runs", str(runs), "--device", "cpu"],
         stdout=subprocess.PIPE,
@@ -99,9 +99,7 @@ def test_one_process_writes_and_prints_for_all(trained):
 def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom_root, tmp_path):
     folders, _ = trained
     study, working = phantom_root.parent / "shared.toml", tmp_path / "shared" / "small_cnn" / "resume"
-    killed = launched(
-        study, tmp_path, processes=2, script=(Path(__file__).parent / "killed_training.py", KILL)
-    )
+    killed = launched(study, tmp_path, processes=2, kill=KILL)
     killed.communicate()
     assert killed.returncode
     assert (working / "state.pt").is_file()

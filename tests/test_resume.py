@@ -26,7 +26,7 @@ from training import fine_tune
 from utils import Batches, Preprocessing, XrayDataset
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
-KILLED, KILLS = PROJECT / "tests" / "killed_training.py", (11, 13, 16)  # in the first, third and fifth epoch
+ODD, KILLS = PROJECT / "tests" / "odd_training.py", (11, 13, 16)  # in the first, third and fifth epoch
 LONGER = TINY_STUDY.replace(
     "epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0"
 ).replace(
@@ -46,11 +46,11 @@ def start(study, runs, script=(PROJECT / "finetune.py",)):
 
 def test_three_kills_within_saves_leave_the_same_files_byte_for_byte(phantom_root, tmp_path):
     study = phantom_root.parent / "killed.toml"
-    study.write_text(LONGER)
+    study.write_text(LONGER.replace("resnet18", "small_cnn"))
     whole = start(study, tmp_path / "whole")
-    folder = tmp_path / "killed" / "killed" / "resnet18"
+    folder = tmp_path / "killed" / "killed" / "small_cnn"
     for number in KILLS:
-        process = start(study, tmp_path / "killed", (KILLED, number))
+        process = start(study, tmp_path / "killed", (ODD, "float32", number))
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors
         assert (folder / "resume" / "state.pt").is_file()
@@ -59,7 +59,7 @@ def test_three_kills_within_saves_leave_the_same_files_byte_for_byte(phantom_roo
     for process in (whole, last):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert files(folder) == files(tmp_path / "whole" / "killed" / "resnet18")
+    assert files(folder) == files(tmp_path / "whole" / "killed" / "small_cnn")
     assert not (folder / "resume").exists()
 
 
