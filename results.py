@@ -363,7 +363,13 @@ def _put_in_place(folder: Path) -> None:
     if (complete / CARD).is_file():
         for name in (CARD, *(WRITTEN - {"resume"})):
             _remove(folder / name)
-        shutil.copytree(complete, folder, copy_function=linked, ignore=lambda *_: {CARD}, dirs_exist_ok=True)
+        shutil.copytree(
+            complete,
+            folder,
+            copy_function=linked,
+            ignore=lambda where, names: {CARD} if where == str(complete) else set(),  # lungs/ has one too
+            dirs_exist_ok=True,
+        )
         flush(folder)
         os.replace(complete / CARD, folder / CARD)
         flush(folder)

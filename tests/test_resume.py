@@ -331,8 +331,8 @@ def write_results(folder, text, names=("model.json", "model.safetensors", "predi
     with complete_or_absent(folder) as results:
         for name in names:
             (results / name).write_text(text)
-        (results / "tensorboard").mkdir()
-        (results / "tensorboard" / "events").write_text(text)
+        (results / "lungs").mkdir()
+        (results / "lungs" / "model.json").write_text(text)
 
 
 def contents(folder):
@@ -358,11 +358,10 @@ def own_files(tmp_path):
 
 
 NEWER = {
-    name: "newer"
-    for name in ("model.json", "model.safetensors", "predictions_test.csv", "tensorboard/events")
+    name: "newer" for name in ("model.json", "model.safetensors", "predictions_test.csv", "lungs/model.json")
 }
 OLDER = {
-    name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "tensorboard/events")
+    name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "lungs/model.json")
 }
 
 
