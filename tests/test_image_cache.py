@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -257,7 +256,7 @@ def test_a_folder_that_cannot_be_made_is_named_in_one_line(splits, tmp_path, blo
 # --- in other processes ---
 
 MAKE = """
-import sys, threading, time
+import os, signal, sys, threading, time
 from hashlib import sha256
 from pathlib import Path
 from image_cache import cached
@@ -269,10 +268,12 @@ class Slow:
     def __call__(self, image):
         with self.alone:
             self.calls += 1
+            if self.calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.005)
         return image
 
-folder, names = map(Path, sys.argv[1:])
+folder, names, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 slow, paths = Slow(), sorted(map(str, names.glob("*.png")))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -304,11 +305,13 @@ def many(tmp_path_factory):
     return folder, MADE.resize(read_xray(first))
 
 
-def start(*processes):
-    """Start processes that each decode the images of a folder into another; they have imported all they need."""
+def start(*processes, last=0):
+    """Start processes that each decode the images of a folder into another; they have imported all they need. Each
+    kills itself at its image number `last`.
+    """
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", MAKE, str(folder), str(names)],
+            [sys.executable, "-c", MAKE, str(folder), str(names), str(last)],
             cwd=PROJECT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -328,12 +331,7 @@ def start(*processes):
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_kill_while_images_are_decoded_leaves_nothing_that_is_taken_for_whole(many, tmp_path):
     (names, image), folder = many, tmp_path / "cache"
-    (killed,) = start((folder, names))
-    while not list(folder.glob("*.part")):
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.005)
-    time.sleep(0.2)
-    killed.kill()
+    (killed,) = start((folder, names), last=NUMBER // 3)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     (left,) = kept(folder)
