@@ -91,7 +91,7 @@ OUTSIDE = ["..", "...", ".hidden", "up\\there", "a*", "a\x7f", " a", "a."]
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_file_whose_name_is_no_folder_below_runs_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"name: .* does not name a folder below runs/") as caught:
+    with pytest.raises(ValueError, match=r"'name': .* does not name a folder below runs/") as caught:
         load_study(write(tmp_path, name, MINIMAL))
     assert "\n" not in str(caught.value)
 
