@@ -94,7 +94,7 @@ def fine_tune_study(
         )
     folder = runs / study.name / network
     content = content_digests(table.frame["path"])  # before anything is decoded
-    fixed = _fixed_settings(study, table, network, accelerator)
+    fixed = _fixed_settings(study, table, network, accelerator, runs)
     if not restart and _is_finished(study, network, fixed, runs):
         print(f"{folder} is finished, with the same settings and images (--restart trains it again)")
         return folder
@@ -287,11 +287,12 @@ def _announce(
 
 
 def _fixed_settings(
-    study: Study, table: XrayTable, network: str, accelerator: Accelerator
+    study: Study, table: XrayTable, network: str, accelerator: Accelerator, runs: Path
 ) -> dict[str, object]:
     """Return, flat, all that must be the same when a training goes on."""
     idle = {"num_workers", "cache_images", "checkpoint_minutes", "keep_checkpoints", "threshold"}
     training = study.training_of(network)
+    start, _ = _starting_weights(network, training, runs)
     groups = {
         "preprocessing": study.preprocessing.model_dump(mode="json"),
         "augmentation": study.augmentation.model_dump(mode="json"),
@@ -304,7 +305,10 @@ def _fixed_settings(
         "seed": study.seed,
         "precision": resolve_precision(training.precision, accelerator.device),
         "data": data_fingerprint(table),
-        "content of weights": content_digests([training.weights]),
+        # The card beside a file names the classes of its head.
+        "content of weights": None
+        if start in NO_FILE
+        else content_digests([start, Path(start).with_name("model.json")]),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
@@ -626,7 +630,7 @@ def _fine_tune_all(studies: Sequence[Study], table: XrayTable, given: argparse.N
     jobs = [(study, network) for study in studies for network in study.networks]
     if not given.restart:
         for study, network in jobs:  # before any of them is trained
-            fixed = _fixed_settings(study, table, network, accelerator)
+            fixed = _fixed_settings(study, table, network, accelerator, given.runs)
             if not _is_finished(study, network, fixed, given.runs):
                 Checkpoints(given.runs / study.name / network / "resume", fixed).fits()
     for study, network in jobs:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -484,7 +485,11 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
     assert written(folder) == before
     save_file({key: value / 2 for key, value in weights.items()}, file)
     assert main(command) == 0
-    assert written(folder) != before
+    halved = written(folder)
+    assert halved != before
+    shutil.copy(folder / "model.json", tmp_path)  # beside the weights: now their head has names, and is kept
+    assert main(command) == 0
+    assert written(folder) != halved
     fixed = {}
     plain = load_study(study)
     digests = {
@@ -526,7 +531,9 @@ def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root
     command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
     assert main([*command, "--networks", "lenet5"]) == 0
     before = (tmp_path / "pair" / "lenet5" / "model.json").read_bytes()
-    settings = finetune._fixed_settings(study, load_table(study), "small_cnn", Accelerator(cpu=True))
+    settings = finetune._fixed_settings(
+        study, load_table(study), "small_cnn", Accelerator(cpu=True), tmp_path
+    )
     Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save(
         {"best_epoch": 0, "best_state": {}}
     )
