@@ -111,13 +111,14 @@ def _whole(file: Path) -> bool:
 
 
 def _states(names: Sequence[str]) -> Iterator[str]:
-    """Yield size, time of change and true place of each file."""
+    """Yield size, times of change and true place of each file."""
     real_folder = functools.cache(os.path.realpath)  # to resolve each of very many files takes long
     for name in names:
         folder, file = os.path.split(name)
         place = os.path.realpath(name) if os.path.islink(name) else os.path.join(real_folder(folder), file)
         stat = os.stat(name)
-        yield f"{stat.st_size} {stat.st_mtime_ns} {place}"
+        # Copying can keep the first time, but not the second.
+        yield f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {place}"
 
 
 def _digest(lines: Iterable[str]) -> str:

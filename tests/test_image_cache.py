@@ -115,16 +115,16 @@ def spoil(path, *, later=0):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
 
 
-def test_no_image_is_read_a_second_time(splits, tmp_path):
+def test_no_image_is_read_a_second_time(splits, tmp_path, monkeypatch):
     before = pixels(splits, tmp_path / "cache")
-    for path in splits["test"] + splits["val"]:
-        spoil(path)
+    monkeypatch.setattr(Preprocessing, "read", lambda self, path: pytest.fail(f"{path} is read again"))
     same(pixels(splits, tmp_path / "cache"), before)
 
 
-def test_an_image_of_another_time_is_read_anew(splits, tmp_path):
+@pytest.mark.parametrize("later", [0, 1])
+def test_an_image_of_another_time_or_with_the_old_one_set_again_is_read_anew(splits, tmp_path, later):
     pixels(splits, tmp_path / "cache")
-    spoil(splits["val"][1], later=1)
+    spoil(splits["val"][1], later=later)
     with pytest.raises(ValueError, match=Path(splits["val"][1]).name):
         pixels(splits, tmp_path / "cache")
 
