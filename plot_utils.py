@@ -502,7 +502,7 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
     training changes above what other patients would.
 
     `scores` has the levels network and seed, `intervals` a row a network with estimate, low, high; networks
-    from top to bottom. Beside the dots stand mean and standard deviation (n - 1).
+    from top to bottom. Over the line stand mean and standard deviation (n - 1).
     """
     by_network = scores.groupby(level="network", sort=False)
     means, networks = by_network.mean(), list(scores.index.unique("network"))
@@ -525,9 +525,11 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
         first["estimate"], rows + 0.2, xerr=reach, **bars, label="first seed, its interval\nover patients"
     )
     for row, (name, own) in enumerate(by_network):
-        _note(f"mean {means[name]:.3f} ± {own.std():.3f}", (own.max(), row - 0.2), ax)
+        above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        text = f"mean {means[name]:.3f} ± {own.std():.3f}"
+        ax.annotate(text, (means[name], row - 0.4), **above, fontsize=SMALL)
     ax.set_yticks(range(len(networks)), networks)
-    ax.set_ylim(len(networks) - 0.45, -0.55)
+    ax.set_ylim(len(networks) - 0.55, -0.7)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", alpha=0.3)
     ax.margins(x=0.12)

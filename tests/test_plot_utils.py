@@ -527,6 +527,9 @@ def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax)
     np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
     np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])
     assert [text.get_text() for text in ax.texts] == ["mean 0.867 ± 0.058", "mean 0.650 ± 0.071"]
+    assert [text.xy[0] for text in ax.texts] == pytest.approx(
+        [2.6 / 3, 0.65]
+    )  # at the line that they tell of
     assert inside_figure(fig)
 
 
