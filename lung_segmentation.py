@@ -181,6 +181,13 @@ class LungSegmenter:
     origin: Mapping[str, object] = field(default_factory=dict)
     validation: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def knows(self) -> str:
+        """What it learnt from, in words for wherever its masks are used."""
+        if self.origin.get("data") == PHANTOM:
+            return f"a lung model that knows the {PHANTOM} only"
+        return f"a lung model that learnt from {self.origin.get('train_pairs', 'unknown')} X-rays with lung masks"
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that could change a mask."""

@@ -115,21 +115,23 @@ def draw_lung_segmentations(
     fig: FigureBase,
     images: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
-    masked: Sequence[np.ndarray],
     reasons: Sequence[str | None],
+    seen: Sequence[np.ndarray] | None,
 ) -> FigureBase:
-    """Draw a column an X-ray: the (H, W) image with the outline of its lung mask, below it the image that the
-    network sees, and in red the reason where that was kept whole.
+    """Draw a column an X-ray: the (H, W) image with the outline of its lung mask and, below it, the image that the
+    network sees, None where no network of the study sees masked X-rays; in red why a mask is not believed.
     """
-    axes = fig.subplots(2, len(images), squeeze=False)
-    for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=True):
+    axes = fig.subplots(1 if seen is None else 2, len(images), squeeze=False)
+    for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=False):
         _row_label(label, ax)
-    for image, mask, seen, reason, (above, below) in zip(images, masks, masked, reasons, axes.T, strict=True):
-        _image(image, above)
-        _outline(mask, above, color=LUNG, style="solid")
-        _image(seen, below)
+    for i, (image, mask, reason, column) in enumerate(zip(images, masks, reasons, axes.T, strict=True)):
+        _image(image, column[0])
+        _outline(mask, column[0], color=LUNG, style="solid")
+        if seen is not None:
+            _image(seen[i], column[1])
         if reason is not None:
-            below.set_xlabel(fill(f"kept whole: {reason}", 20), color=WRONG, fontsize=10)
+            words = f"{'not believed' if seen is None else 'kept whole'}: {reason}"
+            column[-1].set_xlabel(fill(words, 20), color=WRONG, fontsize=10)
     return fig
 
 

@@ -71,6 +71,7 @@ MARKERS = "osD^vPX<"  # beside the colours, for prints without them
 LINES = ("-", "--", "-.", (0, (1, 1)))
 SMALL = 8.5  # points; the smallest print that is readable in a notebook 1000 px wide
 FEW = 5  # classes whose names fit side by side under a panel, and whose lines stay apart in it
+FEW_IMAGES = 10  # in a bin: the share of so few that are right says nothing of a network
 PHASE = {"color": "0.25", "linewidth": 1.0, "linestyle": (0, (1, 2))}  # the line at a change of phase
 # Seaborn's colour-blind-safe colours without its light pink and yellow, too pale for lines on white; in their
 # place two dark ones of Paul Tol's "muted" (SRON technical note EPS 09-002).
@@ -501,7 +502,7 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
     training changes above what other patients would.
 
     `scores` has the levels network and seed, `intervals` a row a network with estimate, low, high; networks
-    from top to bottom. Beside the dots stand mean and standard deviation (n - 1).
+    from top to bottom. Over the line stand mean and standard deviation (n - 1).
     """
     by_network = scores.groupby(level="network", sort=False)
     means, networks = by_network.mean(), list(scores.index.unique("network"))
@@ -509,7 +510,14 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
     # A height a seed, so that equal scores do not hide one another.
     steps = (by_network.cumcount() + 0.5) / by_network.transform("size")
     heights = scores.index.get_level_values("network").map(networks.index) - 0.4 + 0.4 * steps
-    ax.vlines(means, rows - 0.4, rows, color=COLORS[0], linewidth=2, label="mean of the seeds")
+    ax.vlines(
+        means,
+        rows - 0.4,
+        rows,
+        color=COLORS[0],
+        linewidth=2,
+        label="mean of the seeds\n(± standard deviation)",
+    )
     ax.plot(scores, heights, "o", color=COLORS[0], markersize=6, alpha=0.8, label="one seed")
     reach = np.maximum([first["estimate"] - first["low"], first["high"] - first["estimate"]], 0)
     bars = {"fmt": "s", "color": COLORS[3], "markersize": 6, "capsize": 3}
@@ -517,9 +525,11 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
         first["estimate"], rows + 0.2, xerr=reach, **bars, label="first seed, its interval\nover patients"
     )
     for row, (name, own) in enumerate(by_network):
-        _note(f"{means[name]:.3f} ± {own.std():.3f}", (own.max(), row - 0.2), ax)
+        above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        text = f"mean {means[name]:.3f} ± {own.std():.3f}"
+        ax.annotate(text, (means[name], row - 0.4), **above, fontsize=SMALL)
     ax.set_yticks(range(len(networks)), networks)
-    ax.set_ylim(len(networks) - 0.45, -0.55)
+    ax.set_ylim(len(networks) - 0.55, -0.7)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", alpha=0.3)
     ax.margins(x=0.12)
@@ -529,7 +539,7 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
 
 def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     """Draw accuracy against confidence: by name, tables with columns confidence, accuracy, count; a marker's
-    area is its share of images.
+    area is its share of images. Bins of fewer than `FEW_IMAGES` are hollow, and no line leads to them.
 
     Below the diagonal a network is over-confident.
     """
@@ -539,17 +549,19 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     for name, style in _styles(list(tables)).items():
         filled = tables[name][tables[name]["count"] > 0]
         areas = np.maximum(250 * filled["count"] / filled["count"].sum(), 10)
-        confidence, accuracy = filled["confidence"], filled["accuracy"]
-        dots = {"marker": style.marker, "color": style.color, "alpha": 0.65, "label": name}
-        ax.plot(confidence, accuracy, color=style.color, linewidth=1.5)
-        ax.scatter(confidence, accuracy, s=areas, **dots)
+        enough = filled["count"] >= FEW_IMAGES
+        joined = filled[enough]
+        ax.plot(joined["confidence"], joined["accuracy"], color=style.color, linewidth=1.5)
+        faces = [(*style.color, 0.65) if solid else "none" for solid in enough]
+        dots = {"marker": style.marker, "facecolors": faces, "edgecolors": [style.color], "label": name}
+        ax.scatter(filled["confidence"], filled["accuracy"], s=areas, **dots)
     ax.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
     ax.set(
         xlabel="confidence (probability of the predicted class)", ylabel="accuracy (share of them correct)"
     )
-    legend = _legend_beside(ax, title="marker area: share of images")
+    legend = _legend_beside(ax, title=f"marker area: share of images\nhollow: fewer than {FEW_IMAGES} images")
     for handle in legend.legend_handles:
-        handle.set_sizes([45])
+        handle.set(sizes=[45], facecolor=handle.get_edgecolor())
     return ax
 
 

@@ -1,16 +1,23 @@
 """What in the data, other than disease, could fool a network: probes that must fail, and near-duplicates."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
 import pandas as pd
+from PIL import Image
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from metrics import MACRO, bootstrap_scores
+from utils import FORMATS
+
+NEAR_CHANCE = (0.4, 0.6)  # ROC-AUC: a probe whose whole interval lies outside has found a shortcut
+BINS = 10  # of sizes: more would fit noise in a few hundred files
 
 
 def border_pixels(thumbnails: np.ndarray, *, rim: int = 2) -> np.ndarray:
@@ -26,6 +33,28 @@ def brightness(thumbnails: np.ndarray) -> np.ndarray:
     """Return (N, 2) mean and standard deviation of (N, H, W) images: exposure, not anatomy."""
     flat = thumbnails.reshape(len(thumbnails), -1)
     return np.stack([flat.mean(axis=1), flat.std(axis=1)], axis=1)
+
+
+def file_table(paths: Sequence[str]) -> pd.DataFrame:
+    """Return a row a file: width and height in pixels, bytes, format and colour mode (as "JPEG", "RGB")."""
+    rows = []
+    for path in paths:
+        with Image.open(path, formats=FORMATS) as image:
+            rows.append((*image.size, os.path.getsize(path), image.format, image.mode))
+    return pd.DataFrame(rows, columns=["width", "height", "bytes", "format", "mode"])
+
+
+def file_features(files: pd.DataFrame) -> np.ndarray:
+    """Return (N, F) what the rows of a `file_table` tell without their pixels, for a linear probe: 0 and 1 for the
+    format, the mode and the tenth of the files that the width, height, bytes and bytes a pixel lie in, and
+    the ranks of these. So neither a few very large files nor a class of middle size hides anything.
+    """
+    sizes = files[["width", "height", "bytes"]].to_numpy(float)
+    sizes = np.column_stack([sizes, sizes[:, 2] / (sizes[:, 0] * sizes[:, 1])])
+    ranks = (rankdata(sizes, axis=0) - 0.5) / len(sizes)  # in 0..1, the same for equal values
+    tenths = np.eye(BINS)[(ranks * BINS).astype(int)].reshape(len(sizes), -1)
+    kinds = pd.get_dummies(files[["format", "mode"]]).to_numpy(float)
+    return np.concatenate([ranks, tenths, kinds], axis=1)
 
 
 def erased(xray: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -50,16 +79,22 @@ def probe_table(
 ) -> pd.DataFrame:
     """Return how well a linear probe tells the classes from features that should say nothing of them.
 
-    `features` holds (N, F) arrays by name. A logistic regression (standardised, L2) predicts each image from
-    the others in `folds` folds that keep a patient together; the macro one-vs-rest ROC-AUC of those
-    predictions, with its interval over patients, is a row. 0.5 is chance; well above it the feature is a
-    shortcut that a network can take (Geirhos et al. 2020, arXiv:2004.07780; DeGrave et al. 2021, Nature
-    Machine Intelligence 3, for chest X-rays of COVID-19). Give it no test images.
+    `features` holds (N, F) arrays by name. A logistic regression (standardised, L2, classes weighing the same)
+    predicts each image from the others in `folds` folds that keep a patient together; the macro one-vs-rest
+    ROC-AUC of those predictions, with its interval over patients, is a row. 0.5 is chance. "shortcut" says
+    whether the whole interval lies outside `NEAR_CHANCE`: above, the feature is one that a network can take
+    (Geirhos et al. 2020, arXiv:2004.07780; DeGrave et al. 2021, Nature Machine Intelligence 3, for chest X-rays
+    of COVID-19); below, it tells the classes apart too, but the other way round in other folds. Give it no
+    test images.
     """
     rows = {}
     smallest = int(np.bincount(labels).min())
     for name, values in features.items():
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        # Unweighted, a probe that found nothing would rank the folds by their shares of the classes: the more
+        # images of a class are held out, the fewer it was fitted on, which gives areas far below 0.5.
+        probe = make_pipeline(
+            StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced")
+        )
         split = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=seed)
         probabilities = cross_val_predict(
             probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
@@ -69,6 +104,7 @@ def probe_table(
         )
         found = scores[(scores["class"] == MACRO) & (scores["metric"] == "roc_auc")].iloc[0]
         rows[name] = {"roc_auc": found["estimate"], "low": found["low"], "high": found["high"]}
+        rows[name]["shortcut"] = bool(found["low"] > NEAR_CHANCE[1] or found["high"] < NEAR_CHANCE[0])
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

@@ -398,6 +398,7 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
     assert "synthetic phantom alone" in said
     assert first.fingerprint == second.fingerprint
     assert second.origin["data"] == "synthetic phantom"
+    assert second.knows == "a lung model that knows the synthetic phantom only"
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -552,6 +553,7 @@ def test_command_line_trains_scores_saves_and_predicts(pairs, tmp_path, capsys):
     assert about["validation"]["pairs"] == 8
     assert f"held out: Dice {about['validation']['dice']:.3f} (" in out
     assert about["origin"]["start"]["data"] == "synthetic phantom"
+    assert load_segmenter(model).knows == "a lung model that learnt from 40 X-rays with lung masks"
     image = pairs[0].image
     assert (
         main(["predict", "-m", str(model), "-i", str(image), str(tmp_path / "none.png"), "-o", str(masks)])

@@ -211,7 +211,7 @@ def test_lungs_are_outlined_above_what_the_network_sees_and_failures_are_told_in
     images = [grey(i) for i in range(3)]
     seen = [images[0] * mask, images[1] * mask, images[2]]
     plot_utils.draw_lung_segmentations(
-        fig, images, [mask, mask, 0 * mask], seen, [None, None, "one lung only"]
+        fig, images, [mask, mask, 0 * mask], [None, None, "one lung only"], seen
     )
     above, below = np.reshape(fig.axes, (2, 3))
     for i in range(3):
@@ -221,6 +221,16 @@ def test_lungs_are_outlined_above_what_the_network_sees_and_failures_are_told_in
     told = [ax.get_xlabel().replace("\n", " ") for ax in below]
     assert told == ["", "", "kept whole: one lung only"]
     assert to_hex(below[2].xaxis.label.get_color()) == plot_utils.WRONG
+    assert inside_figure(fig)
+
+
+def test_lungs_of_a_study_that_masks_none_are_drawn_without_what_no_network_sees(fig):
+    mask = np.zeros((24, 24), bool)
+    mask[4:20, 3:9] = True
+    plot_utils.draw_lung_segmentations(fig, [grey(0), grey(1)], [mask, mask], [None, "one lung only"], None)
+    assert len(fig.axes) == 2
+    assert [ax.get_ylabel() for ax in fig.axes] == ["lungs\nfound", ""]
+    assert [ax.get_xlabel().replace("\n", " ") for ax in fig.axes] == ["", "not believed: one lung only"]
     assert inside_figure(fig)
 
 
@@ -516,7 +526,10 @@ def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax)
     means, whiskers = (drawn.get_segments() for drawn in ax.collections)
     np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
     np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])
-    assert [text.get_text() for text in ax.texts] == ["0.867 ± 0.058", "0.650 ± 0.071"]
+    assert [text.get_text() for text in ax.texts] == ["mean 0.867 ± 0.058", "mean 0.650 ± 0.071"]
+    assert [text.xy[0] for text in ax.texts] == pytest.approx(
+        [2.6 / 3, 0.65]
+    )  # at the line that they tell of
     assert inside_figure(fig)
 
 
@@ -529,6 +542,22 @@ def test_reliability_points_are_the_filled_bins(ax):
     assert points.get_offsets().tolist() == [[0.5, 0.4], [0.9, 0.95]]
     small, large = points.get_sizes()
     assert large == pytest.approx(3 * small)
+
+
+def test_line_of_reliability_leaves_out_bins_of_few_images(ax):
+    table = pd.DataFrame(
+        {
+            "confidence": [0.2, 0.4, 0.6, 0.8, 0.95],
+            "accuracy": [0, 0.5, 1, 0.7, 0.9],
+            "count": [1, 20, 9, 10, 99],
+        }
+    )
+    plot_utils.plot_reliability({"vgg16": table}, ax)
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0.4, 0.5], [0.8, 0.7], [0.95, 0.9]])
+    (points,) = ax.collections
+    assert len(points.get_offsets()) == 5  # all are shown
+    assert (points.get_facecolors()[:, 3] > 0).tolist() == [False, True, False, True, True]
+    assert "hollow: fewer than 10 images" in ax.get_legend().get_title().get_text()
 
 
 def cam_rows(**masks):

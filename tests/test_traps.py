@@ -1,10 +1,20 @@
 """Traps: a planted one is found, and an innocent data set is not accused."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from datasets.phantom import CLASSES, draw_phantoms
-from traps import border_pixels, brightness, duplicate_table, near_duplicates, probe_table
+from traps import (
+    border_pixels,
+    brightness,
+    duplicate_table,
+    file_features,
+    file_table,
+    near_duplicates,
+    probe_table,
+)
 
 
 def thumbnails(shortcut=None, size=32, number=240):
@@ -42,6 +52,68 @@ def test_images_of_one_patient_are_never_in_fit_and_check_at_once():
     labels = rng.integers(0, 2, 60)[patients]
     table = probe_table({"who": np.eye(60)[patients]}, labels, patients, ["a", "b"], resamples=50)
     assert table.loc["who", "roc_auc"] < 0.6
+
+
+def file_probe(labels, sizes, *, formats="PNG"):
+    files = pd.DataFrame({"width": 224, "height": 224, "bytes": sizes, "format": formats, "mode": "L"})
+    raw = files[["width", "height", "bytes"]].to_numpy()
+    features = {"files": file_features(files), "as they are": raw}
+    return probe_table(features, labels, np.arange(len(labels)), ["a", "b"], resamples=200)
+
+
+def test_sizes_of_files_that_give_a_class_away_are_found_whatever_their_distribution():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 200)
+    heavy = np.where(labels == 0, 10_000, 8_000) * rng.lognormal(0, 0.05, 400)
+    heavy[-10:] = 5e7  # ten very large files of the class whose others are the smaller ones
+    table = file_probe(labels, heavy.astype(int))
+    assert table.loc["as they are", "high"] < 0.5
+    assert table.loc["files", "low"] > 0.95
+    assert table.loc["files", "shortcut"]
+    middle = np.where(labels == 0, rng.choice([5_000, 20_000], 400), 10_000) * rng.lognormal(0, 0.05, 400)
+    assert file_probe(labels, middle.astype(int)).loc["files", "low"] > 0.95
+
+
+def test_formats_that_give_a_class_away_are_found():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    table = file_probe(labels, rng.integers(5_000, 9_000, 200), formats=np.where(labels == 0, "PNG", "JPEG"))
+    assert table.loc["files", "roc_auc"] == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_that_say_nothing_are_at_chance_however_few_are_very_large(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, 300)
+    table = file_probe(labels, (5_000 * (1 + rng.pareto(0.7, 300))).astype(int))
+    assert table.loc["files", "low"] < 0.5 < table.loc["files", "high"]
+    assert not table.loc["files", "shortcut"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_feature_that_is_the_same_for_all_is_at_chance_however_the_folds_fall(seed):
+    rng = np.random.default_rng(seed)
+    patients = rng.integers(0, 12, 60)
+    labels = (np.arange(12) % 3 == 0).astype(int)[patients]
+    table = probe_table({"same": np.ones((60, 1))}, labels, patients, ["a", "b"], resamples=50)
+    assert table.loc["same", "roc_auc"] == 0.5
+
+
+def test_feature_that_is_always_wrong_is_as_suspicious_as_one_that_is_always_right():
+    # Images come in twos that look the same and differ in class: what is learnt of one is wrong of the other.
+    labels = np.arange(80) % 2
+    features = {"twins": np.repeat(np.eye(40), 2, axis=0)}
+    table = probe_table(features, labels, np.arange(80), ["a", "b"], resamples=200)
+    assert table.loc["twins", "high"] < 0.4
+    assert table.loc["twins", "shortcut"]
+
+
+def test_files_are_described_by_what_they_are_not_by_their_endings(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+    Image.new("L", (7, 9)).save(tmp_path / "b.jpg", "PNG")
+    table = file_table([str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.jpg", "b.jpg")]
+    assert table.to_numpy().tolist() == [[30, 20, sizes[0], "JPEG", "RGB"], [7, 9, sizes[1], "PNG", "L"]]
 
 
 def test_border_is_the_rim_and_brightness_mean_and_deviation():
