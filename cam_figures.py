@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from cam_methods import METHODS
-from cam_scores import MapCase, lungs_of
+from cam_scores import MapCase, lungs_of, refuse_other_answer, stored_probabilities
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
 from explanations import explain
 from plot_utils import CamPanel, CamRow, CamSample
-from predictions import Predictions
+from predictions import Predictions, decide
 from trained_networks import TrainedNetwork
 from utils import read_mask, read_xray
 
@@ -33,17 +32,42 @@ class Outcome(NamedTuple):
 
 
 def cam_panel(
-    trained: TrainedNetwork, xray: np.ndarray, class_index: int, *, method: str = "gradcam"
+    trained: TrainedNetwork,
+    path: str,
+    class_index: int,
+    stored: Mapping[str, np.ndarray],
+    *,
+    method: str = "gradcam",
 ) -> CamPanel:
-    """Return what one network makes of an (H, W) uint8 X-ray, with its map for a class; over the lungs alone
-    where the network sees no more. Of several findings it is titled with the one that the map is for.
+    """Return one network's map of an X-ray in a file for a class, over the lungs alone where the network sees no more,
+    and what was predicted by the `stored_probabilities`. Of several findings it is titled with the one that the map
+    is for.
+
+    Raises ValueError where the network now says something else than is stored.
     """
-    said, card = explain(trained, xray, class_index, method=method), trained.card
-    seen = None if trained.lungs is None else trained.lungs(xray)
-    shown = class_index if card.multilabel else int(card.decide(torch.from_numpy(said.probabilities[None])))
-    probability = float(said.probabilities[shown])
+    image, map_, decided = _explained(trained, path, class_index, stored, method)
+    card = trained.card
+    shown = class_index if card.multilabel else int(decided)
+    probability = float(stored[path][shown])
     title = f"{card.classes[shown]} {probability:.2f}" if card.multilabel else None
-    return CamPanel(said.maps[0], card.classes[shown], probability, image=seen, title=title)
+    return CamPanel(map_, card.classes[shown], probability, image=image, title=title)
+
+
+def _explained(
+    trained: TrainedNetwork,
+    path: str,
+    class_index: int,
+    stored: Mapping[str, np.ndarray],
+    method: str = "gradcam",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the (H, W) X-ray that a network sees, its map for a class, and what is decided by the stored
+    probabilities: a class index, or (C,) bool of several findings.
+    """
+    xray, card = read_xray(path), trained.card
+    said = explain(trained, xray, class_index, method=method)
+    refuse_other_answer(trained, path, said.probabilities, stored[path])
+    decided = decide(stored[path][None], card.thresholds, multilabel=card.multilabel)[0]
+    return xray if trained.lungs is None else trained.lungs(xray), said.maps[0], decided
 
 
 def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.DataFrame:
@@ -90,19 +114,23 @@ def cam_samples(
     trained: TrainedNetwork,
     table: XrayTable,
     kinds: Mapping[str, Outcome],
+    said: Predictions,
     *,
     each: int,
     seed: int,
 ) -> dict[str, list[CamSample]]:
-    """Return up to `each` explained test images of each kind, drawn by `seed`, with the boxes of the shown class
-    where the data has them.
+    """Return up to `each` explained test images of each kind, drawn by `seed`, with the network's predictions `said`,
+    by which they are of that kind, and the boxes of the shown class where the data has them.
+
+    Raises ValueError where the network now says something else.
     """
     test = table.subset("test")
     rows = test.set_index(relative_paths(test["path"], table.root).to_numpy())
+    stored = stored_probabilities(said, table)
     rng = np.random.default_rng(seed)
     return {
         name: [
-            _sample(trained, table, rows.loc[path], outcome.class_index)
+            _sample(trained, table, rows.loc[path], outcome.class_index, stored)
             for path in _one_a_patient(rng.permutation(np.array(outcome.paths, dtype=object)), rows)[:each]
         ]
         for name, outcome in kinds.items()
@@ -114,10 +142,15 @@ def _one_a_patient(paths: Sequence[str], rows: pd.DataFrame) -> list[str]:
     return list(rows.loc[list(paths)].drop_duplicates("patient").index)
 
 
-def _sample(trained: TrainedNetwork, table: XrayTable, row: pd.Series, class_index: int) -> CamSample:
-    xray, classes = read_xray(row["path"]), trained.card.classes
-    said = explain(trained, xray, class_index)
-    decided = trained.card.decide(torch.from_numpy(said.probabilities[None]))[0]
+def _sample(
+    trained: TrainedNetwork,
+    table: XrayTable,
+    row: pd.Series,
+    class_index: int,
+    stored: Mapping[str, np.ndarray],
+) -> CamSample:
+    classes = trained.card.classes
+    image, map_, decided = _explained(trained, row["path"], class_index, stored)
     if table.multilabel:  # of the finding that is shown, whatever else was found
         shown, correct = class_index, bool(decided[class_index])
         truth = ", ".join(name for name in classes if row[name]) or NO_FINDING
@@ -125,11 +158,11 @@ def _sample(trained: TrainedNetwork, table: XrayTable, row: pd.Series, class_ind
         shown, correct, truth = int(decided), None, classes[int(row["label"])]
     boxes = table.boxes[(table.boxes["path"] == row["path"]) & (table.boxes["label"] == class_index)]
     return CamSample(
-        image=xray if trained.lungs is None else trained.lungs(xray),
-        map=said.maps[0],
+        image=image,
+        map=map_,
         predicted=classes[shown],
         truth=truth,
-        probability=float(said.probabilities[shown]),
+        probability=float(stored[row["path"]][shown]),
         boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
         correct=correct,
     )
@@ -152,9 +185,10 @@ def method_rows(
     shuffled["turn"] = shuffled.groupby("label").cumcount()
     rows = []
     for case in (cases[i] for i in shuffled.sort_values(["turn", "label"])["case"][:most]):
-        xray = read_xray(case.path)
+        xray, stored = read_xray(case.path), {case.path: case.probabilities}
         panels = {
-            METHODS[name].title: cam_panel(trained, xray, case.class_index, method=name) for name in methods
+            METHODS[name].title: cam_panel(trained, case.path, case.class_index, stored, method=name)
+            for name in methods
         }
         lesion = None if case.lesion is None else read_mask(case.lesion, xray.shape)
         lung = lungs_of(case, xray, find_lungs)

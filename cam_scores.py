@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance point as the trained one does
 YES_OR_NO = ("empty", "peak", "increase")  # of these a mean is a proportion
+ROUNDING = 0.01  # probabilities that differ by no more are the same ones, computed on another device
 BATCH = 16  # images that a network sees at once
 # The first method's map of another patient, of the same class where there is one: what it knows is the class.
 ANOTHER = "another patient's"
@@ -54,7 +55,7 @@ ANOTHER = "another patient's"
 
 class MapCase(NamedTuple):
     """A test image, its patient, the class whose map is scored, and what is known of the image: the files of a
-    lesion's and of the lungs' mask, (B, 4) boxes as fractions.
+    lesion's and of the lungs' mask, (B, 4) boxes as fractions; and the (C,) probabilities by which it was chosen.
     """
 
     path: str
@@ -64,6 +65,7 @@ class MapCase(NamedTuple):
     lesion: str | None = None
     lung: str | None = None
     boxes: np.ndarray = np.zeros((0, 4))
+    probabilities: np.ndarray | None = None
 
 
 class MapScores(NamedTuple):
@@ -106,14 +108,43 @@ def map_cases(table: XrayTable, said: Predictions, *, most: int, seed: int) -> l
         known = relative_paths(test["path"], table.root).isin(right).to_numpy(bool)
         pairs = [(image, int(image["label"])) for image in test[known].to_dict("records")]
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    return [_case(table, *pairs[i]) for i in drawn]
+    stored = stored_probabilities(said, table)
+    return [_case(table, *pairs[i], stored) for i in drawn]
 
 
-def _case(table: XrayTable, image: Mapping[str, object], index: int) -> MapCase:
+def stored_probabilities(said: Predictions, table: XrayTable) -> dict[str, np.ndarray]:
+    """Return the (C,) probabilities in the predictions of each test image, by the path of its file.
+
+    Raises ValueError where an image has none.
+    """
+    rows = dict(zip(said.paths, said.probabilities, strict=True))
+    paths = table.subset("test")["path"]
+    named = dict(zip(paths, relative_paths(paths, table.root), strict=True))
+    missing = [path for path, name in named.items() if name not in rows]
+    if missing:
+        raise ValueError(f"the predictions lack {missing[0]}: train again (notebook 2)")
+    return {path: rows[name] for path, name in named.items()}
+
+
+def refuse_other_answer(trained: TrainedNetwork, path: str, found: np.ndarray, stored: np.ndarray) -> None:
+    """Raise ValueError where the (C,) probabilities that a network gives to an X-ray are not those stored for it."""
+    most = int(np.abs(found - stored).argmax())
+    if abs(found[most] - stored[most]) > ROUNDING:
+        raise ValueError(
+            f"{path}: {trained.card.architecture} says {trained.card.classes[most]} {found[most]:.2f}, but its "
+            f"predictions have {stored[most]:.2f}: the image or the network has changed since they were written. "
+            "Train it again (notebook 2)"
+        )
+
+
+def _case(
+    table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]
+) -> MapCase:
     own = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
     boxes = own[["x", "y", "width", "height"]].to_numpy(float)
     known = (image["lesion"], image["mask"], boxes)
-    return MapCase(image["path"], image["patient"], index, table.classes[index], *known)
+    subject = image["path"], image["patient"], index, table.classes[index]
+    return MapCase(*subject, *known, stored[image["path"]])
 
 
 def score_maps(
@@ -133,13 +164,17 @@ def score_maps(
     X-ray without a mask of its own (`lung_masking.LungMasking.mask_of`). The network is asked about `faithful` of
     them, drawn by `seed`: several hundred passes each. `steps` of `faithfulness.deletion_insertion`.
 
-    Raises ValueError where there are no cases.
+    Raises ValueError where there are no cases, or where the network does not say of a case what its probabilities are.
     """
     if not cases:
         raise ValueError("no test image to score maps on: none was classified correctly, or has the finding")
     images = _inputs(trained, cases)
     classes = torch.tensor([case.class_index for case in cases], device=images.device)
     found = _maps(trained, images, classes, methods)
+    answers = trained.card.probabilities(next(iter(found.values())).logits).cpu().numpy()
+    for case, answer in zip(cases, answers, strict=True):
+        if case.probabilities is not None:
+            refuse_other_answer(trained, case.path, answer, case.probabilities)
     others = _partners(cases, seed)
     asked = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
     return MapScores(

@@ -1,16 +1,23 @@
 """Which images the Grad-CAM figures show, and with which map."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from layouts import write_chestxray14
 
 from cam_figures import cam_panel, cam_samples, method_rows, outcomes, picked_rows
-from cam_scores import MapCase
+from cam_scores import MapCase, map_cases, score_maps, stored_probabilities
+from datasets.table import XrayTable, no_boxes
 from explanations import explain
 from finetune import fine_tune_study
-from predictions import Predictions
+from networks import build_network
+from predictions import Predictions, read_predictions
 from studies import load_study, load_table
-from trained_networks import load_network
+from trained_networks import ModelCard, TrainedNetwork, load_network
 from utils import read_xray
 
 
@@ -42,9 +49,72 @@ def test_outcomes_of_more_classes_are_the_mistakes_by_what_they_were_called():
     }
 
 
+CLASSES = ("Normal", "Covid")
+
+
+@pytest.fixture
+def nearly_decided(tmp_path):
+    """A network, a table of four X-rays without the disease, and predictions that call the first one ill: by less than
+    rounding, for the network itself now calls it healthy.
+    """
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for path in paths:
+        cv2.imwrite(path, rng.integers(0, 255, (40, 40), dtype=np.uint8))
+    frame = pd.DataFrame({"path": paths, "patient": list("abcd"), "label": 0, "split": "test"})
+    frame = frame.assign(mask=None, lesion=None)
+    table = XrayTable(frame=frame, classes=CLASSES, root=tmp_path, has_patient_ids=True, boxes=no_boxes())
+    torch.manual_seed(0)
+    card = ModelCard("lenet5", CLASSES, 32, (0.5,) * 3, (0.25,) * 3, "features.relu2")
+    network = build_network("lenet5", 2).eval().requires_grad_(False)
+    network.classifier.fc3.weight *= 50  # images that differ are told apart
+    trained = TrainedNetwork(network, card)
+    ill = np.array([explain(trained, read_xray(path)).probabilities[1] for path in paths], dtype=np.float64)
+    threshold = ill[0] + 0.002
+    ill[0] += 0.004
+    probabilities, thresholds = np.stack([1 - ill, ill], axis=1), np.array([1 - threshold, threshold])
+    trained = trained._replace(card=replace(card, thresholds=tuple(thresholds)))
+    names = np.array([f"{i}.png" for i in range(4)])
+    said = Predictions(np.zeros(4, np.int64), probabilities, np.array(list("abcd")), names, thresholds)
+    return trained, table, said
+
+
+def test_figures_show_the_predictions_by_which_their_images_were_chosen(nearly_decided):
+    trained, table, said = nearly_decided
+    kinds = outcomes(said, CLASSES)
+    first = table.frame["path"][0]
+    assert "0.png" in kinds["false positive"].paths
+    kinds = {"false positive": kinds["false positive"]._replace(paths=["0.png"])}
+    ((sample,),) = cam_samples(trained, table, kinds, said, each=4, seed=0).values()
+    panel = cam_panel(trained, first, 1, stored_probabilities(said, table))
+    for shown in (sample, panel):
+        assert (shown.predicted, shown.probability) == ("Covid", said.probabilities[0, 1])
+    np.testing.assert_array_equal(sample.map, explain(trained, read_xray(first), 1).maps[0])
+
+
+def test_an_image_or_a_network_that_has_changed_since_its_predictions_is_refused(nearly_decided):
+    trained, table, said = nearly_decided
+    cases = map_cases(table, said._replace(targets=said.predicted), most=4, seed=0)
+    score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
+    first = table.frame["path"][0]
+    cv2.imwrite(first, np.zeros((40, 40), np.uint8))
+    kinds = {"false positive": outcomes(said, CLASSES)["false positive"]._replace(paths=["0.png"])}
+    with pytest.raises(ValueError, match=r"0\.png: lenet5 says .* has changed"):
+        cam_panel(trained, first, 1, stored_probabilities(said, table))
+    with pytest.raises(ValueError, match="has changed"):
+        cam_samples(trained, table, kinds, said, each=4, seed=0)
+    with pytest.raises(ValueError, match="has changed"):
+        score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
+    with pytest.raises(ValueError, match="has changed"):
+        method_rows(trained, cases, ["gradcam"], most=4, seed=0)
+    fewer = said._replace(paths=said.paths[:3], probabilities=said.probabilities[:3])
+    with pytest.raises(ValueError, match=r"lack .*3\.png"):
+        stored_probabilities(fewer, table)
+
+
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory):
-    """A table of several findings and a network trained on it for an epoch."""
+    """A table of several findings, a network trained on it for an epoch, and its test predictions as written."""
     folder = tmp_path_factory.mktemp("findings")
     write_chestxray14(folder / "data", size=40)
     (folder / "mine.toml").write_text(
@@ -59,22 +129,23 @@ def findings(tmp_path_factory):
     )
     study = load_study(folder / "mine.toml")
     table = load_table(study)
-    return table, load_network(fine_tune_study(study, table, "lenet5", runs=folder / "runs", device="cpu"))
+    run = fine_tune_study(study, table, "lenet5", runs=folder / "runs", device="cpu")
+    said = read_predictions(run / "predictions_test.csv", table.classes, multilabel=True)
+    return table, load_network(run), said
 
 
 def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(findings):
-    table, trained = findings
+    table, trained, said = findings
     test = table.subset("test")
-    paths = test["path"].str.slice(len(str(table.root)) + 1).to_numpy()
-    said = Predictions(table.targets("test"), np.zeros((len(test), 14)), paths, paths)
     kinds = outcomes(said, table.classes)
     assert len(kinds) == 6
-    samples = cam_samples(trained, table, kinds, each=2, seed=0)
+    samples = cam_samples(trained, table, kinds, said, each=2, seed=0)
     boxed = 0
     for name, shown in samples.items():
         assert 0 < len(shown) <= 2
         for sample in shown:
             assert sample.predicted == name in sample.truth
+            assert sample.probability in said.probabilities[:, table.classes.index(name)]
             assert sample.map.shape == sample.image.shape
             boxed += len(sample.boxes)
     assert boxed <= len(table.boxes)
@@ -86,21 +157,21 @@ def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(fin
 
 
 def test_panel_of_several_findings_is_titled_with_the_finding_of_the_map(findings):
-    table, trained = findings
-    xray = read_xray(table.frame["path"][0])
-    panel = cam_panel(trained, xray, 3)
-    said = explain(trained, xray, 3)
-    assert panel.title == f"Infiltration {said.probabilities[3]:.2f}"
-    np.testing.assert_array_equal(panel.map, said.maps[0])
+    table, trained, said = findings
+    stored = stored_probabilities(said, table)
+    path = next(iter(stored))
+    panel = cam_panel(trained, path, 3, stored)
+    assert panel.title == f"Infiltration {stored[path][3]:.2f}"
+    np.testing.assert_array_equal(panel.map, explain(trained, read_xray(path), 3).maps[0])
 
 
 def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
-    table, trained = findings
-    test = table.subset("test")
-    none = np.zeros((0, 4))
+    table, trained, said = findings
     cases = [
-        MapCase(path, "p", index, table.classes[index], boxes=none)
-        for path, index in zip(test["path"], [0, 0, 0, 1, 1, 2], strict=False)
+        MapCase(path, "p", index, table.classes[index], probabilities=probabilities)
+        for (path, probabilities), index in zip(
+            stored_probabilities(said, table).items(), [0, 0, 0, 1, 1, 2], strict=False
+        )
     ]
     rows = method_rows(trained, cases, ["gradcam", "layercam"], most=4, seed=0)
     assert {row.truth for row in rows[:3]} == set(table.classes[:3])

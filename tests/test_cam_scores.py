@@ -470,7 +470,8 @@ def test_cases_of_one_label_are_the_test_images_that_were_right(tmp_path):
 def test_cases_of_several_findings_are_those_with_a_box_or_else_those_that_are_there(tmp_path):
     findings = ("Mass", "Edema")
     rows = [("a.png", "p", 0, 1, 1), ("b.png", "q", 2, 0, 0), ("c.png", "r", 1, 0, 1)]
-    said = Predictions(np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), None)
+    paths = np.array([row[0] for row in rows])
+    said = Predictions(np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), paths)
     plain = map_cases(table_of(tmp_path, rows, findings=findings), said, most=10, seed=0)
     assert [(case.path[-5], case.label) for case in plain] == [("a", "Mass"), ("a", "Edema"), ("c", "Edema")]
     box = {"x": 0.1, "y": 0.2, "width": 0.3, "height": 0.4}
