@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -13,8 +14,9 @@ import finetune
 from checkpoints import Checkpoints
 from datasets import data_fingerprint
 from finetune import fine_tune_study, main
-from results import read_runs, refuse_changed_images
+from results import Run, refuse_changed_images
 from studies import load_study, load_table, read_images
+from trained_networks import read_card
 
 STUDY = """
 title = "Dark or bright"
@@ -67,6 +69,10 @@ def train(study, **options):
     return fine_tune_study(study, load_table(study), "lenet5", runs=runs, device="cpu", **options)
 
 
+def run_in(folder):
+    return Run(folder, read_card(folder), pd.read_csv(folder / "history.csv"))
+
+
 def once_trained(monkeypatch, act):
     """Call `act` when the last epoch is done and the results are not written yet."""
     real = finetune.fine_tune
@@ -105,7 +111,7 @@ def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_
     with pytest.raises(
         ValueError, match=r"have changed since .*lenet5 was trained: put them back, or train again"
     ):
-        refuse_changed_images(read_runs(study, folder.parent.parent).values(), read_images(study))
+        refuse_changed_images([run_in(folder)], read_images(study))
 
 
 def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_taken_for_good(
@@ -118,7 +124,7 @@ def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_ta
     folder = train(study)
     picture.write_bytes(content)
     with pytest.raises(ValueError, match="have changed"):
-        refuse_changed_images(read_runs(study, folder.parent.parent).values(), read_images(study))
+        refuse_changed_images([run_in(folder)], read_images(study))
     capsys.readouterr()
     train(study)
     assert "is finished" not in capsys.readouterr().out
@@ -175,11 +181,10 @@ def test_a_training_does_not_go_on_with_other_images(study, capsys, monkeypatch)
 
 def test_images_that_change_after_the_training_are_refused_beside_its_predictions(study, capsys):
     folder = train(study)
-    (run,) = read_runs(study, folder.parent.parent).values()
-    refuse_changed_images([run], read_images(study))
+    refuse_changed_images([run_in(folder)], read_images(study))
     overwrite(study.data.root / "bright" / "7.bmp")
     with pytest.raises(ValueError, match="have changed since"):
-        refuse_changed_images([run], read_images(study))
+        refuse_changed_images([run_in(folder)], read_images(study))
 
 
 def test_a_run_that_does_not_record_the_content_is_not_called_changed(study, capsys):
@@ -187,9 +192,8 @@ def test_a_run_that_does_not_record_the_content_is_not_called_changed(study, cap
     card = json.loads((folder / "model.json").read_text())
     card["origin"]["data_fingerprint"] = "0123456789abcdef"  # as older versions wrote it
     (folder / "model.json").write_text(json.dumps(card))
-    (run,) = read_runs(study, folder.parent.parent).values()
     capsys.readouterr()
-    refuse_changed_images([run], read_images(study))
+    refuse_changed_images([run_in(folder)], read_images(study))
     assert capsys.readouterr().out == (
         f"{folder} does not record the content of its images: whether they have changed is not known\n"
     )
