@@ -128,7 +128,7 @@ def stored_probabilities(said: Predictions, table: XrayTable) -> dict[str, np.nd
 
 def refuse_other_answer(trained: TrainedNetwork, path: str, found: np.ndarray, stored: np.ndarray) -> None:
     """Raise ValueError where the (C,) probabilities that a network gives to an X-ray are not those stored for it."""
-    most = int(np.abs(found - stored).argmax())
+    most = int(np.nanargmax(np.abs(found - stored)))  # findings that are not reported are NaN
     if abs(found[most] - stored[most]) > ROUNDING:
         raise ValueError(
             f"{path}: {trained.card.architecture} says {trained.card.classes[most]} {found[most]:.2f}, but its "
