@@ -165,6 +165,17 @@ def test_panel_of_several_findings_is_titled_with_the_finding_of_the_map(finding
     np.testing.assert_array_equal(panel.map, explain(trained, read_xray(path), 3).maps[0])
 
 
+def test_a_finding_that_is_not_reported_hides_no_other_answer_of_the_network(findings):
+    table, trained, said = findings
+    unlearnt = trained._replace(card=replace(trained.card, unreported=table.classes[:1]))
+    path, probabilities = next(iter(stored_probabilities(said, table).items()))
+    probabilities = np.r_[np.nan, probabilities[1:]]
+    assert cam_panel(unlearnt, path, 3, {path: probabilities}).probability == probabilities[3]
+    probabilities[5] += 0.2
+    with pytest.raises(ValueError, match="has changed"):
+        cam_panel(unlearnt, path, 3, {path: probabilities})
+
+
 def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
     table, trained, said = findings
     cases = [
