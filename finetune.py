@@ -95,7 +95,9 @@ def fine_tune_study(
     folder = runs / study.name / network
     content = content_digests(table.frame["path"])  # before anything is decoded
     fixed = _fixed_settings(study, table, network, accelerator, runs)
-    if not restart and _is_finished(study, network, fixed, runs):
+    finished = not restart and _is_finished(study, network, fixed, runs)
+    accelerator.wait_for_everyone()  # all have looked before the main process changes the folder
+    if finished:
         print(f"{folder} is finished, with the same settings and images (--restart trains it again)")
         return folder
     with training_folder(folder, restart=restart, write=accelerator.is_main_process) as working:
