@@ -70,7 +70,7 @@ def lung_finder(
     its lungs with, else the model in `lungs` beside the studies of the run `folder`, else None; None for "none".
 
     Raises ValueError or OSError where the model in `wanted` cannot be loaded. Of another one, that costs no
-    more than the shares, a line on stderr says so.
+    more than the shares, a line on stderr says so, and one says so of a model that has seen no real X-ray.
     """
     if wanted == "none":
         return None
@@ -82,12 +82,15 @@ def lung_finder(
     from lung_segmentation import load_segmenter
 
     try:
-        return LungMasking(load_segmenter(place, device)).mask_of
+        segmenter = load_segmenter(place, device)
     except (ValueError, OSError) as error:
         if wanted is not None:
             raise
         print(f"overlay_cam.py: shares inside the lungs are left out: {error}", file=sys.stderr)
         return None
+    if segmenter.phantom_only:
+        print(f"overlay_cam.py: the lungs are outlined by {segmenter.knows}", file=sys.stderr)
+    return LungMasking(segmenter).mask_of
 
 
 def _own_finders(members: Sequence[TrainedNetwork]) -> "list[LungFinder]":

@@ -182,9 +182,14 @@ class LungSegmenter:
     validation: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def phantom_only(self) -> bool:
+        """Whether it has seen no real X-ray."""
+        return self.origin.get("data") == PHANTOM
+
+    @property
     def knows(self) -> str:
         """What it learnt from, in words for wherever its masks are used."""
-        if self.origin.get("data") == PHANTOM:
+        if self.phantom_only:
             return f"a lung model that knows the {PHANTOM} only"
         return f"a lung model that learnt from {self.origin.get('train_pairs', 'unknown')} X-rays with lung masks"
 
@@ -459,7 +464,7 @@ def default_segmenter(folder: Path) -> LungSegmenter:
         print(f"no lung model in {folder}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
         save_segmenter(folder, segmenter)
-    if segmenter.origin.get("data") == PHANTOM:
+    if segmenter.phantom_only:
         print(
             f"the lung model in {folder} was trained on the synthetic phantom alone, which is a stopgap; for real "
             "X-rays train one on real masks: python lung_segmentation.py fit --pairs DIR --phantom 240 -o "

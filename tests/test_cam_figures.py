@@ -98,7 +98,9 @@ def test_an_image_or_a_network_that_has_changed_since_its_predictions_is_refused
     score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
     first = table.frame["path"][0]
     cv2.imwrite(first, np.zeros((40, 40), np.uint8))
-    kinds = {"false positive": outcomes(said, CLASSES, positive=1)["false positive"]._replace(paths=["0.png"])}
+    kinds = {
+        "false positive": outcomes(said, CLASSES, positive=1)["false positive"]._replace(paths=["0.png"])
+    }
     with pytest.raises(ValueError, match=r"0\.png: lenet5 says .* has changed"):
         cam_panel(trained, first, 1, stored_probabilities(said, table))
     with pytest.raises(ValueError, match="has changed"):

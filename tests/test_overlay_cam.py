@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -756,6 +757,18 @@ def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, small_run
     assert "in_lungs" not in json.loads(out)[0]["maps"][0]
     status, out, err = call(capsys, *common, "--lungs", beside)  # asked for, it is a mistake
     assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_shares_by_a_lung_model_that_knows_the_phantom_only_are_said_to_be(
+    capsys, noise, lung_runs, tmp_path
+):
+    lungs = dark_is_lung()
+    save_segmenter(tmp_path / "lungs", replace(lungs, origin={"data": "synthetic phantom"}))
+    run = lung_runs / "study" / "small_cnn"
+    common = ("-i", noise, "-m", run, "-o", tmp_path / "o.png", "--lungs", tmp_path / "lungs")
+    assert call(capsys, *common)[2] == (
+        "overlay_cam.py: the lungs are outlined by a lung model that knows the synthetic phantom only\n"
+    )
 
 
 def test_network_that_masks_lungs_gives_the_share_of_its_own(capsys, chest, lung_runs, tmp_path):
