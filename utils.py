@@ -142,8 +142,9 @@ def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     few = finite.size // FEW
     low, high = map(float, np.partition(finite, [few, -1 - few])[[few, -1 - few]])
     if values.dtype.kind in "iu":
-        low = min(low, 0)
-        high = low + next((2**bits - 1 for bits in STORED_BITS if high - low < 2**bits), high - low)
+        start = min(low, 0)
+        bits = next((bits for bits in STORED_BITS if high - start < 2**bits), None)
+        low, high = (low, high) if bits is None else (start, start + 2**bits - 1)
     scaled = (np.where(known, values, low) - low) * (255 / ((high - low) or 1))
     grey = np.round(scaled.clip(0, 255)).astype(np.uint8)
     return np.where(known, 255 - grey if inverted else grey, 0)

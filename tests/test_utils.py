@@ -108,7 +108,7 @@ def test_signed_integers_count_from_their_minimum(tmp_path, bits):
 
 
 def test_integers_of_more_than_sixteen_bits_span_their_own_range(tmp_path):
-    for low, high in ((-(2**31), 2**31 - 1), (0, 2**31 - 1), (0, 100_000)):
+    for low, high in ((-(2**31), 2**31 - 1), (0, 2**31 - 1), (0, 100_000), (10**6, 10**6 + 9_999)):
         values = np.tile(np.linspace(low, high, 256).round().astype(np.int32), (16, 1))
         assert (
             np.abs(read_xray(save(tmp_path, Image.fromarray(values), "x.tif")).astype(int) - RAMP).max() <= 1
