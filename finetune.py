@@ -48,8 +48,15 @@ from networks import (
 )
 from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, macro_auc, uninformed_loss
 from predictions import choose_thresholds
-from processes import accelerator_on
-from results import complete_or_absent, history_log, linked, predictions_frame, training_folder
+from processes import accelerator_on, from_main, refuse_differences
+from results import (
+    complete_or_absent,
+    history_log,
+    linked,
+    predictions_frame,
+    read_complete_card,
+    training_folder,
+)
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
@@ -93,11 +100,11 @@ def fine_tune_study(
             f"batch_size {training.batch_size} is shared by {accelerator.num_processes} processes: raise it"
         )
     folder = runs / study.name / network
-    content = content_digests(table.frame["path"])  # before anything is decoded
-    fixed = _fixed_settings(study, table, network, accelerator, runs)
-    finished = not restart and _is_finished(study, network, fixed, runs)
-    accelerator.wait_for_everyone()  # all have looked before the main process changes the folder
-    if finished:
+    # Before anything is decoded; one process compares it in the end.
+    paths = table.frame["path"]
+    content = content_digests(paths) if accelerator.is_main_process else []
+    fixed, digest, finished = _agreed_settings(study, table, network, accelerator, runs)
+    if finished and not restart:
         print(f"{folder} is finished, with the same settings and images (--restart trains it again)")
         return folder
     with training_folder(folder, restart=restart, write=accelerator.is_main_process) as working:
@@ -106,6 +113,8 @@ def fine_tune_study(
             preprocessing = _preprocessing(study, network, masking)
             rows = {split: (table.subset(split)["path"], table.targets(split)) for split in SPLITS}
             images = _cached_images(rows, preprocessing, training, runs, title=kind.title)
+        if from_main(accelerator, lambda: images is not None and content_digests(paths) != content):
+            raise ValueError(f"the images in {table.root} have changed while they were decoded: train again")
         batches = make_batches(
             rows,
             preprocessing,
@@ -126,7 +135,7 @@ def fine_tune_study(
             done = fine_tune(
                 model,
                 batches,
-                training=training,
+                training=training.model_copy(update={"precision": fixed["precision"]}),
                 objective=objective,
                 loss_weights=weights,
                 device=device,
@@ -143,7 +152,7 @@ def fine_tune_study(
         }
         if accelerator.is_main_process:
             origin = {
-                "settings": _settings_digest(study, network, fixed, runs),
+                "settings": digest,
                 "data_fingerprint": fixed["data"],
                 "processes": accelerator.num_processes,
                 "precision": fixed["precision"],
@@ -311,11 +320,38 @@ def _fixed_settings(
         "content of weights": None
         if start in NO_FILE
         else content_digests([start, Path(start).with_name("model.json")]),
-        "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
+        **_of_this_process(accelerator),
+    }
+
+
+def _of_this_process(accelerator: Accelerator) -> dict[str, object]:
+    """Return those of `_fixed_settings` that each of several processes has of its own."""
+    return {
+        "threads": torch.get_num_threads(),
         "device": accelerator.device.type,
         "torch": str(torch.__version__),
     }
+
+
+def _agreed_settings(
+    study: Study, table: XrayTable, network: str, accelerator: Accelerator, runs: Path
+) -> tuple[dict[str, object], str, bool]:
+    """Return `_fixed_settings`, the `_settings_digest`, and whether the run folder holds complete results of these
+    very settings and images.
+
+    Of several processes the main one looks for all: if each did for itself, one might train while another does not.
+    Raises ValueError in all of them where they differ in what each has of its own.
+    """
+    refuse_differences(accelerator, _of_this_process(accelerator))
+
+    def look() -> tuple[dict[str, object], str, bool]:
+        fixed = _fixed_settings(study, table, network, accelerator, runs)
+        digest = _settings_digest(study, table, network, fixed, runs)
+        card = read_complete_card(runs / study.name / network)
+        return fixed, digest, card is not None and card.origin.get("settings") == digest
+
+    return from_main(accelerator, look)
 
 
 def _write_results(
@@ -414,7 +450,8 @@ def _objective(table: XrayTable) -> Objective:
     """Return what a network for the table is trained for; findings that nothing can be learnt of have no score."""
     if not table.multilabel:
         return SINGLE_LABEL
-    unlearnt = torch.tensor([name in table.one_sided("train") for name in table.classes])
+    one_sided = table.one_sided("train")
+    unlearnt = torch.tensor([name in one_sided for name in table.classes])
 
     def score(outputs: Tensor, targets: Tensor) -> float:
         return macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
@@ -632,8 +669,8 @@ def _fine_tune_all(studies: Sequence[Study], table: XrayTable, given: argparse.N
     jobs = [(study, network) for study in studies for network in study.networks]
     if not given.restart:
         for study, network in jobs:  # before any of them is trained
-            fixed = _fixed_settings(study, table, network, accelerator, given.runs)
-            if not _is_finished(study, network, fixed, given.runs):
+            fixed, _, finished = _agreed_settings(study, table, network, accelerator, given.runs)
+            if not finished:
                 Checkpoints(given.runs / study.name / network / "resume", fixed).fits()
     for study, network in jobs:
         if len(studies) > 1:
@@ -641,26 +678,20 @@ def _fine_tune_all(studies: Sequence[Study], table: XrayTable, given: argparse.N
         fine_tune_study(study, table, network, runs=given.runs, device=given.device, restart=given.restart)
 
 
-def _is_finished(study: Study, network: str, fixed: Mapping[str, object], runs: Path) -> bool:
-    """Return whether the run folder holds results of these very settings and images."""
-    try:
-        recorded = read_card(runs / study.name / network).origin.get("settings")
-    except (OSError, ValueError):
-        return False
-    return recorded == _settings_digest(study, network, fixed, runs)
-
-
-def _settings_digest(study: Study, network: str, fixed: Mapping[str, object], runs: Path) -> str:
+def _settings_digest(
+    study: Study, table: XrayTable, network: str, fixed: Mapping[str, object], runs: Path
+) -> str:
     """Return 16 hex digits that change with anything that the results depend on."""
     # For people, for other notebooks, or covered by the data's fingerprint and by `training_of`:
     other = {"name", "title", "description", "source", "compare", "maps", "quick", "data", "datasets"}
-    other |= {"training", "networks"}
+    other |= {"training", "networks", "positive"}
     costs = {"num_workers", "cache_images", "checkpoint_minutes"}  # these change the time that it takes
     lungs = study.preprocessing.lung_model
     settings = {
         "fixed": fixed,
         "lungs": lungs and content_digests([runs / lungs / "model.safetensors"]),
         "study": study.model_dump(mode="json", exclude=other),
+        "positive": positive_class(study, table),  # the same whether the study names it or not
         "training": study.training_of(network).model_dump(mode="json", exclude=costs),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,18 +1,26 @@
 """One of several processes: `accelerate launch` starts them, each takes its share of every batch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
 from utils import Share
+
+Found = TypeVar("Found")
 
 
 def accelerator_on(device: torch.device) -> Accelerator:
@@ -36,6 +44,31 @@ def accelerator_on(device: torch.device) -> Accelerator:
 def share_of(accelerator: Accelerator) -> Share:
     """Return which part of every batch is this process's."""
     return Share(accelerator.process_index, accelerator.num_processes)
+
+
+def from_main(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
+    """Return, in all processes, what `find` returns in the main one; the others do not call it. A ValueError or
+    OSError that it raises there is raised in all.
+    """
+    found, error = None, None
+    if accelerator.is_main_process:
+        try:
+            found = find()
+        except (ValueError, OSError) as raised:
+            error = raised
+    found, error = broadcast_object_list([found, error])
+    if error is not None:
+        raise error
+    return found
+
+
+def refuse_differences(accelerator: Accelerator, own: Mapping[str, object]) -> None:
+    """Raise ValueError, in all processes, where one of them has `own` values other than the main one's."""
+    everyone = gather_object([dict(own)])
+    for key in own:
+        values = list(dict.fromkeys(str(there[key]) for there in everyone))
+        if len(values) > 1:
+            raise ValueError(f"the processes differ in {key} ({', '.join(values)}): start all of them alike")
 
 
 def summed(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -24,12 +24,14 @@ from studies import Study
 from trained_networks import ModelCard, read_card
 
 CARD = "model.json"
-# All that a training writes into its run folder, and so may replace or delete there.
-WRITTEN = frozenset(
-    {CARD, "model.safetensors", "history.csv", "timing.csv", "splits.csv", "lungs", "lungs_failed.csv"}
+# What every training writes into its run folder, and what one on lungs alone writes besides.
+ALWAYS = frozenset(
+    {CARD, "model.safetensors", "history.csv", "timing.csv", "splits.csv"}
     | {f"predictions_{split}.csv" for split in SPLITS}
-    | {"checkpoints", "tensorboard", "resume"}
 )
+OF_LUNGS = frozenset({"lungs", "lungs_failed.csv"})
+# All that a training may write, and so may replace or delete there.
+WRITTEN = ALWAYS | OF_LUNGS | {"checkpoints", "tensorboard", "resume"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     `images`: all of the study's, as `studies.read_images` returns them. Raises FileNotFoundError where the study has
     no trained network at all, ValueError where two of them know other classes, have another positive one or were
     tested on other images, and where an image is not among the study's or has changed since: the figures would be
-    those of another study.
+    those of another study. A run that does not record the content of its images, of an older version, is named.
     """
     found = {title: there[0] for title, folder in _folders(study, runs) if (there := _of_all_seeds(folder))}
     if not found:
@@ -81,6 +83,11 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     read = {title: _read_run(folder) for title, folder in found.items()}
     _refuse_other_tests(read)
     _refuse_changed_images(read, images)
+    for title, run in read.items():
+        if not _recorded_images(run).startswith(FINGERPRINT):
+            print(
+                f"{title} ({run.folder}) does not record what was in its images: they may have changed since"
+            )
     return read
 
 
@@ -182,21 +189,19 @@ def _refuse_other_tests(read: Mapping[str, Run]) -> None:
 def _refuse_changed_images(read: Mapping[str, Run], images: XrayTable) -> None:
     """Raise ValueError where a network's images are not among `images`, or are no longer what it was trained on: its
     predictions of the old ones must not stand beside maps of the new ones.
-
-    A run that does not record the content of its images, of an older version, is named.
     """
-    for title, run in read.items():
+    for run in read.values():
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
-        recorded = str(run.card.origin.get("data_fingerprint"))
-        if not recorded.startswith(FINGERPRINT):
-            print(
-                f"{title} ({run.folder}) does not record what was in its images: they may have changed since"
-            )
-        elif recorded != data_fingerprint(as_trained):
+        recorded = _recorded_images(run)
+        if recorded.startswith(FINGERPRINT) and recorded != data_fingerprint(as_trained):
             raise ValueError(
                 f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
                 "again"
             )
+
+
+def _recorded_images(run: Run) -> str:
+    return str(run.card.origin.get("data_fingerprint"))
 
 
 def _refuse_other_settings(read: Mapping[str, Run]) -> None:
@@ -348,6 +353,23 @@ def linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def read_complete_card(folder: Path) -> ModelCard | None:
+    """Return the card of a run folder that holds all of a training's results, None for another one. Results that
+    were left waiting, complete, by a process that was killed are put in place first.
+
+    Raises ValueError where there are such and another training is at work on the folder.
+    """
+    if _staging(folder)[-1].is_dir():
+        with training_folder(folder, restart=False):
+            pass
+    try:
+        card = read_card(folder)
+    except (OSError, ValueError):
+        return None
+    needed = ALWAYS | OF_LUNGS if card.lung_masking else ALWAYS
+    return card if all((folder / name).exists() for name in needed) else None
+
+
 def _staging(folder: Path) -> tuple[Path, Path, Path]:
     """Return a run folder, where new results are filled in, and where they wait when they are complete."""
     folder = folder.resolve()
@@ -371,6 +393,7 @@ def _put_in_place(folder: Path) -> None:
             dirs_exist_ok=True,
         )
         flush(folder)
+        shutil.rmtree(folder / "resume", ignore_errors=True)  # finished results have no state to go on from
         os.replace(complete / CARD, folder / CARD)
         flush(folder)
     shutil.rmtree(complete, ignore_errors=True)
@@ -402,4 +425,3 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     os.replace(partial, complete)
     flush(folder.parent)
     _put_in_place(folder)
-    shutil.rmtree(folder / "resume", ignore_errors=True)

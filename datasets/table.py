@@ -359,11 +359,11 @@ def data_fingerprint(table: XrayTable) -> str:
     """Return a text that changes when the content of an image changes, or an image is added, removed, relabelled or
     moved to another split. All files are read, but each only once in a process as long as it stays as it was.
 
-    Raises FileNotFoundError where an image cannot be read.
+    Raises OSError where an image cannot be read.
     """
     digests = content_digests(table.frame["path"])
     if None in digests:
-        raise FileNotFoundError(f"no such file: {table.frame['path'].iloc[digests.index(None)]}")
+        raise OSError(f"cannot be read: {table.frame['path'].iloc[digests.index(None)]}")
     labels = target_names(table) if table.multilabel else table.frame["label"]
     rows = zip(table.relative_paths(), labels, table.frame["split"].fillna(""), digests, strict=True)
     lines = sorted(f"{path}\t{label}\t{split}\t{digest}" for path, label, split, digest in rows)

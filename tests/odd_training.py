@@ -3,6 +3,9 @@
 DTYPE ("float32", "float64"): the numbers that the network computes in. KILL: the process dies with SIGKILL when it is
 about to give a file its name for the KILL-th time, in the middle of a save (0: never). Where that is does not depend
 on how fast the machine is.
+
+Of several processes each may be told its own, by a list in the environment: UNITS, whether its processor has units for
+bf16 (1 or 0), and THREADS, how many threads it computes with.
 """
 
 import os
@@ -27,6 +30,16 @@ def counted(source, target):
     replace(source, target)
 
 
+def own(name):
+    """Return this process's place in the list of that name, None without such a list."""
+    values = os.environ.get(name)
+    return values and int(values.split(",")[int(os.environ.get("RANK", 0))])
+
+
+if (units := own("UNITS")) is not None:
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": bool(units)}
+if (threads := own("THREADS")) is not None:
+    torch.set_num_threads(threads)
 torch.set_default_dtype(getattr(torch, dtype))
 os.replace = counted
 sys.exit(main(sys.argv[3:]))

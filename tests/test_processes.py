@@ -1,5 +1,7 @@
 """Several processes, started by accelerate's launcher, train the network that one trains."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from conftest import TINY_STUDY
 from safetensors.torch import load_file
 
 from studies import PROJECT
+from trained_networks import read_card
 from utils import Share
 
 # Without and with batch normalisation. Dropout is off: each process draws its own. By SGD, for Adam divides a gradient
@@ -20,8 +23,8 @@ ODD = PROJECT / "tests" / "odd_training.py"
 KILL = 40  # files are renamed before the kill, which falls into the second epoch of the second network
 
 
-def launched(study, runs, *, processes, kill=0):
-    """Train by the command of the README, in double precision."""
+def launched(study, runs, *, processes, kill=0, numbers="float64", **own):
+    """Train by the command of the README, in double precision; `own` as in `odd_training`."""
     alone = [sys.executable]
     launcher = [
         sys.executable,
@@ -33,12 +36,13 @@ def launched(study, runs, *, processes, kill=0):
     ]
     # A configuration that asks for half precision must not change the study.
     launcher += ["--num_machines", "1", "--mixed_precision", "bf16"]
-    command = [*(launcher if processes > 1 else alone), str(ODD), "float64", str(kill), str(study)]
+    command = [*(launcher if processes > 1 else alone), str(ODD), numbers, str(kill), str(study)]
     return subprocess.Popen(
         [*command, "--runs", str(runs), "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | own,
     )
 
 
@@ -108,6 +112,37 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom
     for name in NETWORKS:
         for file in ("model.safetensors", "history.csv"):
             assert (tmp_path / "shared" / name / file).read_bytes() == (folders[2] / name / file).read_bytes()
+
+
+def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and_on_the_precision(
+    phantom_root, tmp_path
+):
+    study = phantom_root.parent / "mixed.toml"
+    networks = "[networks.lenet5]\n[networks.small_cnn]\n"
+    study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("[networks.resnet18]", networks))
+    options = {"processes": 2, "numbers": "float32"}
+    printed_by(launched(study, tmp_path, **options, UNITS="1,1"))
+    folder = tmp_path / "mixed" / "small_cnn"
+    expected = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    mixed = launched(study, tmp_path, **options, UNITS="1,0")
+    try:
+        out, errors = mixed.communicate(timeout=120)
+    finally:
+        mixed.terminate()  # if one waits for the other for ever
+    assert mixed.returncode == 0, errors
+    assert out.count("is finished, with the same settings") == out.count("saved ") == 1
+    assert read_card(folder).origin["precision"] == "bf16"
+    assert (folder / "model.safetensors").read_bytes() == expected
+
+
+def test_processes_with_other_numbers_of_threads_are_refused_by_all(trained, phantom_root, tmp_path):
+    refused = launched(phantom_root.parent / "shared.toml", tmp_path, processes=2, THREADS="1,2")
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode
+    said = "finetune.py: the processes differ in threads (1, 2): start all of them alike"
+    assert errors.splitlines().count(said) == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])

@@ -1,5 +1,6 @@
 """A training that is broken off, however, ends as if nothing had happened; what goes wrong is named."""
 
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TINY_STUDY
+from layouts import write_kermany
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +23,7 @@ from augmentation import Augmentation
 from checkpoints import Checkpoints, random_states, set_random_states, write_whole
 from finetune import fine_tune_study, main
 from networks import build_network
-from results import complete_or_absent, training_folder
+from results import complete_or_absent, read_complete_card, training_folder
 from studies import PROJECT, Training, load_study, load_table
 from training import fine_tune
 from utils import Batches, Preprocessing, XrayDataset
@@ -408,9 +410,12 @@ def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_lo
     own_files, kill_at
 ):
     folder, own = own_files
+    state = {"resume/state.pt": "all epochs"}
     seen, killed, steps = set(), True, 0
     while killed:
         write_results(folder, "older", ("model.json", "model.safetensors", "lungs_failed.csv"))
+        (folder / "resume").mkdir()
+        (folder / "resume" / "state.pt").write_text("all epochs")
         kill_at(steps)
         try:
             write_results(folder, "newer")
@@ -421,10 +426,11 @@ def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_lo
         found = contents(folder)
         assert found.items() >= own.items()
         # Whoever reads now finds whole results or, for a moment, none: there is no model.json.
-        assert "model.json" not in found or found in (OLDER | own, NEWER | own)
+        assert "model.json" not in found or found in (OLDER | own | state, NEWER | own)
         with training_folder(folder, restart=False):
             pass
-        assert contents(folder) in (OLDER | own, NEWER | own)
+        (folder / "resume" / "process").unlink(missing_ok=True)
+        assert contents(folder) in (OLDER | own | state, NEWER | own)
         seen.add((killed, contents(folder)["model.json"]))
     assert seen == {(True, "older"), (True, "newer"), (False, "newer")}
     assert steps > 15
@@ -469,6 +475,60 @@ def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(ph
     }
 
 
+def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_on_from(
+    phantom_root, tmp_path, capsys
+):
+    command, (folder, _) = two_networks(phantom_root, tmp_path)
+    command += ["--networks", "lenet5"]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    folder.rename(folder.with_name(".lenet5.complete"))
+    Checkpoints(folder / "resume", {}).save({"best_epoch": 0, "best_state": {}})
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"{folder} is finished" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (folder / "resume").exists()
+    assert not folder.with_name(".lenet5.complete").exists()
+
+
+def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, capsys):
+    command, (folder, _) = two_networks(phantom_root, tmp_path)
+    command += ["--networks", "lenet5"]
+    assert main(command) == 0
+    lost = sorted(path for path in folder.iterdir() if path.is_file())
+    assert {"model.safetensors", "history.csv", "predictions_test.csv", "splits.csv"} <= {
+        p.name for p in lost
+    }
+    for path in lost:
+        content = path.read_bytes()
+        path.unlink()
+        assert read_complete_card(folder) is None, path
+        path.write_bytes(content)
+    card = folder / "model.json"
+    content = card.read_text()
+    card.write_text(json.dumps(json.loads(content) | {"lung_masking": True}))
+    assert read_complete_card(folder) is None  # there are no lungs/
+    card.write_text(content)
+    before = written(folder)
+    assert main(command) == 0
+    assert written(folder) == before
+    (folder / "predictions_test.csv").unlink()
+    assert main(command) == 0
+    assert (folder / "predictions_test.csv").is_file()
+
+
+def test_a_positive_class_that_is_written_out_is_the_same_setting(tmp_path):
+    write_kermany(tmp_path / "data")
+    file, digests = tmp_path / "mine.toml", []
+    for positive in ("", 'positive = "Pneumonia"', 'positive = "Normal"'):
+        text = TINY_STUDY.replace("covid_radiography", "kermany").replace('root = "phantom"', 'root = "data"')
+        file.write_text("\n".join([positive, text]))
+        study = load_study(file)
+        digests.append(finetune._settings_digest(study, load_table(study), "resnet18", {}, tmp_path))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_another_setting(
     phantom_root, tmp_path, capsys
 ):
@@ -491,14 +551,15 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
     assert main(command) == 0
     assert written(folder) != halved
     fixed = {}
-    plain = load_study(study)
+    plain, table = load_study(study), load_table(load_study(study))
     digests = {
-        finetune._settings_digest(each, "lenet5", fixed, tmp_path)
+        finetune._settings_digest(each, table, "lenet5", fixed, tmp_path)
         for each in (plain, plain.overridden(threshold="f1"), plain.overridden(seed=1))
     }
     assert len(digests) == 3
     assert (
-        finetune._settings_digest(plain.overridden(cache_images=False), "lenet5", fixed, tmp_path) in digests
+        finetune._settings_digest(plain.overridden(cache_images=False), table, "lenet5", fixed, tmp_path)
+        in digests
     )
 
 

@@ -13,7 +13,7 @@ import finetune
 from checkpoints import Checkpoints
 from datasets import data_fingerprint
 from finetune import fine_tune_study, main
-from results import read_runs
+from results import read_runs, read_seeds
 from studies import load_study, load_table, read_images
 
 STUDY = """
@@ -125,6 +125,31 @@ def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_ta
     assert "is finished" not in capsys.readouterr().out
 
 
+def test_an_image_that_changes_while_images_are_decoded_is_not_trained_on(study, monkeypatch):
+    real, picture = finetune.cached, study.data.root / "dark" / "3.bmp"
+
+    def then(*args, **options):
+        found = real(*args, **options)
+        overwrite(picture)
+        return found
+
+    monkeypatch.setattr(finetune, "cached", then)
+    with pytest.raises(ValueError, match="have changed while they were decoded: train again"):
+        train(study)
+    monkeypatch.undo()
+    before = data_fingerprint(load_table(study))
+    folder = train(study)
+    assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
+
+
+def test_an_image_that_cannot_be_read_is_not_said_to_be_absent(study):
+    table, picture = load_table(study), study.data.root / "dark" / "3.bmp"
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(OSError, match=r"cannot be read: .*3\.bmp"):
+        data_fingerprint(table)
+
+
 def test_images_that_are_deleted_in_training_cost_nothing_where_they_are_cached(study, capsys, monkeypatch):
     whole = train(study)
     expected = (whole / "predictions_test.csv").read_bytes()
@@ -190,7 +215,8 @@ def test_a_run_that_does_not_record_the_content_is_not_called_changed(study, cap
     card["origin"]["data_fingerprint"] = "0123456789abcdef"  # as older versions wrote it
     (folder / "model.json").write_text(json.dumps(card))
     capsys.readouterr()
-    read_runs(study, folder.parent.parent, read_images(study))
+    for read in (read_runs, read_seeds):
+        read(study, folder.parent.parent, read_images(study))
     assert capsys.readouterr().out == (
         f"LeNet-5 ({folder}) does not record what was in its images: they may have changed since\n"
     )
