@@ -787,6 +787,37 @@ def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_area
     assert 0 < difference.low < difference.estimate < difference.high
 
 
+def test_the_paired_difference_is_over_the_findings_that_both_networks_count():
+    targets, p = findings()
+    fewer = p.copy()
+    fewer[:, 3] = np.nan  # not reported
+    one, other = (0.5, 0.3, 0.4, 0.2), (0.5, None, 0.4, 0.2)
+
+    def difference(a, b, metric, *, of=metrics.MACRO, thresholds=(None, None)):
+        return metrics.paired_difference(
+            targets,
+            a,
+            b,
+            np.arange(300),
+            LABELS,
+            metric=metric,
+            of=of,
+            thresholds_a=thresholds[0],
+            thresholds_b=thresholds[1],
+            resamples=50,
+            rng=np.random.default_rng(0),
+        )
+
+    for metric in metrics.METRICS:  # the same probabilities, by the same thresholds where both have one
+        for a, b in ((p, fewer), (fewer, p)):
+            assert str(difference(a, b, metric)) == "0.000 (no interval)"
+            assert str(difference(a, b, metric, thresholds=(one, other))) == "0.000 (no interval)"
+        assert str(difference(p, fewer, metric, of="Edema")) == "–"
+    worse = np.clip(p + np.random.default_rng(3).normal(scale=0.2, size=p.shape), 0, 1)
+    expected = sk.roc_auc_score(targets[:, :3], p[:, :3]) - sk.roc_auc_score(targets[:, :3], worse[:, :3])
+    assert difference(fewer, worse, "roc_auc").estimate == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("targets", "probabilities", "message"),
     [
