@@ -140,8 +140,8 @@ def answer(
         "networks": len(members) if len(members) > 1 else None,
         "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
         **_decision(card, said.probabilities),
-        "probabilities": _by_class(card, said.probabilities.tolist()),
-        "thresholds": _by_class(card, card.thresholds),
+        "probabilities": _probabilities(card, said.probabilities.tolist()),
+        "thresholds": card.thresholds and dict(zip(card.classes, card.thresholds, strict=True)),
         "method": options.method,
         "layers": options.layer,
         "boxes_above": options.boxes,
@@ -156,14 +156,20 @@ def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
     return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
 
 
-def _by_class(card: ModelCard, values: Sequence[float | None] | None) -> dict[str, float | None] | None:
-    """Return the values by class, to four digits; None for a class that has none or NaN, as JSON has no NaN."""
-    if values is None:
-        return None
-    known = np.array(values, dtype=np.float64)  # None becomes NaN
-    return {
-        n: None if np.isnan(v) else round(v, 4) for n, v in zip(card.classes, known.tolist(), strict=True)
-    }
+def _probabilities(card: ModelCard, probabilities: Sequence[float]) -> dict[str, float | None]:
+    """Return the probabilities by class; None instead of NaN, which JSON does not have. They have four digits, or as
+    many more as it takes to stay on the same side of the decision threshold.
+    """
+    thresholds = card.thresholds or [None] * len(card.classes)
+    named = zip(card.classes, probabilities, thresholds, strict=True)
+    return {name: None if math.isnan(p) else _rounded(p, threshold) for name, p, threshold in named}
+
+
+def _rounded(probability: float, threshold: float | None) -> float:
+    if threshold is None:
+        return round(probability, 4)
+    numbers = [*(round(probability, digits) for digits in range(4, 18)), probability]
+    return next(number for number in numbers if (number >= threshold) == (probability >= threshold))
 
 
 def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
@@ -223,18 +229,24 @@ def _beside_threshold(name: str, record: dict[str, object]) -> str:
         return f"{probability:.3f}"
     if thresholds[name] is None:
         return f"{probability:.3f}  (no decision: all of the validation images have it, or none)"
-    return f"{probability:.3f}  (decision threshold {thresholds[name]:.3f})"
+    probability, threshold = _told_apart(probability, thresholds[name])
+    return f"{probability}  (decision threshold {threshold})"
 
 
 def _reason(record: dict[str, object]) -> str:
     """Return why the thresholds decide on what is predicted, see `decisions.decide`."""
-    predicted, thresholds = record["predicted"], record["thresholds"]
-    if len(thresholds) > 2:
-        return f"of all the largest probability beside its decision threshold {thresholds[predicted]:.3f}"
+    thresholds = record["thresholds"]
     name = [other for other, threshold in thresholds.items() if threshold is not None][-1]
-    probability = f"{name}'s probability {record['probabilities'][name]:.3f}"
-    compared = "reaches" if name == predicted else "is below"
-    return f"{probability} {compared} its decision threshold {thresholds[name]:.3f}"
+    probability, threshold = _told_apart(record["probabilities"][name], thresholds[name])
+    compared = "reaches" if name == record["predicted"] else "is below"
+    return f"{name}'s probability {probability} {compared} its decision threshold {threshold}"
+
+
+def _told_apart(probability: float, threshold: float) -> tuple[str, str]:
+    """Return both to three digits, or to as many more as it takes where they differ."""
+    forms = [*(f".{digits}f" for digits in range(3, 18)), ""]
+    pairs = [(format(probability, form), format(threshold, form)) for form in forms]
+    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
 
 
 def _knows_classes(method: str) -> bool:

@@ -1,8 +1,10 @@
 """The state of a training on disk, `resume/` in its run folder: enough to go on as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -134,7 +136,10 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, object] | Callab
             with unfinished.open("wb") as stream:  # torch's own writer would hide why a disk refuses
                 torch.save(content, stream)
         else:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             content(unfinished)
+            unfinished.chmod(mode)  # safetensors' writer lets nobody but the owner read its file
         flush(unfinished)
         os.replace(unfinished, file)
     finally:
@@ -142,10 +147,14 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, object] | Callab
     flush(file.parent)  # the new name, too, must outlive a power cut
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed in `write_whole` have left in a folder that no other one writes to."""
+def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what processes that were killed in `write_whole` have left in a folder. Where other processes may be
+    writing into it, only what was last written to more than `older_than` seconds ago.
+    """
     for left in folder.glob(f"{UNFINISHED}*.tmp"):
-        left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+            if not older_than or left.stat().st_mtime < time.time() - older_than:
+                left.unlink()
 
 
 def flush(path: Path) -> None:

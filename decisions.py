@@ -25,11 +25,13 @@ def decide(
 ) -> np.ndarray:
     """Return what is predicted from (N, C) probabilities with (C,) thresholds; None or NaN: a class without one.
 
-    Single-label: (N,) class indices, without thresholds the most probable class. Of two classes, the one that has
-    a threshold where its probability reaches it, else the other; where both have one, that of class 1 counts. Of
-    more classes, the largest probability / threshold.
+    Single-label: (N,) class indices, without thresholds the most probable class. With them, of two classes the one
+    that has a threshold where its probability reaches it, else the other; where both have one, that of class 1
+    counts.
     Multi-label: (N, C) bool, probability >= threshold, without thresholds 0.5. A finding that has no threshold
     beside others that have one, or has no probability (NaN), is not decided on: False.
+
+    Raises ValueError for thresholds that do not fit the classes, or of more than two that exclude one another.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if thresholds is None:
@@ -42,13 +44,11 @@ def decide(
         )
     if multilabel:
         return probabilities >= thresholds
-    if len(thresholds) == 2:
-        # One probability against one threshold: no rounding of a sum or a quotient stands between them.
-        positive = classes[-1]
-        return np.where(probabilities[:, positive] >= thresholds[positive], positive, 1 - positive)
-    if not (thresholds > 0).all():
-        raise ValueError(f"thresholds {thresholds.tolist()}: pass one above 0 for each class")
-    return (probabilities / thresholds).argmax(axis=1)
+    if len(thresholds) != 2:
+        raise ValueError(f"thresholds for {len(thresholds)} classes: of more than two, pass none")
+    # One probability against one threshold: no rounding of a sum stands between them.
+    positive = classes[-1]
+    return np.where(probabilities[:, positive] >= thresholds[positive], positive, 1 - positive)
 
 
 def best_threshold(positive: np.ndarray, scores: np.ndarray, rule: str) -> float:

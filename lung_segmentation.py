@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -413,15 +414,26 @@ def save_segmenter(folder: Path, segmenter: LungSegmenter) -> None:
 
 def refuse_other_models(folder: Path) -> None:
     """Raise ValueError where the model in `folder`, if there is one, is no lung model: it must not be replaced."""
-    text = folder / "model.json"
-    if not text.exists() and not (folder / "model.safetensors").exists():
+    text, weights = folder / "model.json", folder / "model.safetensors"
+    if not text.exists() and not weights.exists():
         return
     try:
-        kind = json.loads(text.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):  # not there, damaged, or no JSON object
-        kind = None
-    if kind != KIND:
+        ours = json.loads(text.read_text(encoding="utf-8")).get("kind") == KIND
+    except FileNotFoundError:  # `save_segmenter` was killed between its two files
+        ours = _is_unet(weights)
+    except (OSError, ValueError, AttributeError):  # damaged, or no JSON object
+        ours = False
+    if not ours:
         raise ValueError(f"the model in {folder} is no lung model: choose another folder, or move it away")
+
+
+def _is_unet(weights: Path) -> bool:
+    """Return whether a file holds weights of a U-Net of `unet`, going by the tensors' names."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return {name.split(".")[0] for name in file.keys()} == {"encoder", "decoder", "segmentation_head"}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegmenter:
@@ -454,14 +466,18 @@ def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegm
 
 
 def default_segmenter(folder: Path) -> LungSegmenter:
-    """Load the segmenter in `folder`; where there is none, train a small one on the phantom (half a minute)
-    and save it there. Say so whenever the phantom is all that it knows.
+    """Load the segmenter in `folder`; where there is none, or one whose phantoms may be a study's own patients, train
+    a small one on the phantom (half a minute) and save it there. Say so whenever the phantom is all that it knows.
     """
-    if (folder / "model.json").is_file():
-        segmenter = load_segmenter(folder)
-    else:
+    segmenter = load_segmenter(folder) if (folder / "model.json").is_file() else None
+    lacking = f"no lung model in {folder}"
+    if segmenter and segmenter.phantom_only and "phantom_seed" not in segmenter.origin:
+        # Older versions drew its phantoms with the seeds of studies.
+        lacking = f"the lung model in {folder} learnt from phantoms that a study may have as its patients"
+        segmenter = None
+    if segmenter is None:
         refuse_other_models(folder)  # not after the training
-        print(f"no lung model in {folder}: training a small one, which takes half a minute", flush=True)
+        print(f"{lacking}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(PHANTOMS, image_size=PHANTOM_SIZE, epochs=PHANTOM_EPOCHS)
         save_segmenter(folder, segmenter)
     if segmenter.phantom_only:
@@ -493,7 +509,8 @@ def phantom_segmenter(
         pairs = phantom_pairs(Path(folder) / "phantom", count, image_size=image_size, seed=seed)
         train, val = split_pairs(pairs, test=max(1, count // 8), seed=seed)
         segmenter = fit(train, val, epochs=epochs, image_size=image_size, seed=seed, device=device)
-    return replace(segmenter, origin={"data": PHANTOM, **segmenter.origin})
+    origin = {"data": PHANTOM, "phantom_seed": PHANTOM_SEEDS + seed, **segmenter.origin}
+    return replace(segmenter, origin=origin)
 
 
 def _fit(given: argparse.Namespace) -> int:

@@ -291,7 +291,9 @@ def paired_difference(
     rng: np.random.Generator,
 ) -> Interval:
     """Return metric(a) - metric(b) of two networks on the same images, both scored on the same resamples of
-    patients, each by its own thresholds; `of` is a class, against the rest, or the macro row.
+    patients, each by its own thresholds; `of` is a class, against the rest, or the macro row. The macro row is over
+    the classes that count for this metric in both: a finding that one of the two does not report, or has no
+    threshold for, counts in neither.
 
     Much narrower than the two intervals side by side suggest, since images that are hard are hard for both. Where
     all resamples agree, as those of two networks that decide alike, there is no interval.
@@ -301,9 +303,11 @@ def paired_difference(
     networks = ((probabilities_a, thresholds_a), (probabilities_b, thresholds_b))
     a, b = (_judged(targets, p, len(classes), thresholds=t, patients=patients) for p, t in networks)
     row, column = [*classes, MACRO].index(of), METRICS.index(metric)
+    counted = _counted(a) & _counted(b)
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        return _scores(a, weights)[:, row, column] - _scores(b, weights)[:, row, column]
+        of_a, of_b = (_scores(judged, weights, counted)[:, row, column] for judged in (a, b))
+        return of_a - of_b
 
     chunks = patient_weights(patients, resamples=resamples, rng=rng)
     resampled = np.concatenate([difference(weights) for weights in chunks])
@@ -463,9 +467,9 @@ def _counted(judged: _Judged) -> np.ndarray:
     return there[:, None] & np.stack([ranked if name == "roc_auc" else decided for name in METRICS], axis=1)
 
 
-def _scores(judged: _Judged, weights: np.ndarray) -> np.ndarray:
+def _scores(judged: _Judged, weights: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """Return (R, C + 1, M) scores, classes then macro by METRICS, of (R, N) image weights; NaN where
-    undefined.
+    undefined. `counted`: which classes the macro means are over, by default as `_counted` says.
     """
     truth, predicted, probabilities, decided, multilabel = judged
     true_positive = weights @ (truth & predicted).astype(np.float64)
@@ -486,7 +490,7 @@ def _scores(judged: _Judged, weights: np.ndarray) -> np.ndarray:
     decisions[:, ~decided] = np.nan
     areas = [_weighted_auc(truth[:, c], probabilities[:, c], weights) for c in range(truth.shape[1])]
     by_class = np.concatenate([decisions, np.stack(areas, axis=1)[:, :, None]], axis=2)
-    counted = _counted(judged)
+    counted = _counted(judged) if counted is None else counted
     lost = (positive == 0) | ((negative == 0) & multilabel)
     with np.errstate(invalid="ignore"):
         macro = np.where(counted, by_class, 0).sum(axis=1) / counted.sum(axis=0)

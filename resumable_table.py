@@ -109,7 +109,8 @@ class ResumableTable:
             else:
                 other.unlink(missing_ok=True)  # its process was killed
         if alone:
-            remove_unfinished(self.path.parent)
+            # Other commands may be writing masks or single overlays there, each in seconds.
+            remove_unfinished(self.path.parent, older_than=3600)
         self._working.acquire(timeout=0)
 
     def _begin(self) -> Path | None:

@@ -4,10 +4,9 @@ Stands under the command line too, so nothing heavy is imported at the top.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints import write_whole
 from decisions import decide
 from networks import architecture, build_network, class_logits, embeddings
 from utils import Preprocessing, read_xray
@@ -173,13 +173,8 @@ def save_network(folder: Path, network: nn.Module, card: ModelCard) -> None:
     """Write `model.safetensors` and `model.json` into `folder`, each complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    weights, text = folder / "model.safetensors", folder / "model.json"
-    new_weights, new_text = folder / "model.safetensors.tmp", folder / "model.json.tmp"
-    save_file(state, new_weights)
-    new_text.write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(new_text, new_weights)  # the weights' writer lets nobody but the owner read them
-    os.replace(new_weights, weights)
-    os.replace(new_text, text)
+    write_whole(folder / "model.safetensors", partial(save_file, state))
+    write_whole(folder / "model.json", json.dumps(asdict(card), indent=2) + "\n")
 
 
 def read_card(folder: Path) -> ModelCard:

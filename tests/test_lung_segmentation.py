@@ -6,12 +6,14 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score
 
@@ -36,6 +38,7 @@ from lung_segmentation import (
     split_pairs,
     two_lungs,
 )
+from networks import build_network
 from utils import Batches, Preprocessing, XrayDataset, read_mask, read_xray
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
@@ -401,6 +404,23 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
     assert second.knows == "a lung model that knows the synthetic phantom only"
 
 
+def test_a_stopgap_whose_phantoms_may_be_a_studys_patients_is_trained_again(
+    segmenter, tmp_path, monkeypatch, capsys
+):
+    for name, value in {"PHANTOMS": 8, "PHANTOM_SIZE": 32, "PHANTOM_EPOCHS": 1}.items():
+        monkeypatch.setattr(lung_segmentation, name, value)
+    older = replace(segmenter, origin={"data": "synthetic phantom", "seed": 0})
+    save_segmenter(tmp_path, older)
+    again = default_segmenter(tmp_path)
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert "phantoms that a study may have as its patients: training a small one" in first_line
+    assert again.origin["phantom_seed"] == 2**63
+    assert again.fingerprint == default_segmenter(tmp_path).fingerprint != older.fingerprint
+    assert "training a small one" not in capsys.readouterr().out
+    save_segmenter(tmp_path, segmenter)  # it has learnt from pairs, whatever phantoms there were before
+    assert default_segmenter(tmp_path).fingerprint == segmenter.fingerprint
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_phantoms_to_train_on_are_no_patients_of_a_studys_phantom(tmp_path, seed):
     pairs = lung_segmentation.phantom_pairs(tmp_path / "training", 40, image_size=64, seed=seed)
@@ -688,6 +708,25 @@ def test_model_that_is_no_lung_model_is_not_replaced_and_nothing_is_trained(pair
     assert len(said.err.splitlines()) == 1
     assert f"the model in {tmp_path} is no lung model: choose another folder" in said.err
     assert contents(tmp_path) == files
+
+
+def test_a_lung_model_whose_saving_was_killed_before_its_end_is_replaced(segmenter, tmp_path):
+    save_segmenter(tmp_path, segmenter)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"model.json is missing.*run python lung_segmentation.py fit"
+    ):
+        load_segmenter(tmp_path)
+    save_segmenter(tmp_path, segmenter)
+    assert load_segmenter(tmp_path).fingerprint == segmenter.fingerprint
+
+
+def test_weights_of_a_classifier_alone_are_not_replaced(segmenter, tmp_path):
+    save_file(build_network("small_cnn", 2).state_dict(), tmp_path / "model.safetensors")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="is no lung model"):
+        save_segmenter(tmp_path, segmenter)
+    assert contents(tmp_path) == before
 
 
 def test_other_files_beside_a_lung_model_stay_when_it_is_replaced(folder, segmenter, pairs, tmp_path):

@@ -473,12 +473,15 @@ def test_labels_are_decided_one_by_one():
     assert decided.tolist() == [[True, True, False], [False, False, True]]
 
 
-@pytest.mark.parametrize(
-    ("classes", "thresholds"), [(2, (0.5,)), (2, (0.2, 0.3, 0.5)), (2, (None, None)), (3, (0.5, 0.0, 0.5))]
-)
-def test_thresholds_that_do_not_fit_the_classes_are_refused(classes, thresholds):
+@pytest.mark.parametrize("thresholds", [(0.5,), (0.2, 0.3, 0.5), (None, None)])
+def test_thresholds_that_do_not_fit_the_classes_are_refused(thresholds):
     with pytest.raises(ValueError, match=r"thresholds \[.*pass one"):
-        predictions.decide(np.full((3, classes), 1 / classes), thresholds)
+        predictions.decide(np.full((3, 2), 1 / 2), thresholds)
+
+
+def test_three_classes_that_exclude_one_another_are_not_decided_by_thresholds():
+    with pytest.raises(ValueError, match="thresholds for 3 classes: of more than two, pass none"):
+        predictions.decide(np.full((3, 3), 1 / 3), (0.6, 0.3, 0.1))
 
 
 def test_the_class_that_has_a_threshold_is_the_one_that_is_decided_on():
@@ -497,20 +500,20 @@ def test_the_class_that_has_a_threshold_is_the_one_that_is_decided_on():
 
 
 def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_alone():
-    targets, probabilities = skewed()
-    thresholds = (0.2, 0.1, 0.3, 0.5)
-    table = metrics.classification_scores(targets, probabilities, CLASSES, thresholds=thresholds)
-    decided = (probabilities / thresholds).argmax(axis=1)
+    targets, probabilities = skewed(num_classes=2)
+    classes, thresholds = CLASSES[:2], (None, 0.7)
+    table = metrics.classification_scores(targets, probabilities, classes, thresholds=thresholds)
+    decided = (probabilities[:, 1] >= 0.7).astype(int)
     precision, recall, f1, _ = sk.precision_recall_fscore_support(targets, decided, zero_division=0)
     for name, values in {"precision": precision, "recall": recall, "f1": f1}.items():
         np.testing.assert_allclose(table[name].to_numpy()[:-1], values, atol=1e-12)
     assert table.loc["macro", "accuracy"] == pytest.approx(sk.accuracy_score(targets, decided))
-    plain = metrics.classification_scores(targets, probabilities, CLASSES)
+    plain = metrics.classification_scores(targets, probabilities, classes)
     assert plain.loc["macro", "accuracy"] != table.loc["macro", "accuracy"]
     assert (plain["roc_auc"] == table["roc_auc"]).all()
     rng = np.random.default_rng(0)
     resampled = metrics.bootstrap_scores(
-        targets, probabilities, np.arange(300), CLASSES, thresholds=thresholds, resamples=5, rng=rng
+        targets, probabilities, np.arange(300), classes, thresholds=thresholds, resamples=5, rng=rng
     )
     assert resampled["estimate"].to_list() == table[list(metrics.METRICS)].to_numpy().ravel().tolist()
     gain = metrics.paired_difference(
@@ -518,7 +521,7 @@ def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_al
         probabilities,
         probabilities,
         np.arange(300),
-        CLASSES,
+        classes,
         thresholds_a=thresholds,
         resamples=5,
         rng=rng,
@@ -787,6 +790,37 @@ def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_area
     assert 0 < difference.low < difference.estimate < difference.high
 
 
+def test_the_paired_difference_is_over_the_findings_that_both_networks_count():
+    targets, p = findings()
+    fewer = p.copy()
+    fewer[:, 3] = np.nan  # not reported
+    one, other = (0.5, 0.3, 0.4, 0.2), (0.5, None, 0.4, 0.2)
+
+    def difference(a, b, metric, *, of=metrics.MACRO, thresholds=(None, None)):
+        return metrics.paired_difference(
+            targets,
+            a,
+            b,
+            np.arange(300),
+            LABELS,
+            metric=metric,
+            of=of,
+            thresholds_a=thresholds[0],
+            thresholds_b=thresholds[1],
+            resamples=50,
+            rng=np.random.default_rng(0),
+        )
+
+    for metric in metrics.METRICS:  # the same probabilities, by the same thresholds where both have one
+        for a, b in ((p, fewer), (fewer, p)):
+            assert str(difference(a, b, metric)) == "0.000 (no interval)"
+            assert str(difference(a, b, metric, thresholds=(one, other))) == "0.000 (no interval)"
+        assert str(difference(p, fewer, metric, of="Edema")) == "–"
+    worse = np.clip(p + np.random.default_rng(3).normal(scale=0.2, size=p.shape), 0, 1)
+    expected = sk.roc_auc_score(targets[:, :3], p[:, :3]) - sk.roc_auc_score(targets[:, :3], worse[:, :3])
+    assert difference(fewer, worse, "roc_auc").estimate == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("targets", "probabilities", "message"),
     [
@@ -864,13 +898,21 @@ def test_the_report_is_sklearns():
     assert table["support"].to_list() == [*support, 300, 300, 300]
 
 
-def test_the_report_follows_thresholds_and_keeps_classes_without_images():
+def test_the_report_follows_thresholds():
+    targets, probabilities = skewed(num_classes=2)
+    table = metrics.classification_report_table(targets, probabilities, CLASSES[:2], thresholds=(None, 0.7))
+    decided = probabilities[:, 1] >= 0.7
+    assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, decided))
+
+
+def test_the_report_keeps_classes_without_images():
     targets, probabilities = skewed(num_classes=3)
     table = metrics.classification_report_table(
-        targets, np.hstack([probabilities, np.zeros((300, 1))]), CLASSES, thresholds=(0.6, 0.2, 0.2, 1)
+        targets, np.hstack([probabilities, np.zeros((300, 1))]), CLASSES
     )
-    decided = (probabilities / (0.6, 0.2, 0.2)).argmax(axis=1)
-    assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, decided))
+    assert table.loc["accuracy", "f1"] == pytest.approx(
+        sk.accuracy_score(targets, probabilities.argmax(axis=1))
+    )
     assert table.loc[CLASSES[3]].to_list() == [0, 0, 0, 0]
 
 

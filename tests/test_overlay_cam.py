@@ -463,6 +463,26 @@ def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
     assert "speaks for it; it is predicted because its decision threshold is low)" in text
 
 
+@pytest.mark.parametrize(
+    ("probability", "threshold", "compared", "shown"),
+    [
+        (0.31, 0.3099, "reaches", ("0.3100", "0.3099")),
+        (0.31, 0.3100002, "is below", ("0.3100000", "0.3100002")),
+        (0.30998, 0.31, "is below", ("0.30998", "0.31000")),
+    ],
+)
+def test_probability_is_told_apart_from_its_threshold_also_when_they_are_close(
+    capsys, noise, tmp_path, probability, threshold, compared, shown
+):
+    run = always(tmp_path / "run", (1 - probability, probability), (None, threshold))
+    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    assert record["predicted"] == ("Edema" if compared == "reaches" else "Mass")
+    assert record["thresholds"]["Edema"] == threshold
+    assert (record["probabilities"]["Edema"] >= threshold) == (compared == "reaches")
+    assert f"  Edema  {shown[0]}  (decision threshold {shown[1]})\n" in text
+    assert f"(Edema's probability {shown[0]} {compared} its decision threshold {shown[1]})\n" in text
+
+
 def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
     record, text = said(
         capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png"

@@ -415,11 +415,15 @@ def test_table_is_had_by_the_processes_of_one_launch_only(tmp_path):
 def test_what_a_killed_process_has_left_is_removed(capsys, xrays, run, tmp_path):
     (out := tmp_path / "out").mkdir()
     (out / ".predictions.csv.some launch.0.run").touch()
-    (out / ".xraycam-0123456789abcdef.tmp").write_bytes(b"half an overlay")
+    left, being_written = (out / f".xraycam-{number}123456789abcdef.tmp" for number in (0, 1))
+    left.write_bytes(b"half an overlay")
+    being_written.write_bytes(b"half of another command's mask")
+    two_hours_ago = time.time() - 7200
+    os.utime(left, (two_hours_ago, two_hours_ago))
     (out / ".mine.tmp").touch()
     assert call(capsys, "-i", xrays, "-m", run, "-o", out)[0] == 0
     hidden = {path.name for path in out.glob(".*")}
-    assert hidden == {".mine.tmp", ".predictions.csv.lock", ".predictions.json"}
+    assert hidden == {".mine.tmp", being_written.name, ".predictions.csv.lock", ".predictions.json"}
 
 
 def test_launches_have_names_of_their_own():

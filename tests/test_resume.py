@@ -268,6 +268,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_whoever_may_read_a_new_file_may_read_one_that_was_written_whole(tmp_path):
+    (tmp_path / "ordinary").touch()
+    write_whole(tmp_path / "weights", partial(save_file, {"x": torch.zeros(2)}))
+    write_whole(tmp_path / "text", "text")
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
+
+
 def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
     file = tmp_path / ("x" * 255)  # as long as a name can be
 
