@@ -118,7 +118,8 @@ def answer(
     for path in outputs:
         check_replaceable(path)
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
-    said = explain(members, xray, wanted, method=options.method, layer=options.layer)
+    classes = wanted if isinstance(wanted, str) else [wanted]  # a row of indices for the one image
+    said = explain(members, xray, classes, method=options.method, layer=options.layer)
     found = lungs(xray) if lungs else None
     colours = {"alpha": options.alpha, "colormap": options.colormap}
     entries = []

@@ -41,7 +41,7 @@ def cam_panel(
 ) -> CamPanel:
     """Return one network's map of an X-ray in a file for a class, over the lungs alone where the network sees no more,
     and what was predicted by the `stored_probabilities`. Of several findings it is titled with the one that the map
-    is for.
+    is for, with – where the network does not report it.
 
     Raises ValueError where the network now says something else than is stored.
     """
@@ -49,7 +49,8 @@ def cam_panel(
     card = trained.card
     shown = class_index if card.multilabel else int(decided)
     probability = float(stored[path][shown])
-    title = f"{card.classes[shown]} {probability:.2f}" if card.multilabel else None
+    said = "–" if np.isnan(probability) else f"{probability:.2f}"
+    title = f"{card.classes[shown]} {said}" if card.multilabel else None
     return CamPanel(map_, card.classes[shown], probability, image=image, title=title)
 
 

@@ -116,21 +116,32 @@ def launch_of(environment: Mapping[str, str], share: Share, settings: object) ->
 
 
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
-    """Return which classes' maps `-l` asks for, as `GradCAM` takes them.
+    """Return which classes' maps `-l` asks for: "top", "all" or indices, those of "all" that are reported.
 
     An exact name comes first; otherwise case, spaces and punctuation do not matter where that leaves one
-    class only: `covid_19` is `COVID-19`. Raises ValueError, naming all labels, for an unknown one.
+    class only: `covid_19` is `COVID-19`. Raises ValueError, naming all labels, for an unknown one, and for a finding
+    that is not reported: its map would be of what the network could not learn.
     """
     if label is None:
         return "top"
     if label in card.classes:
-        return [card.classes.index(label)]
+        return _reported([card.classes.index(label)], card)
     if label.lower() == "all":
-        return "all"
+        return _reported(range(len(card.classes)), card) if card.unreported else "all"
     alike = [index for index, name in enumerate(card.classes) if _slug(name) == _slug(label)]
     if len(alike) != 1:
         raise ValueError(f"unknown label {label!r}: choose from {', '.join(card.classes)} or all")
-    return alike
+    return _reported(alike, card)
+
+
+def _reported(indices: Sequence[int], card: ModelCard) -> list[int]:
+    reported = [index for index in indices if card.classes[index] not in card.unreported]
+    if not reported:
+        names = ", ".join(card.classes[index] for index in indices)
+        raise ValueError(
+            f"no map of {names}: not reported, as all of the training images have it, or none; choose another label"
+        )
+    return reported
 
 
 def _slug(name: str) -> str:
@@ -139,11 +150,12 @@ def _slug(name: str) -> str:
 
 def suffixes(wanted: str | list[int], card: ModelCard) -> list[str]:
     """Return what the name of each map's file ends in: nothing for one map, else the class, made unique."""
-    if wanted != "all":
+    if wanted == "top" or len(wanted) == 1:
         return [""]
     slugs = [_slug(name) for name in card.classes]
     unique = len(set(slugs)) == len(slugs) and all(slugs)
-    return [f"_{slug if unique else index}" for index, slug in enumerate(slugs)]
+    indices = range(len(slugs)) if wanted == "all" else wanted
+    return [f"_{slugs[index] if unique else index}" for index in indices]
 
 
 def _fraction(text: str) -> float:

@@ -427,9 +427,13 @@ def plot_threshold_tradeoff(
     `points` are by label those of `metrics.precision_recall_points`: thresholds, precision, recall, average
     precision. Several labels are thin lines, and thick is their mean: at thresholds above every probability
     of a label its recall is 0, and its precision, of nothing, is left out. `chosen` is marked by a vertical
-    line.
+    line. Where no label has points, a text says so.
     """
     known = {name: each for name, each in points.items() if len(each[0])}
+    if not known:
+        ax.text(0.5, 0.5, "no label has both kinds of images", ha="center", va="center")
+        ax.set_axis_off()
+        return ax
     grid = np.linspace(0, 1, 501)
     precision = np.array([_at_thresholds(grid, t, p, beyond=np.nan) for t, p, *_ in known.values()])
     recall = np.array([_at_thresholds(grid, t, r, beyond=0.0) for t, _, r, _ in known.values()])
@@ -440,7 +444,7 @@ def plot_threshold_tradeoff(
     ):
         if several:
             ax.plot(grid, values.T, style, color=color, linewidth=0.7, alpha=0.45)
-        some = ~np.isnan(values).all(axis=0) if len(values) else np.zeros(len(grid), bool)
+        some = ~np.isnan(values).all(axis=0)
         label = f"{name}, mean of {len(known)} labels" if several else name
         ax.plot(
             grid[some], np.nanmean(values[:, some], axis=0), style, color=color, linewidth=2.8, label=label

@@ -173,6 +173,7 @@ def test_a_finding_that_is_not_reported_hides_no_other_answer_of_the_network(fin
     path, probabilities = next(iter(stored_probabilities(said, table).items()))
     probabilities = np.r_[np.nan, probabilities[1:]]
     assert cam_panel(unlearnt, path, 3, {path: probabilities}).probability == probabilities[3]
+    assert cam_panel(unlearnt, path, 0, {path: probabilities}).title == f"{table.classes[0]} –"
     probabilities[5] += 0.2
     with pytest.raises(ValueError, match="has changed"):
         cam_panel(unlearnt, path, 3, {path: probabilities})

@@ -452,6 +452,21 @@ def test_findings_that_were_not_learnt_or_have_no_threshold_are_no_numbers_and_n
     assert (row["findings"], row["Mass"], row["Edema"], row["Hernia"]) == ("Mass", "0.6000", "", "0.8000")
 
 
+def test_finding_that_is_not_reported_has_no_map(capsys, noise, tmp_path):
+    card = untrained(0, ("Mass", "Edema", "Hernia"), multilabel=True, unreported=("Edema",))
+    run = run_of(tmp_path / "run", card)
+    out = tmp_path / "out"
+    status, _, err = call(capsys, "-i", noise, "-m", run, "-o", out, "-l", "edema")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "no map of Edema: not reported, as all of the training images have it, or none" in err
+    assert not out.exists()
+    record, _ = said(capsys, "-i", noise, "-m", run, "-o", out, "-l", "all")
+    assert [entry["label"] for entry in record["maps"]] == ["Mass", "Hernia"]
+    assert {path.name for path in out.iterdir()} == {"noise_cam_mass.png", "noise_cam_hernia.png"}
+    call(capsys, "-i", noise, "-m", run, "-o", tmp_path / "hernia.png", "-l", "Hernia")
+    np.testing.assert_array_equal(pixels(tmp_path / "hernia.png"), pixels(out / "noise_cam_hernia.png"))
+
+
 def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
     run = always(tmp_path / "run", (0.3, 0.25, 0.1), (0.2, 0.5, 0.5), multilabel=True)
     record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")

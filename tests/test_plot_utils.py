@@ -458,6 +458,15 @@ def test_precision_and_recall_of_several_labels_are_thin_and_their_mean_is_thick
     assert inside_figure(fig)
 
 
+@pytest.mark.parametrize(
+    "points", [{}, {"Hernia": (np.empty(0),) * 3 + (np.nan,)}, dict.fromkeys("ab", (np.empty(0),) * 3 + (0,))]
+)
+def test_precision_and_recall_of_no_label_are_a_text(fig, ax, points):
+    plot_utils.plot_threshold_tradeoff(points, ax)
+    assert [text.get_text() for text in ax.texts] == ["no label has both kinds of images"]
+    assert inside_figure(fig)
+
+
 def test_embedding_has_a_colour_and_marker_a_class_and_no_numbers(fig, ax):
     points = np.random.default_rng(0).normal(size=(140, 2))
     labels = np.arange(140) % 14
