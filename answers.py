@@ -134,7 +134,8 @@ def answer(
             picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
         if found is not None:
             entry["in_lungs"] = _share_inside(map_, found)
-        write_overlay(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture)
+        picture = with_colour_bar(picture, peak=peak, **colours) if options.bar else picture
+        write_overlay(path, picture, image)
         entries.append(entry)
     record = {
         "image": str(image),

@@ -66,15 +66,16 @@ class Checkpoints:
         if not own.keys() <= settings.keys():
             raise ValueError(f"{self.folder} holds an unfinished training of another version: {ANEW}")
         other = [key for key, value in own.items() if settings[key] != value]
-        if "data" in other:
+        if other == ["data"]:
             raise ValueError(
                 f"{self.folder} holds an unfinished training on other images: their content, their labels or their "
                 f"splits have changed since. Put them back, or {ANEW}"
             )
         if other:
-            was, now = (json.dumps(values[other[0]], ensure_ascii=False) for values in (settings, own))
+            key = next(key for key in other if key != "data")  # another seed or limit gives other data
+            was, now = (json.dumps(values[key], ensure_ascii=False) for values in (settings, own))
             raise ValueError(
-                f"{self.folder} holds an unfinished training with other settings ({other[0]} = {was}, now {now}): go "
+                f"{self.folder} holds an unfinished training with other settings ({key} = {was}, now {now}): go "
                 f"on with those, or {ANEW}"
             )
         return True

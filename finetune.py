@@ -50,6 +50,7 @@ from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, macro_auc, uninform
 from predictions import choose_thresholds
 from processes import accelerator_on, from_main, refuse_differences
 from results import (
+    CARD,
     complete_or_absent,
     history_log,
     linked,
@@ -100,6 +101,10 @@ def fine_tune_study(
             f"batch_size {training.batch_size} is shared by {accelerator.num_processes} processes: raise it"
         )
     folder = runs / study.name / network
+    if start not in NO_FILE and Path(start).parent.resolve() == folder.resolve():
+        raise ValueError(
+            f"{folder} holds the weights to start from and would replace them: give another --runs"
+        )
     # Before anything is decoded; one process compares it in the end.
     paths = table.frame["path"]
     content = content_digests(paths) if accelerator.is_main_process else []
@@ -107,6 +112,8 @@ def fine_tune_study(
     if finished and not restart:
         print(f"{folder} is finished, with the same settings and images (--restart trains it again)")
         return folder
+    if (folder / CARD).is_file():
+        print(f"{folder} holds older results: they are replaced when this training is done")
     with training_folder(folder, restart=restart, write=accelerator.is_main_process) as working:
         with accelerator.main_process_first():  # it writes what the others then read
             masking, failed = _lung_masking(study, table, runs)
@@ -421,8 +428,8 @@ def _warn_of_nothing_learnt(done: FineTuned, uninformed_loss: float, *, title: s
     lowest = done.history["val_loss"].min()
     if lowest > LEARNT * uninformed_loss:
         print(
-            f"WARNING: {title} has learnt nothing that helps on validation: its loss there is {lowest:.4f} at best, "
-            f"and {uninformed_loss:.4f} needs no look at the image"
+            f"WARNING: {title} has hardly learnt anything: its validation loss is {lowest:.4f} at best, and one and "
+            f"the same answer for every image has {uninformed_loss:.4f}"
         )
 
 

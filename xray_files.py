@@ -34,23 +34,38 @@ def _jpeg_comment(text: bytes) -> bytes:
     return b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text
 
 
-# By which an overlay is known from an X-ray, whatever its name: a comment, and at which byte it stands, behind what
-# comes first in every PNG (its size) and in the JPEGs of OpenCV (which format it is).
-WRITTEN_BY = b"Software\0xraycam overlay_cam.py"
-MARKS = {".png": (33, _png_text(WRITTEN_BY)), ".jpg": (20, _jpeg_comment(WRITTEN_BY))}
+# By which an overlay is known from an X-ray, whatever its name: a comment, which also tells of which X-ray it is.
+# For each format: at which byte it stands, behind what comes first in every PNG (its size) and in the JPEGs of OpenCV
+# (which format it is); how many bytes come before its text; and what writes it.
+WRITTEN_BY, OWNER = b"Software\0xraycam overlay_cam.py of ", 16
+MARKS = {".png": (33, 8, _png_text), ".jpg": (20, 4, _jpeg_comment)}
 MARKS[".jpeg"] = MARKS[".jpg"]
+
+
+def owner_of(overlay: Path) -> bytes | None:
+    """Return of which X-ray an overlay is, as `owner` names it; None for a file that is none of `write_overlay`'s."""
+    if not os.path.isfile(overlay):
+        return None
+    try:
+        with open(overlay, "rb") as file:
+            start = file.read(128)
+    except OSError:
+        return None
+    for place, before, _ in MARKS.values():
+        if start.startswith(WRITTEN_BY, place + before):
+            end = place + before + len(WRITTEN_BY) + OWNER
+            return start[end - OWNER : end]
+    return None
+
+
+def owner(image: Path) -> bytes:
+    """Return what the overlays of an X-ray name it by: digits that do not tell its path."""
+    return hashlib.sha256(os.fsencode(os.path.abspath(image))).hexdigest()[:OWNER].encode()
 
 
 def is_overlay(path: Path) -> bool:
     """Return whether a file is an overlay that `write_overlay` has written."""
-    if not os.path.isfile(path):
-        return False
-    try:
-        with open(path, "rb") as file:
-            start = file.read(128)
-    except OSError:
-        return False
-    return any(start.startswith(mark, place) for place, mark in MARKS.values())
+    return owner_of(path) is not None
 
 
 def check_replaceable(path: Path) -> None:
@@ -59,8 +74,8 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} is there and is no overlay of this program: move it, or give another -o")
 
 
-def write_overlay(path: Path, picture: np.ndarray) -> None:
-    """Write an (H, W, 3) uint8 RGB picture as a PNG or JPEG file that `is_overlay`.
+def write_overlay(path: Path, picture: np.ndarray, image: Path) -> None:
+    """Write an (H, W, 3) uint8 RGB picture as a PNG or JPEG file that `is_overlay`, of the X-ray in the file `image`.
 
     Raises ValueError where a file is there that is no overlay, OSError where it cannot be written.
     """
@@ -68,9 +83,9 @@ def write_overlay(path: Path, picture: np.ndarray) -> None:
     done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise ValueError(f"cannot write {path}")
-    content, (place, mark) = encoded.tobytes(), MARKS[path.suffix.lower()]
+    content, (place, _, marked) = encoded.tobytes(), MARKS[path.suffix.lower()]
     check_replaceable(path)
-    write_whole(path, content[:place] + mark + content[place:])
+    write_whole(path, content[:place] + marked(WRITTEN_BY + owner(image)) + content[place:])
 
 
 class Job(NamedTuple):
@@ -191,7 +206,8 @@ def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[
     folder `output` (default: here), or `output` itself where it names a PNG or JPEG file.
 
     Images of one name from several folders are numbered, and so are those whose overlays would have the place of
-    another image. Raises ValueError where one file would have to hold the overlays of several images.
+    another image, or of another image's overlay from an earlier command. Raises ValueError where one file would have
+    to hold the overlays of several images.
     """
     if names_file(output):
         if output.suffix.lower() not in MARKS:
@@ -208,7 +224,10 @@ def output_paths(images: Sequence[Path], output: Path | None, endings: Sequence[
             path = (output or Path()) / f"{image.stem}{number}_cam.png"
             if path.name in paths:
                 continue
-            if not endangered or endangered.isdisjoint(map(os.path.abspath, overlay_files(path, endings))):
+            files = overlay_files(path, endings)
+            if endangered and not endangered.isdisjoint(map(os.path.abspath, files)):
+                continue
+            if {owner_of(file) for file in files} <= {None, owner(image)}:
                 break
         paths[path.name] = path
     return list(paths.values())

@@ -304,6 +304,15 @@ def test_weights_of_another_architecture_are_refused_before_any_work(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_training_never_replaces_the_weights_that_it_starts_from(trained_with, tmp_path, capsys):
+    folder, _, _ = trained_with("first", LUNGS)
+    before = (folder / "model.safetensors").read_bytes()
+    command = [str(tmp_path / "first.toml"), "--runs", str(tmp_path / "runs"), "--weights", "first/lenet5"]
+    assert main(command) == 2
+    assert "would replace them: give another --runs" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
 def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -270,21 +270,23 @@ def test_another_model_or_another_option_begins_the_table_anew(capsys, xrays, ru
     assert "begun anew" not in call(capsys, *common)[1]
 
 
-def test_image_whose_overlay_is_replaced_by_another_ones_loses_its_row(capsys, xrays, run, tmp_path):
+def test_xrays_of_one_name_keep_their_overlays_and_rows_also_from_two_commands(capsys, xrays, run, tmp_path):
     twins = tmp_path / "twins"
     twins.mkdir()
     for name in ("00.png", "01.png"):
         (twins / name).write_bytes((xrays / name).read_bytes())
     common = "-m", run, "-o", tmp_path / "out"
     call(capsys, "-i", xrays, *common)
-    assert call(capsys, "-i", twins, *common)[0] == 0
-    rows = {row[0]: row[-5] for row in rows_of(tmp_path / "out")[1]}
-    assert len(rows) == 12 == len(set(rows.values()))
-    assert rows[str(twins / "00.png")] == "00_cam.png"
-    assert call(capsys, "-i", xrays, twins, *common)[0] == 0
-    rows = {row[0]: row[-5] for row in rows_of(tmp_path / "out")[1]}
-    assert len(rows) == 14 == len(set(rows.values()))
-    assert rows[str(twins / "00.png")] == "00_2_cam.png"
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*_cam.png")}
+    for given in ([twins], [twins], [xrays, twins]):
+        status, text, _ = call(capsys, "-i", *given, *common)
+        assert status == 0
+        rows = {row[0]: row[-5] for row in rows_of(tmp_path / "out")[1]}
+        assert len(rows) == 14 == len(set(rows.values()))
+        assert rows[str(xrays / "00.png")] == "00_cam.png"
+        assert rows[str(twins / "00.png")] == "00_2_cam.png"
+        assert {path: path.read_bytes() for path in before} == before
+    assert "all 14 images are done already" in text
 
 
 def test_output_among_the_images_is_not_taken_for_images(capsys, xrays, run):
@@ -597,7 +599,7 @@ def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
         assert "2 of 14 images could not be done" in err
 
 
-@pytest.mark.parametrize("change", ["emptied", "cut", "other overlay", "removed"])
+@pytest.mark.parametrize("change", ["emptied", "cut", "removed"])
 def test_overlay_that_is_no_longer_what_was_written_is_made_again(capsys, xrays, run, tmp_path, change):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out
@@ -609,12 +611,22 @@ def test_overlay_that_is_no_longer_what_was_written_is_made_again(capsys, xrays,
     if change == "removed":
         overlay.unlink()
     else:
-        other = {"emptied": b"", "cut": content[:-20], "other overlay": (out / "04_cam.png").read_bytes()}
-        overlay.write_bytes(other[change])
+        overlay.write_bytes({"emptied": b"", "cut": content[:-20]}[change])
     status, text, err = call(capsys, *common)
     assert (status, err, text.count("Grad-CAM for")) == (0, "", 1)
     assert overlay.read_bytes() == content
     assert sorted((out / "predictions.csv").read_bytes().splitlines()) == sorted(table.splitlines())
+
+
+def test_overlay_of_another_xray_is_left_alone_and_the_own_one_is_numbered(capsys, xrays, run, tmp_path):
+    out = tmp_path / "out"
+    common = "-i", xrays, "-m", run, "-o", out
+    call(capsys, *common)
+    own, other = ((out / name).read_bytes() for name in ("03_cam.png", "04_cam.png"))
+    (out / "03_cam.png").write_bytes(other)
+    assert call(capsys, *common)[0] == 0
+    assert [(out / name).read_bytes() for name in ("03_cam.png", "03_2_cam.png")] == [other, own]
+    assert {row[0]: row[-5] for row in rows_of(out)[1]}[str(xrays / "03.png")] == "03_2_cam.png"
 
 
 def test_picture_in_place_of_an_overlay_is_left_alone(capsys, xrays, run, tmp_path):

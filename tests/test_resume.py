@@ -470,6 +470,7 @@ def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(ph
     assert before[0] == first
     for more in (["--networks", "lenet5", "--restart"], ["--networks", "lenet5", "--batch-size", "5"]):
         assert main([*command, *more]) == 0
+        assert f"{folders[0]} holds older results: they are replaced when" in capsys.readouterr().out
         after = [written(folder) for folder in folders]
         assert after[0] != before[0]
         assert after[1] == before[1]
@@ -611,6 +612,8 @@ def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root
     assert "other settings (epochs = 2, now 7): go on with those, or start anew" in capsys.readouterr().err
     assert (tmp_path / "pair" / "lenet5" / "model.json").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == kept
+    assert main([*command, "--seed", "5"]) == 2  # and so other splits
+    assert "with other settings (seed = 0, now 5)" in capsys.readouterr().err
 
 
 def test_seeds_are_trained_side_by_side_with_one_split(phantom_root, tmp_path, capsys):

@@ -260,11 +260,11 @@ def test_a_class_without_validation_images_is_named(study, capsys):
 
 
 def test_a_network_that_did_not_learn_is_remarked_on_and_one_that_did_is_not(study, capsys):
-    warning = "WARNING: LeNet-5 has learnt nothing that helps on validation: its loss there is "
+    warning = "WARNING: LeNet-5 has hardly learnt anything: its validation loss is "
     folder = train(study.overridden(learning_rate=1e-12))
     said = capsys.readouterr().out
     assert warning in said
-    assert f"and {np.log(2):.4f} needs no look at the image" in said
+    assert f"one and the same answer for every image has {np.log(2):.4f}" in said
     card = json.loads((folder / "model.json").read_text())
     assert card["validation"]["uninformed_loss"] == pytest.approx(np.log(2))
     learnt = train(study.overridden(learning_rate=1e-2, epochs=8))
