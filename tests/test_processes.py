@@ -136,12 +136,14 @@ def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and
     assert (folder / "model.safetensors").read_bytes() == expected
 
 
-def test_processes_with_other_numbers_of_threads_are_refused_by_all(trained, phantom_root, tmp_path):
+def test_processes_with_other_numbers_of_threads_are_refused_before_anything_is_written(
+    trained, phantom_root, tmp_path
+):
     refused = launched(phantom_root.parent / "shared.toml", tmp_path, processes=2, THREADS="1,2")
     _, errors = refused.communicate(timeout=120)
     assert refused.returncode
-    said = "finetune.py: the processes differ in threads (1, 2): start all of them alike"
-    assert errors.splitlines().count(said) == 2
+    # Once at least: the launcher ends the other process, which may not have come to say it.
+    assert "finetune.py: the processes differ in threads (1, 2): start all of them alike" in errors
     assert not list(tmp_path.iterdir())
 
 
