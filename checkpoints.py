@@ -1,11 +1,8 @@
 """The state of a training on disk, `resume/` in its run folder: enough to go on as if nothing had happened."""
 
-import contextlib
 import json
-import os
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils import write_whole
+
 STATE, SETTINGS = "state.pt", "settings.json"
 ANEW = "start anew with --restart, or delete that folder"
-UNFINISHED = ".xraycam-"  # what the names of files that are being written begin with
 
 
 class NotSaved(OSError):
@@ -119,53 +117,6 @@ def _reason(error: BaseException | None) -> str | None:
     while error is not None and not getattr(error, "strerror", None):
         error = error.__cause__ or error.__context__
     return getattr(error, "strerror", None)
-
-
-def write_whole(file: Path, content: str | bytes | Mapping[str, object] | Callable[[Path], None]) -> None:
-    """Write a file that is there completely or not at all, whatever happens: a text, bytes, what `torch.save`
-    takes, or what a function writes into the path that it is given. The disk has it when this returns.
-    """
-    # A name of its own, as two processes may write one file at once; not made of the file's, which may be as long
-    # as a name can be.
-    unfinished = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}.tmp")
-    try:
-        if isinstance(content, str):
-            content = content.encode()
-        if isinstance(content, bytes):
-            unfinished.write_bytes(content)
-        elif isinstance(content, Mapping):
-            with unfinished.open("wb") as stream:  # torch's own writer would hide why a disk refuses
-                torch.save(content, stream)
-        else:
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
-            content(unfinished)
-            unfinished.chmod(mode)  # safetensors' writer lets nobody but the owner read its file
-        flush(unfinished)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    flush(file.parent)  # the new name, too, must outlive a power cut
-
-
-def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> None:
-    """Remove what processes that were killed in `write_whole` have left in a folder. Where other processes may be
-    writing into it, only what was last written to more than `older_than` seconds ago.
-    """
-    for left in folder.glob(f"{UNFINISHED}*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
-            if not older_than or left.stat().st_mtime < time.time() - older_than:
-                left.unlink()
-
-
-def flush(path: Path) -> None:
-    """Return when the disk has a file's content or a folder's names; does nothing where the system cannot tell."""
-    if os.name == "posix":
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def random_states() -> dict[str, object]:

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from augmentation import Augmentation
+from batches import make_batches
 from calibration import fit_temperature
-from checkpoints import Checkpoints, on_cpu, write_whole
+from checkpoints import Checkpoints, on_cpu
 from compute import described, resolve_precision
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import splits_frame
@@ -61,7 +62,7 @@ from results import (
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
-from utils import Preprocessing, class_weights, label_weights, make_batches, seed_everything
+from utils import Preprocessing, class_weights, label_weights, seed_everything, write_whole
 
 RUNS = PROJECT / "runs"
 NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's
@@ -131,7 +132,6 @@ def fine_tune_study(
             oversample=training.balance == "oversample",
             seed=study.seed,
             images=images,
-            num_workers=training.num_workers,
         )
         seed_everything(study.seed)
         head_order, head = _head_of(start_card, training, table)
@@ -308,7 +308,7 @@ def _fixed_settings(
     study: Study, table: XrayTable, network: str, accelerator: Accelerator, runs: Path
 ) -> dict[str, object]:
     """Return, flat, all that must be the same when a training goes on."""
-    idle = {"num_workers", "cache_images", "checkpoint_minutes", "keep_checkpoints", "threshold"}
+    idle = {"cache_images", "checkpoint_minutes", "keep_checkpoints", "threshold"}
     training = study.training_of(network)
     start, _ = _starting_weights(network, training, runs)
     groups = {
@@ -636,8 +636,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 told.enter_context(contextlib.redirect_stdout(silence))
             _fine_tune_all(studies, table, given)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
-        # A loader's worker sends a traceback as text: its last line is the error.
-        print(f"finetune.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"finetune.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"finetune.py: {stopped or 'stopped; run the same again to go on'}", file=sys.stderr)
@@ -692,7 +691,7 @@ def _settings_digest(
     # For people, for other notebooks, or covered by the data's fingerprint and by `training_of`:
     other = {"name", "title", "description", "source", "compare", "maps", "quick", "data", "datasets"}
     other |= {"training", "networks", "positive"}
-    costs = {"num_workers", "cache_images", "checkpoint_minutes"}  # these change the time that it takes
+    costs = {"cache_images", "checkpoint_minutes"}  # these change the time that it takes
     lungs = study.preprocessing.lung_model
     settings = {
         "fixed": fixed,

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augmentation import Augmentation, Draws
+from batches import Batches
 from image_cache import reserve
 from networks import trunk_features
 from processes import in_place, share_of
-from utils import Batches
 
 
 class FeatureDataset(Dataset):
@@ -125,7 +125,7 @@ def _features(
     """Return (N, V, D) float32 features of all views of the images, kept in `file`."""
     device, share = accelerator.device, share_of(accelerator)
     number, features = len(images.dataset), None
-    plain = Batches(images.dataset, images.batch_size, num_workers=images.num_workers)
+    plain = Batches(images.dataset, images.batch_size)
     total = len(plain.sizes())
     quiet = None if accelerator.is_main_process else True
     start = 0

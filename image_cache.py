@@ -31,7 +31,7 @@ class ImageFile:
     """Resized X-rays in a file: `images(rows)` are those of the paths at these places in `paths`.
 
     The file is mapped, not read: what of it is in memory is the system's page cache, which it takes back when
-    it needs room. It may travel to a loader's worker processes.
+    it needs room.
     """
 
     def __init__(self, file: Path, paths: Sequence[str], all_paths: Sequence[str]) -> None:
@@ -41,16 +41,11 @@ class ImageFile:
         self._places = np.array([places[path] for path in paths], dtype=np.int64)
         self._open()  # at once: another process may put a newer file in its place
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_map": None, "_array": None}
-
     def __len__(self) -> int:
         return len(self._places)
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
         """Return (B, 1, S, S) uint8 images. Raises ValueError where the disk has lost what was written."""
-        if self._map is None:
-            self._open()
         places = self._places[np.asarray(rows)]
         chosen, checksums = self._array["pixels"][places], self._array["checksum"][places]
         if hasattr(mmap, "MADV_DONTNEED"):

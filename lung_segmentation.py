@@ -34,8 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoints import write_whole
-from utils import read_mask, read_xray, resized_mask
+from utils import read_mask, read_xray, resized_mask, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

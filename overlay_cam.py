@@ -51,11 +51,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from answers import MapOptions, answer, check_layers, lung_finder, lung_folder, text_of
+from batches import Share
 from cam_methods import METHODS, cam_method
 from heatmaps import COLORMAPS
 from networks import resolve_device
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
-from utils import Share
 from xray_files import (
     TABLE,
     Job,

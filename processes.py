@@ -18,7 +18,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
-from utils import Share
+from batches import Share
 
 Found = TypeVar("Found")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from checkpoints import STATE, flush, remove_unfinished, write_whole
+from checkpoints import STATE
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.splits import apply_splits
 from datasets.table import FINGERPRINT, relative_paths, target_names
@@ -22,6 +22,7 @@ from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
 from studies import Study
 from trained_networks import ModelCard, read_card
+from utils import flush, remove_unfinished, write_whole
 
 CARD = "model.json"
 # What every training writes into its run folder, and what one on lungs alone writes besides.

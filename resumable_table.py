@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from checkpoints import remove_unfinished, write_whole
+from utils import remove_unfinished, write_whole
 
 
 def cell(value: object) -> str:

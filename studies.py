@@ -242,7 +242,6 @@ class Training(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cache_images: bool = True
     checkpoint_minutes: float = Field(default=10.0, ge=0)
-    num_workers: int = Field(default=0, ge=0)
 
     @property
     def stretches(self) -> tuple[Phase, ...]:

@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoints import write_whole
 from decisions import decide
 from networks import architecture, build_network, class_logits, embeddings
-from utils import Preprocessing, read_xray
+from utils import Preprocessing, read_xray, write_whole
 
 
 @dataclass(frozen=True)

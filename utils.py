@@ -5,32 +5,28 @@ Stands under the command line too, so it imports nothing but NumPy, Pillow and t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import random
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from augmentation import Augmentation
-
-if TYPE_CHECKING:
-    from image_cache import ImageFile
 
 # Bits that X-ray detectors and their converters store in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
+UNFINISHED = ".xraycam-"  # what the names of files that are being written begin with
 FEW = 1000  # one pixel in so many does not decide how bright the others are
 NO_VALUE = 1e30  # nothing that is measured is so large; writers put ±3.4e38 where there is no value
 # What is opened; Pillow would hand other files to programs such as Ghostscript.
@@ -259,155 +255,6 @@ def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
     )
 
 
-class XrayDataset(Dataset):
-    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for B row numbers.
-
-    `targets` are (N,) class indices, which come as (B,) int64, or (N, C) of 0 and 1, as (B, C) float32. Images come
-    from `images`, resized already (`image_cache.ImageFile`); without it each file is decoded and resized, on all
-    cores, when it is asked for, and kept in memory until `cache_bytes` are used.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        targets: Sequence[int] | np.ndarray,
-        preprocessing: Preprocessing,
-        *,
-        images: ImageFile | None = None,
-        cache_bytes: int = 1024**3,
-    ) -> None:
-        if len(paths) != len(targets):
-            raise ValueError(f"{len(paths)} images but {len(targets)} labels")
-        self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
-        values = torch.from_numpy(np.array(targets))
-        self.targets = values.float() if values.ndim == 2 else values.long()
-        self._kept: dict[int, Tensor] = {}
-        self._most_kept = cache_bytes // preprocessing.image_size**2
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images(rows), self.targets[rows]
-
-    def images(self, rows: Tensor) -> Tensor:
-        """Return (B, 1, S, S) uint8, the images before augmentation and normalisation."""
-        if self._file is not None:
-            return self._file.images(rows)
-        if not len(rows):  # of a last batch, one of several processes may have none
-            size = self.preprocessing.image_size
-            return torch.empty(0, 1, size, size, dtype=torch.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return torch.stack(list(pool.map(self._image, rows.tolist())))
-
-    def _image(self, row: int) -> Tensor:
-        image = self._kept.get(row)
-        if image is None:
-            image = self.preprocessing.read(self.paths[row])
-            if len(self._kept) < self._most_kept:
-                self._kept[row] = image
-        return image
-
-
-class Share(NamedTuple):
-    """Which part of every batch is this process's: the `index`-th (from 0) of `of`."""
-
-    index: int = 0
-    of: int = 1
-
-    def slice(self, number: int) -> slice:
-        """Return the rows of a batch of `number` that are this process's; shares differ by one row at most."""
-        each, more = divmod(number, self.of)
-        start = self.index * each + min(self.index, more)
-        return slice(start, start + each + (self.index < more))
-
-
-WHOLE = Share()
-
-
-class Batch(NamedTuple):
-    """A process's share of a batch on its device: `images` (b, 3, S, S) float32 in channels-last order, their
-    `targets`, and their places `rows` among all images of the epoch.
-    """
-
-    images: Tensor
-    targets: Tensor
-    rows: slice
-
-
-class Batches:
-    """The batches of a dataset (its items are (images, targets) of given rows), in an order that is a function of
-    `seed` and epoch alone, and so are the views of `augment`. So a training that was broken off can go on with the
-    batch that would have been next, and several processes can each take their share of one and the same batch.
-
-    Without a seed images keep their order. `weights` (N,) draw images with replacement, each in proportion to its
-    own. `prepare` makes network inputs of images on their device. A last batch of a single image, or of fewer than
-    there are processes, is left out of a shuffled epoch: batch normalisation cannot train on one.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        weights: Tensor | None = None,
-        augment: Augmentation | None = None,
-        prepare: Callable[[Tensor], Tensor] = lambda images: images,
-        num_workers: int = 0,
-    ) -> None:
-        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
-        self.seed, self.weights, self.augment, self.prepare = seed, weights, augment, prepare
-
-    def sizes(self, share: Share = WHOLE) -> list[int]:
-        """Return how many images each batch of an epoch has, over all processes."""
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        left_out = self.seed is not None and whole and rest < max(2, share.of)
-        return [self.batch_size] * whole + ([] if left_out or not rest else [rest])
-
-    def chosen(self, epoch: int) -> Tensor:
-        """Return (N,) which image stands at each place of an epoch."""
-        number = len(self.dataset)
-        if self.seed is None:
-            return torch.arange(number)
-        generator = derived_generator(self.seed, "order", epoch)
-        if self.weights is None:
-            return torch.randperm(number, generator=generator)
-        return torch.multinomial(self.weights, number, replacement=True, generator=generator)
-
-    def epoch(
-        self,
-        number: int = 0,
-        *,
-        start: int = 0,
-        device: torch.device | str = "cpu",
-        share: Share = WHOLE,
-    ) -> Iterator[Batch]:
-        """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
-        sizes = self.sizes(share)
-        places, own = 0, []
-        for size in sizes:
-            part = share.slice(size)
-            own.append(slice(places + part.start, places + part.stop))
-            places += size
-        order = self.chosen(number)
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,  # the dataset makes batches itself, which is faster
-            sampler=[order[rows] for rows in own[start:]],
-            num_workers=self.num_workers,
-            pin_memory=torch.device(device).type == "cuda",
-            generator=torch.Generator(),  # the global one is the network's: what a resumed epoch draws must not vary
-        )
-        for step, (images, targets) in enumerate(loader, start):
-            rows = own[step]
-            images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
-            if self.augment is not None:
-                draws = self.augment.draw(sizes[step], derived_generator(self.seed, "views", number, step))
-                images = self.augment(images, draws.rows(share.slice(sizes[step])))
-            yield Batch(self.prepare(images), targets, rows)
-
-
 def class_counts(labels: Sequence[int], num_classes: int) -> Tensor:
     """Return (C,) how often each class occurs. Raises ValueError where one does not occur at all."""
     counts = torch.bincount(torch.as_tensor(list(labels)), minlength=num_classes)
@@ -442,42 +289,6 @@ def label_weights(targets: np.ndarray) -> Tensor:
     return (torch.stack([share, 1 - share]) * (share * (1 - share) > 0)).float()
 
 
-def make_batches(
-    rows: Mapping[str, tuple[Sequence[str], Sequence[int] | np.ndarray]],
-    preprocessing: Preprocessing,
-    *,
-    num_classes: int,
-    batch_size: int,
-    augment: Augmentation | None,
-    oversample: bool,
-    seed: int,
-    images: Mapping[str, ImageFile] | None = None,
-    num_workers: int = 0,
-) -> dict[str, Batches]:
-    """Return the batches of "train", "train_plain", "val" and "test": (b, 3, S, S) images with their targets.
-
-    `rows` has the paths and the targets of each split, `images` their decoded images where there are any (see
-    `XrayDataset`). "train" is augmented and either shuffled or drawn so that classes are equally frequent; the
-    others keep their order and show images as at inference.
-    """
-    ready = images or dict.fromkeys(rows)
-    sets = {
-        split: XrayDataset(paths, targets, preprocessing, images=ready[split])
-        for split, (paths, targets) in rows.items()
-    }
-    options = {"prepare": preprocessing.normalise, "num_workers": num_workers}
-    train = sets["train"]
-    weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
-    plain = {
-        name: Batches(dataset, batch_size, **options)
-        for name, dataset in (sets | {"train_plain": train}).items()
-        if name != "train"
-    }
-    return plain | {
-        "train": Batches(train, batch_size, seed=seed, weights=weights, augment=augment, **options)
-    }
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (all devices)."""
     random.seed(seed)
@@ -497,3 +308,50 @@ def derived_seed(seed: int, use: str, *numbers: int) -> int:
 def derived_generator(seed: int, use: str, *numbers: int) -> torch.Generator:
     """Return a generator on the CPU, seeded by `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, use, *numbers))
+
+
+def write_whole(file: Path, content: str | bytes | Mapping[str, object] | Callable[[Path], None]) -> None:
+    """Write a file that is there completely or not at all, whatever happens: a text, bytes, what `torch.save`
+    takes, or what a function writes into the path that it is given. The disk has it when this returns.
+    """
+    # A name of its own, as two processes may write one file at once; not made of the file's, which may be as long
+    # as a name can be.
+    unfinished = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}.tmp")
+    try:
+        if isinstance(content, str):
+            content = content.encode()
+        if isinstance(content, bytes):
+            unfinished.write_bytes(content)
+        elif isinstance(content, Mapping):
+            with unfinished.open("wb") as stream:  # torch's own writer would hide why a disk refuses
+                torch.save(content, stream)
+        else:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            content(unfinished)
+            unfinished.chmod(mode)  # safetensors' writer lets nobody but the owner read its file
+        flush(unfinished)
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    flush(file.parent)  # the new name, too, must outlive a power cut
+
+
+def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what processes that were killed in `write_whole` have left in a folder. Where other processes may be
+    writing into it, only what was last written to more than `older_than` seconds ago.
+    """
+    for left in folder.glob(f"{UNFINISHED}*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+            if not older_than or left.stat().st_mtime < time.time() - older_than:
+                left.unlink()
+
+
+def flush(path: Path) -> None:
+    """Return when the disk has a file's content or a folder's names; does nothing where the system cannot tell."""
+    if os.name == "posix":
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
-from checkpoints import write_whole
+from batches import Share
 from trained_networks import read_card
-from utils import Share
+from utils import write_whole
 
 if TYPE_CHECKING:
     from resumable_table import ResumableTable

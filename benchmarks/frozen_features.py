@@ -19,10 +19,11 @@ from reports import report
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from augmentation import Augmentation
+from batches import Batches, XrayDataset
 from networks import build_network
 from studies import Training, load_study
 from training import fine_tune
-from utils import Batches, Preprocessing, XrayDataset
+from utils import Preprocessing
 
 
 class RandomXrays(XrayDataset):

@@ -38,12 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reports import machine, report
 
+from batches import Batches, XrayDataset
 from compute import CHANNELS_LAST, autocast_options, described, in_order
 from datasets.phantom import CLASSES, write_phantom
 from image_cache import cached
 from networks import build_network
 from studies import IMAGENET_MEAN, IMAGENET_STD
-from utils import Batches, Preprocessing, XrayDataset
+from utils import Preprocessing
 
 Step = Callable[[Tensor, Tensor], object]
 
@@ -190,7 +191,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="of the plain loader")
     parser.add_argument("--data", type=Path, help="a folder with images in place of synthetic ones")
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -209,7 +209,6 @@ def main() -> None:
             PlainDataset(paths, given.size),
             given.batch,
             shuffle=True,
-            num_workers=given.workers,
             drop_last=True,
         )
         rows = [loading(ours, plain, given.rounds, device)]

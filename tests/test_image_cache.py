@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -17,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from batches import XrayDataset
 from explanations import explain
 from finetune import fine_tune_study
 from image_cache import CacheFailed, cached
 from overlay_cam import main
 from studies import PROJECT, load_study, load_table
 from trained_networks import load_network
-from utils import Batches, Preprocessing, XrayDataset, read_xray
+from utils import Preprocessing, read_xray
 
 SMALL = Preprocessing(32, (0.5,) * 3, (0.2,) * 3)
 MODES = ("L", "RGB", "RGBA", "P", "I;16")
@@ -435,27 +435,6 @@ def test_going_through_a_large_file_does_not_fill_the_process_memory(tmp_path):
 
 
 # --- in a training ---
-
-
-def test_worker_processes_of_a_loader_read_the_same_batches(splits, tmp_path):
-    images = cached(splits, SMALL, tmp_path / "cache")["test"]
-    dataset = XrayDataset(splits["test"], range(9), SMALL, images=images)
-    plain, shared = (
-        list(Batches(dataset, 4, seed=5, num_workers=workers, prepare=SMALL.normalise).epoch(3))
-        for workers in (0, 2)
-    )
-    assert [len(batch.targets) for batch in plain] == [4, 4]
-    for one, other in zip(plain, shared, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.targets, other.targets)
-
-
-def test_a_pickle_has_the_name_of_the_file_and_not_its_pixels(splits, tmp_path):
-    file = cached(splits, SMALL, tmp_path / "cache")["test"]
-    wanted = file.images(range(9))
-    travels = pickle.dumps(file)
-    assert len(travels) < 2000 < wanted.nbytes
-    assert torch.equal(pickle.loads(travels).images(range(9)), wanted)
 
 
 def test_a_training_without_room_for_the_file_says_so_and_gives_the_same_network(

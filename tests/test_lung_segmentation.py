@@ -39,7 +39,7 @@ from lung_segmentation import (
     two_lungs,
 )
 from networks import build_network
-from utils import Batches, Preprocessing, XrayDataset, read_mask, read_xray
+from utils import read_mask, read_xray
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
 PROJECT = Path(lung_segmentation.__file__).parent
@@ -541,21 +541,6 @@ masking.prepare([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[
     images = [pair.image for pair in pairs[:12]]
     assert len(kept_files(tmp_path)) == len(images)
     assert LungMasking(load_segmenter(folder), tmp_path).prepare(images) == 0
-
-
-def test_workers_of_a_loader_see_what_this_process_sees(segmenter, pairs, tmp_path):
-    images = [str(pair.image) for pair in pairs[:6]]
-    masking = LungMasking(segmenter, tmp_path)
-    masking.prepare(images[:3])  # the other half is predicted in the workers
-    preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, lungs=masking)
-    dataset = XrayDataset(images, [0] * 6, preprocessing)
-    theirs, ours = (
-        torch.cat([batch.images for batch in Batches(dataset, 2, num_workers=number).epoch()])
-        for number in (2, 0)
-    )
-    assert torch.equal(theirs, ours)
-    whole = XrayDataset(images, [0] * 6, Preprocessing(32, (0.5,) * 3, (0.25,) * 3))
-    assert not torch.equal(ours[0], whole[torch.tensor([0])][0][0])
 
 
 # --- command line ----------------------------------------------------------------------------------------

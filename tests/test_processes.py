@@ -12,9 +12,9 @@ import torch
 from conftest import TINY_STUDY
 from safetensors.torch import load_file
 
+from batches import Share
 from studies import PROJECT
 from trained_networks import read_card
-from utils import Share
 
 # Without and with batch normalisation. Dropout is off: each process draws its own. By SGD, for Adam divides a gradient
 # by its own size, and in double precision: rounding is all that may differ, and what it does grows with every step.

@@ -20,13 +20,14 @@ from torch import nn
 
 import finetune
 from augmentation import Augmentation
-from checkpoints import Checkpoints, random_states, set_random_states, write_whole
+from batches import Batches, XrayDataset
+from checkpoints import Checkpoints, random_states, set_random_states
 from finetune import fine_tune_study, main
 from networks import build_network
 from results import complete_or_absent, read_complete_card, training_folder
 from studies import PROJECT, Training, load_study, load_table
 from training import fine_tune
-from utils import Batches, Preprocessing, XrayDataset
+from utils import Preprocessing, write_whole
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
 ODD, KILLS = PROJECT / "tests" / "odd_training.py", (11, 13, 16)  # in the first, third and fifth epoch

@@ -11,16 +11,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
 from augmentation import Augmentation
+from batches import Batches, Share, XrayDataset, make_batches
 from studies import IMAGENET_MEAN, IMAGENET_STD
 from utils import (
-    Batches,
     Preprocessing,
-    Share,
-    XrayDataset,
     balanced_weights,
     class_weights,
     derived_generator,
-    make_batches,
     read_mask,
     read_xray,
 )
@@ -368,18 +365,6 @@ def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
     resized = masked.resize(image)[0]
     assert not resized[:, :7].any()
     assert (resized[:, 9:] == 200).all()
-
-
-def test_decoded_images_are_kept_only_while_they_fit(tmp_path):
-    dataset = make_dataset(tmp_path, cache_bytes=2 * 16 * 16)
-    first = [dataset[torch.tensor([i])][0].double().mean().item() for i in range(4)]
-    assert first == pytest.approx([0, 10, 20, 30], abs=1e-4)
-    for path in dataset.paths:
-        with open(path, "wb"):
-            pass
-    assert dataset[torch.tensor([1])][0].double().mean() == 10
-    with pytest.raises(ValueError, match=r"3\.png"):
-        dataset[torch.tensor([1, 3])]
 
 
 @pytest.mark.parametrize("side", [1025, 1000])
