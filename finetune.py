@@ -689,7 +689,7 @@ def _settings_digest(
 ) -> str:
     """Return 16 hex digits that change with anything that the results depend on."""
     # For people, for other notebooks, or covered by the data's fingerprint and by `training_of`:
-    other = {"name", "title", "description", "source", "compare", "maps", "quick", "data", "datasets"}
+    other = {"name", "title", "description", "source", "compare", "maps", "data", "datasets"}
     other |= {"training", "networks", "positive"}
     costs = {"cache_images", "checkpoint_minutes"}  # these change the time that it takes
     lungs = study.preprocessing.lung_model

@@ -77,7 +77,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     if not found:
         networks = ", ".join(study.networks)
         others = sorted(path.name for path in runs.glob(f"{study.name}-*") if any(path.glob("*/model.json")))
-        there = f"; there is {', '.join(others)}: set `limit` or `quick` for it" if others else ""
+        there = f"; there is {', '.join(others)}: set `limit` for it" if others else ""
         raise FileNotFoundError(
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{there}"
         )

@@ -496,7 +496,7 @@ class _Engine:
 def _optimizer(
     parameters: list[nn.Parameter], training: Training, rate: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    options = {"lr": rate, "weight_decay": training.weight_decay, "fused": device.type != "mps"}
+    options = {"lr": rate, "fused": device.type != "mps"}
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **options)
     return torch.optim.Adam(parameters, **options)

@@ -16,7 +16,9 @@ SPLIT_FOLDERS = {
 }
 
 
-def read_folder(root: Path, *, classes: Sequence[str] = (), patient_pattern: str | None = None) -> XrayTable:
+def read_folder(
+    root: Path, *, classes: Sequence[str] = (), patient_pattern: str | re.Pattern[str] | None = None
+) -> XrayTable:
     r"""Read `<root>/<class>/*.png|jpg|…` or `<root>/<train|val|test>/<class>/*.png|jpg|…`.
 
     `classes` names the class folders to read and their order (default: all, by name). `patient_pattern` is

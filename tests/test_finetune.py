@@ -323,10 +323,10 @@ def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
     np.testing.assert_allclose(written, expected, rtol=1e-6)
 
 
-def test_quick_study_is_trained_under_its_own_name(study_file, tmp_path):
-    study = load_study(study_file, quick=True).overridden(image_size=32)
+def test_limited_study_is_trained_under_its_own_name(study_file, tmp_path):
+    study = load_study(study_file, limit=24, epochs=1).overridden(image_size=32)
     folder = fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
-    assert folder == tmp_path / "tiny-quick" / "resnet18"
+    assert folder == tmp_path / "tiny-limit24" / "resnet18"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_default_split_is_80_10_10(tmp_path):
         ("[training]\nlearing_rate = 1e-4", r"'learing_rate' in \[training\]: did you mean 'learning_rate'"),
         ("[trainign]\nepochs = 3", "'trainign': did you mean 'training'"),
         ("[networks.vgg16]\nepoch = 3", "'epoch': did you mean 'epochs'"),
+        ("[training]\nrotation = 3", r"'rotation' in \[training\]: it belongs in \[augmentation\]"),
+        ("[split]\npositive = 'sick'", r"'positive' in \[split\]: it belongs at the top of the file"),
         ("[training]\nepochs = 0", r"'epochs' in \[training\]: Input should be greater than 0"),
         ("[training]\nbalance = 'smote'", r"'balance' in \[training\]"),
         ("[split]\nval = 1.5", "fraction below 1 or a whole number"),
@@ -69,7 +71,7 @@ def test_slip_of_the_pen_is_named_in_one_line(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ('reader = "folder"\npatient_pattern = "(p"', "is no regular expression"),
+        ('reader = "folder"\npatient_pattern = "(p"', "valid regular expression"),
         ('reader = "folder"\npatient_pattern = "p"', "needs a group"),
         ('reader = "covid_radiography"\npatient_pattern = "(p)"', "for the reader 'folder' only"),
     ],
@@ -96,7 +98,7 @@ def test_a_file_whose_name_is_no_folder_below_runs_is_refused(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mine-limit20", "mine-seed3", "mine-fold1", "mine-quick", "image_cache"])
+@pytest.mark.parametrize("name", ["mine-limit20", "mine-seed3", "mine-fold1", "image_cache"])
 def test_a_file_named_as_other_results_are_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"runs/{name} is kept for other results: rename the file"):
         load_study(write(tmp_path, name, MINIMAL))
@@ -124,6 +126,12 @@ def test_a_lung_model_may_lie_in_a_folder_below_runs(tmp_path):
 def test_limited_study_never_replaces_the_real_one(tiny_study):
     assert tiny_study.overridden(limit=20).name == "tiny-limit20"
     assert tiny_study.overridden(epochs=3).name == "tiny"
+
+
+def test_a_study_is_loaded_for_a_quick_look_with_few_images_and_one_epoch(tiny_study, phantom_root):
+    study = load_study(phantom_root.parent / "tiny.toml", limit=20, epochs=1)
+    assert (study.name, study.limit, study.training_of("resnet18").epochs) == ("tiny-limit20", 20, 1)
+    assert load_study(phantom_root.parent / "tiny.toml", limit=None, epochs=None) == tiny_study
 
 
 def test_split_follows_the_seed(tiny_study):
@@ -178,7 +186,7 @@ def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
     short = study.overridden(epochs=2, networks=("vgg16", "densenet121"))
     assert [short.training_of(n).epochs for n in short.networks] == [2, 2]
     assert short.training_of("vgg16").dropout == 0.2
-    with pytest.raises(ValueError, match="'image_size' in"):
+    with pytest.raises(ValueError, match="'image_size': Input should be"):
         study.overridden(image_size=1)
 
 
@@ -196,9 +204,9 @@ def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
     study = load_study(write(tmp_path, "mine", text))
     assert [study.training_of(name).image_size for name in study.networks] == [128, 64]
     assert [study.training_of(name).summary["image_size"] for name in study.networks] == [128, 64]
-    quick = load_study(tmp_path / "mine.toml", quick=True)
-    assert {quick.image_size_of(name) for name in quick.networks} == {quick.quick.image_size}
-    with pytest.raises(ValueError, match=r"'training': set image_size in \[preprocessing\]") as caught:
+    with pytest.raises(
+        ValueError, match=r"'image_size' in \[training\]: it belongs in \[preprocessing\]"
+    ) as caught:
         load_study(write(tmp_path, "twice", MINIMAL + "[training]\nimage_size = 96\n"))
     assert "\n" not in str(caught.value)
 
@@ -208,12 +216,6 @@ def test_relative_root_belongs_to_the_file_and_a_given_one_to_the_caller(tmp_pat
     monkeypatch.chdir(tmp_path.parent)
     assert load_study(tmp_path / "mine.toml").data.root == tmp_path / "images"
     assert load_study(tmp_path / "mine.toml", data_root="x").data.root == tmp_path.parent / "x"
-
-
-def test_quick_study_never_replaces_the_real_one(tiny_study, phantom_root):
-    quick = load_study(phantom_root.parent / "tiny.toml", quick=True)
-    assert quick.name == "tiny-quick"
-    assert quick.training_of("resnet18").epochs == 1
 
 
 def test_phantom_of_a_study_is_drawn_where_it_is_missing(tmp_path):
@@ -280,7 +282,7 @@ def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
         (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
         (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
         (BASE + "[split]\nfold = 2\n", "no fold 2: the study has none"),
-        (BASE + "epochs = 3\n", "'epochs' of resnet18 does nothing beside `phases`"),
+        (BASE + "epochs = 3\n", "'epochs' does nothing beside `phases`"),
         (BASE + "[split]\nfolds = 1\n", "'folds'"),
         (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
     ],
@@ -383,7 +385,6 @@ def test_a_limited_study_asks_the_network_of_few_images():
     assert load_study("demo", limit=64).maps.steps == 4
     assert load_study("demo", limit=10).maps.faithful == 2
     assert load_study("demo", limit=5000).maps.faithful == 8
-    assert load_study("demo", quick=True).maps.faithful == 6
 
 
 def draw_images(folder, number):
