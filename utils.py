@@ -31,6 +31,7 @@ FEW = 1000  # one pixel in so many does not decide how bright the others are
 NO_VALUE = 1e30  # nothing that is measured is so large; writers put ±3.4e38 where there is no value
 # What is opened; Pillow would hand other files to programs such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 # TIFF tags.
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # Pillow minds it in 8-bit files only
 SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2

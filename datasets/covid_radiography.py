@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.table import XrayTable, image_files, no_boxes, subfolder
+from datasets.table import XrayTable, image_files, image_frame, no_boxes, refuse_unknown, subfolder
 
-# Class -> the names that its folder had in the database's versions, compared without regard to case.
+# Class -> the names of its folder in the versions of the database; case does not matter.
 CLASS_FOLDERS: dict[str, tuple[str, ...]] = {
     "COVID-19": ("covid", "covid-19"),
     "Lung Opacity": ("lung_opacity",),
     "Normal": ("normal",),
     "Viral Pneumonia": ("viral pneumonia",),
 }
-TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")  # as above
+TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")
 DOWNLOAD = (
     'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
     "'tawsifurrahman/covid19-radiography-database', output_dir='data')\""
@@ -24,27 +24,26 @@ DOWNLOAD = (
 
 
 def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
-    """Read the database in the folder `root`, or in the folder of the download's own name inside it.
+    """Return the table of the database; the source has no patient ids, so each image is its own patient.
 
     Both layouts are read: the present one, `<Class>/images/*.png` with lung masks of the same names in
-    `<Class>/masks/`, and the older one with the images directly in the class folder. `classes` names the
-    classes to read and their order (all four by default); those without a folder are named in the table's
-    notes and are no classes of the table. The source has no patient ids: an image is its own patient.
+    `<Class>/masks/`, and the older one with the images directly in the class folder. The phantom adds lesion masks in
+    `<Class>/lesions/` and `boxes.csv` (path below `root`, label, x, y, width and height as fractions of the image).
 
-    What our phantom adds to the layout is read too where it is there: lesion masks in `<Class>/lesions/`
-    and `boxes.csv` (path below `root`, label, x, y, width and height as fractions of the image).
+    Args:
+        root: the folder of the classes, or the folder that holds it under the name of the download.
+        classes: the classes to read, in this order (default: all four). One without a folder is no class of the table
+            and is named in the notes.
 
-    Raises FileNotFoundError, with the command that gets the data, where no class folder is found; ValueError where
-    a class has two folders.
+    Raises:
+        FileNotFoundError: there is no class folder; the message has the command that gets the data.
+        ValueError: a class has two folders.
     """
     wanted = tuple(classes) or tuple(CLASS_FOLDERS)
-    unknown = set(wanted) - set(CLASS_FOLDERS)
-    if unknown:
-        raise ValueError(f"unknown classes {sorted(unknown)}: choose from {', '.join(CLASS_FOLDERS)}")
-    top = subfolder(root, TOP_FOLDERS) if root.is_dir() else None
-    root = (top or root).absolute()
-    folders = class_folders(root)
-    present = tuple(name for name in wanted if name in folders)
+    refuse_unknown(wanted, CLASS_FOLDERS, "classes")
+    root = (subfolder(root, TOP_FOLDERS) or root).absolute()
+    folders = {name: subfolder(root, CLASS_FOLDERS[name]) for name in CLASS_FOLDERS}
+    present = tuple(name for name in wanted if folders[name] and _images(folders[name]))
     if not present:
         raise FileNotFoundError(f"no COVID-19 Radiography Database in {root}: get it with: {DOWNLOAD}")
     frames = [_class_frame(folders[name], label, root) for label, name in enumerate(present)]
@@ -55,41 +54,27 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
     return XrayTable(frame=frame, classes=present, root=root, has_patient_ids=False, boxes=boxes, notes=notes)
 
 
-def class_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each class that has images below `root`. Raises ValueError where a class has two."""
-    if not root.is_dir():
-        return {}
-    found = {name: subfolder(root, spellings) for name, spellings in CLASS_FOLDERS.items()}
-    return {name: folder for name, folder in found.items() if folder is not None and _images(folder)}
-
-
 def _images(folder: Path) -> list[Path]:
-    inner = folder / "images"
-    if not inner.is_dir():
-        return image_files(folder)
-    if image_files(folder):
+    beside, inside = image_files(folder), image_files(folder / "images")
+    if beside and (folder / "images").is_dir():
         raise ValueError(f"{folder} has images both in images/ and beside it: put all of them into images/")
-    return image_files(inner)
+    return beside or inside
 
 
 def _class_frame(folder: Path, label: int, root: Path) -> pd.DataFrame:
     images = _images(folder)
     masks, lesions = _by_stem(folder / "masks"), _by_stem(folder / "lesions")
-    return pd.DataFrame(
-        {
-            "path": [str(path) for path in images],
-            "patient": [path.relative_to(root).with_suffix("").as_posix() for path in images],
-            "split": None,
-            "label": label,
-            # As objects: pandas would turn None into NaN among strings.
-            "mask": pd.Series([masks.get(path.stem) for path in images], dtype=object),
-            "lesion": pd.Series([lesions.get(path.stem) for path in images], dtype=object),
-        }
-    ).astype({"split": object})
+    return image_frame(
+        path=[str(path) for path in images],
+        patient=[path.relative_to(root).with_suffix("").as_posix() for path in images],
+        label=label,
+        mask=[masks.get(path.stem) for path in images],
+        lesion=[lesions.get(path.stem) for path in images],
+    )
 
 
 def _by_stem(folder: Path) -> dict[str, str]:
-    return {path.stem: str(path) for path in image_files(folder)} if folder.is_dir() else {}
+    return {path.stem: str(path) for path in image_files(folder)}
 
 
 def _read_boxes(root: Path, classes: tuple[str, ...]) -> pd.DataFrame:

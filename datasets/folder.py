@@ -4,11 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
+from datasets.table import XrayTable, image_files, image_frame, refuse_empty, subfolder
 
-from datasets.table import XrayTable, image_files, subfolder
-
-# Names, without regard to case, that the folder of a split may have.
+# Split -> the names that its folder may have; case does not matter.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -19,15 +17,19 @@ SPLIT_FOLDERS = {
 def read_folder(
     root: Path, *, classes: Sequence[str] = (), patient_pattern: str | re.Pattern[str] | None = None
 ) -> XrayTable:
-    r"""Read `<root>/<class>/*.png|jpg|…` or `<root>/<train|val|test>/<class>/*.png|jpg|…`.
+    r"""Return the table of the images in `<root>/<class>/` or in `<root>/<train|val|test>/<class>/`.
 
-    `classes` names the class folders to read and their order (default: all, by name). `patient_pattern` is
-    a regular expression whose first group, searched in the file's name, is the patient's id: `"^(p\d+)_"`
-    for `p017_lateral.png`. Without it each image is its own patient. Where the tree has splits they are the
-    table's; splits that it lacks are left to `split_by_patient`.
+    The table has the splits of the tree; a missing split is left to `split_by_patient`.
 
-    Raises FileNotFoundError where there is no such tree, ValueError for a class that is not there or a name
-    in which the pattern finds no patient.
+    Args:
+        root: the folder of the classes or of the splits.
+        classes: the class folders to read, in this order (default: all, by name).
+        patient_pattern: a regular expression that is searched in the file's name; its first group is the patient:
+            `"^(p\d+)_"` for `p017_lateral.png`. Without it each image is its own patient.
+
+    Raises:
+        FileNotFoundError: there is no such tree.
+        ValueError: a class has no image, or a name in which the pattern finds no patient.
     """
     root = root.absolute()
     if not root.is_dir():
@@ -37,42 +39,36 @@ def read_folder(
     rows = []
     for split, top in tops.items():
         for label, name in enumerate(names):
-            folder = top / name
-            for path in image_files(folder) if folder.is_dir() else []:
-                rows.append((str(path), _patient(path, root, patient_pattern), split, label))
-    present = {label for *_, label in rows}
-    if not rows or not names:
+            for path in image_files(top / name):
+                rows.append((str(path), _patient(path, root, patient_pattern), label, split))
+    if not rows:
         raise FileNotFoundError(f"no images in {root}: it must hold one folder of PNG or JPEG files a class")
-    absent = [name for label, name in enumerate(names) if label not in present]
-    if absent:
-        raise ValueError(f"no images of {', '.join(absent)} in {root}: mend `classes` or the folder")
-    frame = pd.DataFrame(rows, columns=["path", "patient", "split", "label"]).assign(mask=None, lesion=None)
-    frame = frame.astype({"split": object, "mask": object, "lesion": object})
+    paths, patients, labels, splits = zip(*rows, strict=True)
+    refuse_empty(names, labels, root)
+    frame = image_frame(path=paths, patient=patients, split=splits, label=labels)
     return XrayTable(frame=frame, classes=names, root=root, has_patient_ids=patient_pattern is not None)
 
 
 def _split_folders(root: Path) -> dict[str | None, Path]:
-    found = {split: subfolder(root, names) for split, names in SPLIT_FOLDERS.items()}
-    return {split: folder for split, folder in found.items() if folder is not None}
+    folders = {split: subfolder(root, names) for split, names in SPLIT_FOLDERS.items()}
+    return {split: folder for split, folder in folders.items() if folder is not None}
 
 
 def _class_names(tops: dict[str | None, Path]) -> tuple[str, ...]:
-    folders = {
-        path.name for top in tops.values() for path in top.iterdir() if path.is_dir() and image_files(path)
-    }
-    spelt = {}
+    folders = {path.name for top in tops.values() for path in top.iterdir() if image_files(path)}
+    spellings: dict[str, str] = {}
     for name in sorted(folders):
-        if spelt.setdefault(name.lower(), name) != name:
-            raise ValueError(
-                f"class folders are called both {spelt[name.lower()]} and {name}: use one spelling"
-            )
+        first = spellings.setdefault(name.lower(), name)
+        if first != name:
+            raise ValueError(f"class folders are called both {first} and {name}: use one spelling")
     return tuple(sorted(folders))
 
 
-def _patient(path: Path, root: Path, pattern: str | None) -> str:
+def _patient(path: Path, root: Path, pattern: str | re.Pattern[str] | None) -> str:
     if pattern is None:
         return path.relative_to(root).with_suffix("").as_posix()
-    found = re.search(pattern, path.name)
-    if not found or not found.groups() or not found.group(1):
-        raise ValueError(f"patient_pattern {pattern!r} finds no patient in the name {path.name!r}")
-    return found.group(1)
+    match = re.search(pattern, path.name)
+    if not match or not match.groups() or not match.group(1):
+        text = re.compile(pattern).pattern
+        raise ValueError(f"patient_pattern {text!r} finds no patient in the name {path.name!r}")
+    return match.group(1)

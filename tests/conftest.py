@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from layouts import chestxray14_root, data_root, kermany_root  # noqa: F401 (fixtures for all tests)
 
 from datasets.phantom import CLASSES, write_phantom
 from finetune import fine_tune_study

@@ -34,6 +34,22 @@ def data_root() -> Path:
     return Path(named)
 
 
+@pytest.fixture(scope="session")
+def kermany_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kermany's layout, 32 px."""
+    root = tmp_path_factory.mktemp("kermany")
+    write_kermany(root, size=32)
+    return root
+
+
+@pytest.fixture(scope="session")
+def chestxray14_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of ChestX-ray14, 240 images of 32 px."""
+    root = tmp_path_factory.mktemp("chestxray14")
+    write_chestxray14(root, size=32)
+    return root
+
+
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W) uint8 picture in the format of the file's ending, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from layouts import data_root as real_data  # noqa: F401 (a fixture)
-from layouts import write_chestxray14, write_covid_radiography, write_kermany
+from layouts import write_chestxray14, write_covid_radiography
 from PIL import Image
 
 from datasets import XrayTable, data_fingerprint, read_dataset
@@ -328,13 +327,6 @@ def test_fingerprint_changes_with_labels_splits_and_files(phantom_root):
 # --- Kermany et al. ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def kermany_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("kermany")
-    write_kermany(root, size=32)
-    return root
-
-
 def touch(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -442,41 +434,35 @@ def test_real_kermany_has_the_official_numbers(data_root):
 # --- ChestX-ray14 -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def nih_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("nih")
-    write_chestxray14(root, size=32)
-    return root
-
-
 def published(root: Path) -> pd.DataFrame:
     """The table of labels as it is on disk, by file name."""
     return pd.read_csv(next(root.glob("Data_Entry_2017*"))).set_index("Image Index")
 
 
-def test_findings_are_those_of_the_published_table(nih_root):
-    table = read_dataset("chestxray14", nih_root)
+def test_findings_are_those_of_the_published_table(chestxray14_root):
+    table = read_dataset("chestxray14", chestxray14_root)
     assert table.multilabel
     assert table.classes == FINDINGS
     assert len(FINDINGS) == 14
     names = table.frame["path"].map(lambda path: Path(path).name)
-    rows = published(nih_root).loc[names]
+    rows = published(chestxray14_root).loc[names]
     expected = rows["Finding Labels"].str.get_dummies("|")[list(FINDINGS)]
     assert table.frame[list(FINDINGS)].to_numpy().tolist() == expected.to_numpy().tolist()
     assert table.frame["patient"].astype(int).tolist() == rows["Patient ID"].tolist()
     assert table.frame["split"].isna().all()
 
 
-def test_rows_without_a_file_are_counted_and_left_out(nih_root):
-    table = read_dataset("chestxray14", nih_root)
+def test_rows_without_a_file_are_counted_and_left_out(chestxray14_root):
+    table = read_dataset("chestxray14", chestxray14_root)
     assert len(table) == 240
     assert table.notes == ("5 of 245 listed images have no file and are left out",)
     assert table.frame["path"].map(lambda path: Path(path).is_file()).all()
 
 
-def test_archives_and_a_compressed_table_are_read_alike(nih_root, tmp_path):
-    write_chestxray14(tmp_path, size=32, archives=True, compressed=True)
-    plain, packed = read_dataset("chestxray14", nih_root), read_dataset("chestxray14", tmp_path)
+def test_archives_and_a_compressed_table_are_read_alike(tmp_path):
+    write_chestxray14(tmp_path / "plain", size=32, images=40)
+    write_chestxray14(tmp_path / "packed", size=32, images=40, archives=True, compressed=True)
+    plain, packed = (read_dataset("chestxray14", tmp_path / name) for name in ("plain", "packed"))
     columns = ["patient", "label", *FINDINGS]
     pd.testing.assert_frame_equal(plain.frame[columns], packed.frame[columns])
     assert {path.split("/")[0] for path in packed.relative_paths()} == {
@@ -487,9 +473,9 @@ def test_archives_and_a_compressed_table_are_read_alike(nih_root, tmp_path):
     pd.testing.assert_frame_equal(plain.boxes.drop(columns="path"), packed.boxes.drop(columns="path"))
 
 
-def test_chosen_findings_are_columns_in_their_order_and_the_others_count_as_none(nih_root):
-    table = read_dataset("chestxray14", nih_root, classes=["Mass", "Edema"])
-    everything = read_dataset("chestxray14", nih_root)
+def test_chosen_findings_are_columns_in_their_order_and_the_others_count_as_none(chestxray14_root):
+    table = read_dataset("chestxray14", chestxray14_root, classes=["Mass", "Edema"])
+    everything = read_dataset("chestxray14", chestxray14_root)
     assert table.classes == ("Mass", "Edema")
     assert table.frame[["Mass", "Edema"]].equals(everything.frame[["Mass", "Edema"]])
     neither = int((everything.frame[["Mass", "Edema"]].sum(axis=1) == 0).sum())
@@ -497,12 +483,12 @@ def test_chosen_findings_are_columns_in_their_order_and_the_others_count_as_none
     assert f"{neither - without} images have other findings only" in table.notes[-1]
     assert set(table.boxes["label"]) == {0, 1}
     with pytest.raises(ValueError, match=r"unknown findings \['Cough'\]"):
-        read_dataset("chestxray14", nih_root, classes=["Cough", "Mass"])
+        read_dataset("chestxray14", chestxray14_root, classes=["Cough", "Mass"])
 
 
-def test_official_lists_make_train_and_test(nih_root, tmp_path):
-    table = read_dataset("chestxray14", nih_root, official_split=True)
-    listed = set((nih_root / "test_list.txt").read_text().split())
+def test_official_lists_make_train_and_test(chestxray14_root, tmp_path):
+    table = read_dataset("chestxray14", chestxray14_root, official_split=True)
+    listed = set((chestxray14_root / "test_list.txt").read_text().split())
     names = table.frame["path"].map(lambda path: Path(path).name)
     assert (names.isin(listed) == (table.frame["split"] == "test")).all()
     assert set(table.frame["split"]) == {"train", "test"}
@@ -516,9 +502,9 @@ def test_official_lists_make_train_and_test(nih_root, tmp_path):
         read_dataset("chestxray14", tmp_path, official_split=True)
 
 
-def test_boxes_are_fractions_whatever_the_size_of_the_files(nih_root):
-    table = read_dataset("chestxray14", nih_root)
-    written = pd.read_csv(nih_root / "BBox_List_2017.csv", header=None, skiprows=1)
+def test_boxes_are_fractions_whatever_the_size_of_the_files(chestxray14_root):
+    table = read_dataset("chestxray14", chestxray14_root)
+    written = pd.read_csv(chestxray14_root / "BBox_List_2017.csv", header=None, skiprows=1)
     assert "Infiltrate" in set(written[1])
     assert len(table.boxes) == len(written)
     assert table.boxes[["x", "y", "width", "height"]].to_numpy() == pytest.approx(
@@ -577,7 +563,7 @@ def test_flaws_of_the_published_tables_are_told(tmp_path):
     path = tmp_path / "Data_Entry_2017.csv"
     text = path.read_text()
     path.write_text(text.replace("|", "|Cough|", 1))
-    with pytest.raises(ValueError, match=r"unknown findings \['Cough'\]"):
+    with pytest.raises(ValueError, match=r"unknown findings in the table of labels \['Cough'\]"):
         read_dataset("chestxray14", tmp_path)
     path.write_text(text.replace(".png,", "_.png,").replace("00000002_", "00000012_"))
     with pytest.raises(ValueError, match=r"00000012_000_.png to patient 2, 1 such rows"):

@@ -205,13 +205,12 @@ def test_consolidation_is_denser_than_ground_glass(by_class):
     assert rise(OPACITY) > 1.3 * rise(COVID)
 
 
-def test_mean_brightness_alone_does_not_tell_the_classes_apart():
+def test_mean_brightness_alone_does_not_tell_the_classes_apart(by_class):
     """A radiograph's exposure varies more than disease changes it; perfect separation would be 1, chance is 0.5."""
-    labels = np.arange(320) % 4
-    means = draw_phantoms(labels, seed=8, size=32).images.mean((1, 2))
+    means = [phantoms.images.mean((1, 2)) for phantoms in by_class]
     for one in range(4):
         for other in range(one):
-            assert 0.25 < auc(means[labels == one], means[labels == other]) < 0.75, (one, other)
+            assert 0.25 < auc(means[one], means[other]) < 0.75, (one, other)
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
@@ -248,12 +247,12 @@ def test_the_shortcut_marks_its_class_and_no_other():
     assert 0.001 < share.min() < share.max() < 0.006
 
 
-def test_the_shortcut_appears_at_the_rates_asked_for():
-    labels = [VIRAL] * 120 + [NORMAL] * 120
-    options = {"shortcut_class": "Viral Pneumonia", "shortcut_probability": 0.7, "shortcut_elsewhere": 0.2}
+def test_the_shortcut_appears_in_its_class_at_the_rate_asked_for_and_in_no_other():
+    labels = [VIRAL] * 60 + [NORMAL] * 10
+    options = {"shortcut_class": "Viral Pneumonia", "shortcut_probability": 0.7}
     marked = draw_phantoms(labels, seed=0, size=32, **options).shortcut_masks.any((1, 2))
-    assert 0.58 < marked[:120].mean() < 0.82  # 3 standard errors of a share of 0.7 among 120: 0.125
-    assert 0.09 < marked[120:].mean() < 0.31
+    assert 0.52 < marked[:60].mean() < 0.88  # 3 standard errors of a share of 0.7 among 60: 0.18
+    assert not marked[60:].any()
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -391,11 +390,8 @@ def test_the_command_line_writes_a_set_and_explains_a_refusal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([4], {}, "Labels are indices 0-3"),
-        ([-1], {}, "Labels are indices 0-3"),
-        ([0, 1], {"patients": [1]}, "One patient a label"),
         ([0], {"size": 8}, "at least 32"),
-        ([0], {"shortcut_class": "Covid"}, "choose one of COVID-19"),
+        ([0], {"shortcut_class": "Covid"}, "choose from COVID-19"),
         ([0], {"shortcut_class": "Normal", "shortcut_probability": 1.5}, "between 0 and 1"),
     ],
 )
@@ -409,6 +405,6 @@ def test_an_unknown_class_is_refused_before_anything_is_written(tmp_path):
         write_phantom(tmp_path / "phantom", images_per_class={"Covid": 1}, size=32, seed=0)
     with pytest.raises(ValueError, match="negative"):
         write_phantom(tmp_path / "phantom", images_per_class={"Normal": -1}, size=32, seed=0)
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(ValueError, match="choose from"):
         write_phantom(tmp_path / "phantom", images_per_class={}, size=32, seed=0, shortcut_class="Covid")
     assert list(tmp_path.iterdir()) == []
