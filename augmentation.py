@@ -41,13 +41,18 @@ class Draws(NamedTuple):
 class Augmentation:
     """What is done to training images; nothing by default.
 
-    `smallest_crop`: a window with this share of the image's area, or any up to the whole, is enlarged to the
-    full size (width over height 0.9 to 1.1). `rotation`: up to so many degrees (0–180) to either side.
-    `translation`: up to this share of the side (0–1, without 1), along either axis. `scale`: a factor from the
-    first to the second. `brightness`, `contrast`: factors from 1 - b to 1 + b (b from 0, below 1). Raises
-    ValueError outside of these ranges. Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter;
-    unlike theirs, shifts are not rounded to pixels, and a crop that would not fit gets closer to a square
-    rather than being drawn again.
+    Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter. There are two differences: shifts are not
+    rounded to pixels, and a crop that would not fit gets closer to a square rather than being drawn again.
+
+    Attributes:
+        horizontal_flip: whether every second image, by chance, is mirrored.
+        smallest_crop: the smallest share of the image's area (0 to 1) of a window that is enlarged to the full size;
+            its width over height is 0.9 to 1.1.
+        rotation: the largest angle in degrees (0 to 180), to either side.
+        translation: the largest shift as a share of the side (0 to below 1), along either axis.
+        scale: the smallest and the largest factor.
+        brightness: the factor is 1 - brightness to 1 + brightness (0 to below 1).
+        contrast: the same for the contrast.
     """
 
     horizontal_flip: bool = False
@@ -58,23 +63,10 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
 
-    def __post_init__(self) -> None:
-        holds = {
-            "smallest_crop": 0 < self.smallest_crop <= 1,
-            "rotation": 0 <= self.rotation <= 180,
-            "translation": 0 <= self.translation < 1,
-            "scale": 0 < self.scale[0] <= self.scale[1],
-            "brightness": 0 <= self.brightness < 1,
-            "contrast": 0 <= self.contrast < 1,
-        }
-        if wrong := [f"{name} = {getattr(self, name)}" for name in holds if not holds[name]]:
-            raise ValueError(f"out of range: {', '.join(wrong)}; see `Augmentation` for the ranges")
-
     @property
     def views(self) -> int | None:
         """How many views an image has: 1, nothing is done; 2, as it is and mirrored; None, any number."""
-        few = {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}
-        return few.get(self)
+        return {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}.get(self)
 
     def draw(self, number: int, generator: torch.Generator) -> Draws:
         """Return draws for `number` images from a CPU generator, whose state alone decides them.
@@ -115,10 +107,6 @@ class Augmentation:
         into which its last half pixel fades; what lies inside it but outside of the crop may come into view.
         A flip alone is exact. Raises ValueError for other images, or another number of draws.
         """
-        if images.dtype != torch.uint8 or images.shape[1:] != (1, images.shape[-1], images.shape[-1]):
-            raise ValueError(f"pass (B, 1, S, S) uint8 images, not {tuple(images.shape)} {images.dtype}")
-        if len(images) != len(draws.flip):
-            raise ValueError(f"{len(images)} images but {len(draws.flip)} draws: take `draws.rows` of them")
         brightness, contrast, flip = (
             values.to(images.device)[:, None, None, None]
             for values in (draws.brightness, draws.contrast, draws.flip)
@@ -137,15 +125,6 @@ class Augmentation:
             mean = shown.mean(-1, keepdim=True).mean(-2, keepdim=True)
             shown.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
         return shown
-
-    def view(self, images: Tensor, number: int) -> Tensor:
-        """Return (B, 1, S, S) images as they are for view 0, mirrored for view 1, in their own type.
-
-        View `int(draws.flip[i])` is what a call shows of image i. Raises ValueError where there is no such view.
-        """
-        if number not in range(self.views or 0):
-            raise ValueError(f"no view {number}: {self} has {self.views or 'any number of'} views")
-        return images.flip(-1) if number else images
 
 
 def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:

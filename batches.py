@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +35,6 @@ class XrayDataset(Dataset):
         *,
         images: ImageFile | None = None,
     ) -> None:
-        if len(paths) != len(targets):
-            raise ValueError(f"{len(paths)} images but {len(targets)} labels")
         self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
         values = torch.from_numpy(np.array(targets))
         self.targets = values.float() if values.ndim == 2 else values.long()
@@ -83,6 +83,7 @@ class Batch(NamedTuple):
     rows: slice
 
 
+@dataclass(eq=False)
 class Batches:
     """The batches of a dataset (its items are (images, targets) of given rows), in an order that is a function of
     `seed` and epoch alone, and so are the views of `augment`. So a training that was broken off can go on with the
@@ -93,18 +94,13 @@ class Batches:
     there are processes, is left out of a shuffled epoch: batch normalisation cannot train on one.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        weights: Tensor | None = None,
-        augment: Augmentation | None = None,
-        prepare: Callable[[Tensor], Tensor] = lambda images: images,
-    ) -> None:
-        self.dataset, self.batch_size = dataset, batch_size
-        self.seed, self.weights, self.augment, self.prepare = seed, weights, augment, prepare
+    dataset: Dataset
+    batch_size: int
+    _: KW_ONLY
+    seed: int | None = None
+    weights: Tensor | None = None
+    augment: Augmentation | None = None
+    prepare: Callable[[Tensor], Tensor] = lambda images: images
 
     def sizes(self, share: Share = WHOLE) -> list[int]:
         """Return how many images each batch of an epoch has, over all processes."""
@@ -131,27 +127,22 @@ class Batches:
         share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
-        sizes = self.sizes(share)
-        places, own = 0, []
-        for size in sizes:
-            part = share.slice(size)
-            own.append(slice(places + part.start, places + part.stop))
-            places += size
-        order = self.chosen(number)
+        sizes, order = self.sizes(share), self.chosen(number)
+        parts = [(share.slice(size), end - size) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        rows = [slice(first + part.start, first + part.stop) for part, first in parts]
         loader = DataLoader(
             self.dataset,
             batch_size=None,  # the dataset makes batches itself, which is faster
-            sampler=[order[rows] for rows in own[start:]],
+            sampler=[order[places] for places in rows[start:]],
             pin_memory=torch.device(device).type == "cuda",
             generator=torch.Generator(),  # the global one is the network's: what a resumed epoch draws must not vary
         )
         for step, (images, targets) in enumerate(loader, start):
-            rows = own[step]
             images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
             if self.augment is not None:
                 draws = self.augment.draw(sizes[step], derived_generator(self.seed, "views", number, step))
-                images = self.augment(images, draws.rows(share.slice(sizes[step])))
-            yield Batch(self.prepare(images), targets, rows)
+                images = self.augment(images, draws.rows(parts[step][0]))
+            yield Batch(self.prepare(images), targets, rows[step])
 
 
 def make_batches(
@@ -171,20 +162,13 @@ def make_batches(
     `XrayDataset`). "train" is augmented and either shuffled or drawn so that classes are equally frequent; the
     others keep their order and show images as at inference.
     """
-    ready = images or dict.fromkeys(rows)
     sets = {
-        split: XrayDataset(paths, targets, preprocessing, images=ready[split])
+        split: XrayDataset(paths, targets, preprocessing, images=images and images[split])
         for split, (paths, targets) in rows.items()
     }
-    train = sets["train"]
+    sets["train_plain"] = train = sets.pop("train")
     weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
     plain = {
-        name: Batches(dataset, batch_size, prepare=preprocessing.normalise)
-        for name, dataset in (sets | {"train_plain": train}).items()
-        if name != "train"
+        name: Batches(dataset, batch_size, prepare=preprocessing.normalise) for name, dataset in sets.items()
     }
-    return plain | {
-        "train": Batches(
-            train, batch_size, seed=seed, weights=weights, augment=augment, prepare=preprocessing.normalise
-        )
-    }
+    return plain | {"train": replace(plain["train_plain"], seed=seed, weights=weights, augment=augment)}
