@@ -1,4 +1,4 @@
-"""Batches of X-rays: decoded, augmented, weighted, in an order that the seed and the epoch alone decide."""
+"""Batches of X-rays: decoded, augmented and weighted, in an order that depends on the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from augmentation import Augmentation
 from image_cache import ImageFile
@@ -20,11 +19,13 @@ from utils import Preprocessing, balanced_weights, derived_generator
 
 
 class XrayDataset(Dataset):
-    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for B row numbers.
+    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for (B,) row numbers.
 
-    `targets` are (N,) class indices, which come as (B,) int64, or (N, C) of 0 and 1, as (B, C) float32. Images come
-    from `images`, resized already (`image_cache.ImageFile`); without it each file is decoded and resized, on all
-    cores, whenever it is asked for.
+    Args:
+        paths: N image files.
+        targets: (N,) class indices, which come as (B,) int64; or (N, C) of 0 and 1, which come as (B, C) float32.
+        preprocessing: how an image is read and resized.
+        images: the resized images; without them each file is read whenever a batch needs it, on all cores.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class XrayDataset(Dataset):
         """Return (B, 1, S, S) uint8, the images before augmentation and normalisation."""
         if self._file is not None:
             return self._file.images(rows)
-        if not len(rows):  # of a last batch, one of several processes may have none
+        if not len(rows):  # a process may have no image of a last batch
             size = self.preprocessing.image_size
             return torch.empty(0, 1, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -58,13 +59,13 @@ class XrayDataset(Dataset):
 
 
 class Share(NamedTuple):
-    """Which part of every batch is this process's: the `index`-th (from 0) of `of`."""
+    """Which part of every batch this process computes: part `index` (from 0) of `of` parts."""
 
     index: int = 0
     of: int = 1
 
     def slice(self, number: int) -> slice:
-        """Return the rows of a batch of `number` that are this process's; shares differ by one row at most."""
+        """Return this process's rows of a batch of `number`. Shares differ by one row at most."""
         each, more = divmod(number, self.of)
         start = self.index * each + min(self.index, more)
         return slice(start, start + each + (self.index < more))
@@ -74,8 +75,12 @@ WHOLE = Share()
 
 
 class Batch(NamedTuple):
-    """A process's share of a batch on its device: `images` (b, 3, S, S) float32 in channels-last order, their
-    `targets`, and their places `rows` among all images of the epoch.
+    """A process's share of a batch, on the process's device.
+
+    Attributes:
+        images: (b, 3, S, S) float32, channels last in memory, b ≥ 0.
+        targets: (b,) or (b, …).
+        rows: the places of the images among all images of the epoch.
     """
 
     images: Tensor
@@ -85,13 +90,19 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches:
-    """The batches of a dataset (its items are (images, targets) of given rows), in an order that is a function of
-    `seed` and epoch alone, and so are the views of `augment`. So a training that was broken off can go on with the
-    batch that would have been next, and several processes can each take their share of one and the same batch.
+    """The batches of a dataset. Their order and the views of their images depend on the seed and the epoch alone.
 
-    Without a seed images keep their order. `weights` (N,) draw images with replacement, each in proportion to its
-    own. `prepare` makes network inputs of images on their device. A last batch of a single image, or of fewer than
-    there are processes, is left out of a shuffled epoch: batch normalisation cannot train on one.
+    Therefore a training that was broken off goes on with the batch that would have been next, and each of several
+    processes takes its share of the same batch. A shuffled epoch leaves out a last batch of a single image, or of
+    fewer images than there are processes, because batch normalisation cannot train on a single image.
+
+    Attributes:
+        dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.
+        batch_size: images a batch, over all processes.
+        seed: what the order and the views are drawn from; None keeps the order of the dataset.
+        weights: (N,) weights by which images are drawn with replacement; None shows each image once.
+        augment: what makes random views of the images, None for none.
+        prepare: what makes network inputs of the images, on their device.
     """
 
     dataset: Dataset
@@ -109,7 +120,7 @@ class Batches:
         return [self.batch_size] * whole + ([] if left_out or not rest else [rest])
 
     def chosen(self, epoch: int) -> Tensor:
-        """Return (N,) which image stands at each place of an epoch."""
+        """Return (N,) the image at each place of an epoch."""
         number = len(self.dataset)
         if self.seed is None:
             return torch.arange(number)
@@ -127,22 +138,16 @@ class Batches:
         share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
-        sizes, order = self.sizes(share), self.chosen(number)
-        parts = [(share.slice(size), end - size) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        rows = [slice(first + part.start, first + part.stop) for part, first in parts]
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,  # the dataset makes batches itself, which is faster
-            sampler=[order[places] for places in rows[start:]],
-            pin_memory=torch.device(device).type == "cuda",
-            generator=torch.Generator(),  # the global one is the network's: what a resumed epoch draws must not vary
-        )
-        for step, (images, targets) in enumerate(loader, start):
-            images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
+        order, on_gpu = self.chosen(number), torch.device(device).type == "cuda"
+        for step, size in enumerate(self.sizes(share)[start:], start):
+            part, first = share.slice(size), step * self.batch_size
+            rows = slice(first + part.start, first + part.stop)
+            tensors = (tensor.pin_memory() if on_gpu else tensor for tensor in self.dataset[order[rows]])
+            images, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
             if self.augment is not None:
-                draws = self.augment.draw(sizes[step], derived_generator(self.seed, "views", number, step))
-                images = self.augment(images, draws.rows(parts[step][0]))
-            yield Batch(self.prepare(images), targets, rows[step])
+                draws = self.augment.draw(size, derived_generator(self.seed, "views", number, step))
+                images = self.augment(images, draws.rows(part))
+            yield Batch(self.prepare(images), targets, rows)
 
 
 def make_batches(
@@ -156,11 +161,20 @@ def make_batches(
     seed: int,
     images: Mapping[str, ImageFile] | None = None,
 ) -> dict[str, Batches]:
-    """Return the batches of "train", "train_plain", "val" and "test": (b, 3, S, S) images with their targets.
+    """Return the batches of "train", "train_plain", "val" and "test".
 
-    `rows` has the paths and the targets of each split, `images` their decoded images where there are any (see
-    `XrayDataset`). "train" is augmented and either shuffled or drawn so that classes are equally frequent; the
-    others keep their order and show images as at inference.
+    "train" is augmented and shuffled. The others keep the order of their images and show them as at inference;
+    "train_plain" has the training images.
+
+    Args:
+        rows: the paths and the targets of "train", "val" and "test", see `XrayDataset`.
+        preprocessing: how images are read, resized and normalised.
+        num_classes: how many classes the targets have.
+        batch_size: images a batch, over all processes.
+        augment: what makes random views of the training images.
+        oversample: whether training images are drawn so that classes are equally frequent.
+        seed: what the order and the views are drawn from.
+        images: the resized images of each split, None to read the files in every epoch.
     """
     sets = {
         split: XrayDataset(paths, targets, preprocessing, images=images and images[split])

@@ -40,7 +40,7 @@ class Checkpoints:
         self._saved_at, self._saving_took = time.perf_counter(), 0.0
 
     def due(self, every: float | None) -> bool:
-        """Return whether the last state is `every` seconds old. None: as old as lets saving take 5 % of the time."""
+        """Return whether the last state is `every` seconds old; None: so old that saving takes 5 % of the time."""
         every = 20 * self._saving_took if every is None else every
         return time.perf_counter() - self._saved_at >= every
 
@@ -108,9 +108,17 @@ class Checkpoints:
 
 @dataclass
 class Progress:
-    """How far a training has come: `step` batches of the present epoch (from 1) of the present phase (from 1) are
-    done. `value` is what validation judges by, the lower the better; `waited` counts the epochs since the best one
-    of the phase; `rows` and `times` are those of the finished epochs; `seconds` have gone into the present epoch.
+    """How far a training has come. Values are those by which validation judges, the lower the better.
+
+    Attributes:
+        phase, epoch: the present phase and epoch, from 1; epochs are counted in each phase.
+        step: how many batches of the present epoch are done.
+        phase_best: the best value of the phase.
+        waited: how many epochs have passed since.
+        best_epoch, best_value: the best epoch of all phases (from 1; 0 before there is one) and its value.
+        seconds: how long the present epoch took before the training was broken off.
+        rate: the learning rate at the start of the present epoch.
+        rows, times: the history and the timing of the finished epochs.
     """
 
     phase: int = 1
@@ -179,7 +187,7 @@ class TrainingState:
     def save(self, optimisation: Optimisation | None) -> None:
         """Save everything that is needed to go on; `optimisation` is None between two phases."""
         if self._resumed is not None:
-            return  # Nothing has been learnt since the state on the disk: its phase is not taken up yet.
+            return  # The phase of the state on the disk has not started again, so that state is still right.
         processes = self.processes
         random = {"cpu": torch.get_rng_state()}  # what dropout draws from
         if processes.device.type == "cuda":

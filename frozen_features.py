@@ -1,8 +1,8 @@
-"""Train the head of a frozen network on features that are computed once, in place of the images.
+"""Features for the head of a frozen network, computed once in place of the images.
 
-What a frozen trunk makes of an image does not change from epoch to epoch. Where the augmentation has one or two views
-only (nothing, or a flip), each view of each image goes through the trunk once. Every further epoch costs the head
-alone, and the same weights come out.
+A frozen trunk gives the same features for an image in every epoch. Where an image has one or two views only (no
+augmentation, or a flip), each view goes through the trunk once. Every further epoch costs the head alone and gives the
+same weights.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Decode once: the X-rays of a dataset, resized, in one memory-mapped file that every epoch reads from."""
+"""The X-rays of a dataset, decoded and resized once, in one memory-mapped file that every epoch reads."""
 
 import functools
 import hashlib
@@ -19,24 +19,25 @@ from tqdm import tqdm
 
 from utils import Preprocessing, flush
 
-VERSION = 2  # of what the files hold: to be raised when that or `Preprocessing.read` changes
-SHOWN = 20  # unreadable images that are named
+VERSION = 2  # of the files' content: raise it when that or `Preprocessing.read` changes
+SHOWN = 20  # how many unreadable images an error names
 CHUNK = 256  # images that are decoded between two writes
 
 
 class CacheFailed(OSError):
-    """The file could not be written, for want of room or of permission: go on without it."""
+    """A file could not be written: there is no room on the disk, or no permission."""
 
 
 class ImageFile:
-    """Resized X-rays in a file: `images(rows)` are those of the paths at these places in `paths`.
+    """Resized X-rays in a file, mapped into memory: the system drops its pages when it needs room.
 
-    The file is mapped, not read: what of it is in memory is the system's page cache, which it takes back when
-    it needs room.
+    Args:
+        file: the file.
+        paths: the images of this split: `images(rows)` returns those of `paths[rows]`.
+        all_paths: the images in the file, in its order.
     """
 
     def __init__(self, file: Path, paths: Sequence[str], all_paths: Sequence[str]) -> None:
-        """`all_paths`: those that the file holds, in its order."""
         self.file = file
         places = {path: place for place, path in enumerate(all_paths)}
         self._places = np.array([places[path] for path in paths], dtype=np.int64)
@@ -47,17 +48,17 @@ class ImageFile:
         return len(self._places)
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """Return (B, 1, S, S) uint8 images. Raises ValueError where the disk has lost what was written."""
+        """Return (B, 1, S, S) uint8 images. Raises ValueError where the disk has lost some of the file."""
         places = self._places[np.asarray(rows)]
-        chosen, checksums = self._array["pixels"][places], self._array["checksum"][places]
+        pixels, checksums = self._array["pixels"][places], self._array["checksum"][places]
         if hasattr(mmap, "MADV_DONTNEED"):
-            # Mapped pages count as this process's memory, up to 2 MB around each image: a large file would fill it.
-            self._array._mmap.madvise(mmap.MADV_DONTNEED)
-        if [zlib.crc32(image) for image in chosen] != checksums.tolist():
+            # Mapped pages, up to 2 MB around each image, count as memory of this process: a large file would fill it.
+            self._array.base.madvise(mmap.MADV_DONTNEED)
+        if [zlib.crc32(image) for image in pixels] != checksums.tolist():
             raise ValueError(
-                f"{self.file} is damaged, as by a crash: delete it, then start again: it is made anew"
+                f"{self.file} is damaged, perhaps by a crash: delete it and start again, and it is made anew"
             )
-        return torch.from_numpy(chosen)[:, None]
+        return torch.from_numpy(pixels)[:, None]
 
 
 def cached(
@@ -87,7 +88,7 @@ def cached(
     if not _is_whole(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(file.with_name(f".{kind}.lock")):
+            with _locked(file.with_name(f".{kind}.lock")):
                 if not _is_whole(file):
                     _write(file, names, preprocessing, title=title)
                     for old in set(file.parent.glob(f"{kind}-*")) - {file}:
@@ -96,11 +97,11 @@ def cached(
             raise
         except OSError as error:
             raise CacheFailed(f"cannot write {file.parent}: {error.strerror}") from None
-    return {split: ImageFile(file, own, names) for split, own in paths.items()}
+    return {split: ImageFile(file, split_paths, names) for split, split_paths in paths.items()}
 
 
 def _is_whole(file: Path) -> bool:
-    """Return whether the file is there with as many bytes as it should have."""
+    """Return whether the file exists and has as many bytes as it should have."""
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, EOFError, ValueError):
@@ -109,13 +110,13 @@ def _is_whole(file: Path) -> bool:
 
 
 def _states(names: Sequence[str]) -> Iterator[str]:
-    """Yield size, times of change and true place of each file."""
-    real_folder = functools.cache(os.path.realpath)  # to resolve each of very many files takes long
+    """Yield the size, the times of change and the real path of each file."""
+    real_folder = functools.cache(os.path.realpath)  # to resolve the path of every file takes long
     for name in names:
         folder, file = os.path.split(name)
         place = os.path.realpath(name) if os.path.islink(name) else os.path.join(real_folder(folder), file)
         stat = os.stat(name)
-        # Copying can keep the first time, but not the second.
+        # A copy can keep the first time, but not the second.
         yield f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {place}"
 
 
@@ -123,7 +124,8 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _alone(file: Path) -> FileLock:
+def _locked(file: Path) -> FileLock:
+    """Return a lock that this process holds."""
     lock = FileLock(file)
     try:
         return lock.acquire(timeout=1)
@@ -133,7 +135,7 @@ def _alone(file: Path) -> FileLock:
 
 
 def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, title: str) -> None:
-    """Decode and resize all images, on all cores, into a file that takes its name when it is complete."""
+    """Decode and resize all images, on all cores. The file gets its name when it is complete."""
     size = preprocessing.image_size
     print(f"{title}: decoding {len(names):,} images to {size} px, once", flush=True)
     unreadable: list[str] = []
@@ -168,7 +170,7 @@ def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, ti
 
 
 def reserve(stream: BinaryIO, number: int, content: str) -> None:
-    """Reserve `number` bytes on the disk behind what a new file holds, where the system can.
+    """Reserve `number` bytes on the disk behind the content of a new file, where the system can do that.
 
     Raises:
         CacheFailed: the disk has no room for this `content`.

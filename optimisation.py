@@ -46,7 +46,7 @@ class Optimisation:
     """
 
     def __init__(self, setup: Setup, module: nn.Module, phase: Phase, batches: int) -> None:
-        self.setup, self.module, self.phase = setup, module, phase
+        self.setup, self.module = setup, module
         self._model = DistributedDataParallel(module) if setup.processes.several else module
         self.optimizer = OPTIMISERS[setup.training.optimizer](
             [parameter for parameter in module.parameters() if parameter.requires_grad],

@@ -135,12 +135,9 @@ class _Loop:
         """Train all phases that are left."""
         progress = self.state.resume()
         if progress is not None:
-            after = f"{len(progress.rows)} epochs" + (
-                f" and {progress.step} batches" if progress.step else ""
-            )
-            self.processes.say(
-                f"{self.setup.title}: going on after {after} ({self.state.checkpoints.folder})"
-            )
+            title, folder = self.setup.title, self.state.checkpoints.folder
+            step = f" and {progress.step} batches" if progress.step else ""
+            self.processes.say(f"{title}: going on after {len(progress.rows)} epochs{step} ({folder})")
         while self.state.progress.phase <= len(self.setup.training.stretches):
             self._run_phase(batches, scratch)
 
@@ -151,13 +148,11 @@ class _Loop:
             state.restore_best()
         state.started = time.perf_counter()
         self._set_mode(phase)
-        cached = phase.trainable == "head" and setup.training.cache_features
-        cached = cached and can_be_cached(batches["train"])
-        features = (
-            feature_batches(setup, batches, scratch, self._save_or_stop) if cached else nullcontext(batches)
-        )
-        with features as batches:
-            module = setup.network.get_submodule(setup.network.head_name) if cached else setup.network
+        module, inputs = setup.network, nullcontext(batches)
+        if phase.trainable == "head" and setup.training.cache_features and can_be_cached(batches["train"]):
+            module = setup.network.get_submodule(setup.network.head_name)
+            inputs = feature_batches(setup, batches, scratch, self._save_or_stop)
+        with inputs as batches:
             steps = len(batches["train"].sizes(self.processes.share))
             self.optimisation = Optimisation(setup, module, phase, steps)
             state.resume_phase(self.optimisation)
@@ -223,12 +218,10 @@ class _Loop:
         self._refuse_infinite()
         processes.copy_from_main(setup.network.buffers())  # where each process has normalised its own share
         whole = {key: processes.summed(rows.tensor).cpu() for key, rows in state.epoch_outputs.items()}
-        loss, score = (
-            float(whole["losses"].double().sum()),
-            setup.objective.score(whole["outputs"], whole["targets"]),
-        )
+        loss = float(whole["losses"].double().sum()) / sum(sizes)
+        score = setup.objective.score(whole["outputs"], whole["targets"])
         speed = images_left / (time.perf_counter() - began) if images_left else math.nan
-        return {"loss": loss / sum(sizes), "score": score, "speed": speed}
+        return {"loss": loss, "score": score, "speed": speed}
 
     def _validate(self, batches: Batches) -> dict[str, float]:
         objective, weights = self.setup.objective, self.setup.loss_weights

@@ -28,12 +28,12 @@ def noise(number=4, size=33):
     return torch.randint(0, 256, (number, 1, size, size), generator=seeded(7), dtype=torch.uint8)
 
 
-def undisturbed(number, **given):
-    """Return the draws that leave images alone, but for those given as lists."""
+def undisturbed(number, **values):
+    """Return the draws that leave images alone, except for those given as lists."""
     return (
         Augmentation()
         .draw(number, seeded())
-        ._replace(**{name: torch.tensor(values) for name, values in given.items()})
+        ._replace(**{name: torch.tensor(numbers) for name, numbers in values.items()})
     )
 
 
@@ -115,7 +115,7 @@ def brightest(image):
 
 
 @pytest.mark.parametrize(
-    ("given", "place"),
+    ("draws", "place"),
     [
         ({"shift_x": [8 / 33]}, (32, 16)),  # right
         ({"shift_y": [8 / 33]}, (24, 24)),  # down
@@ -126,11 +126,11 @@ def brightest(image):
         ({"left": [20 / 33], "width": [1 / 3]}, (13, 16)),
     ],
 )
-def test_a_dot_right_of_the_centre_moves_where_it_should(given, place):
+def test_a_dot_right_of_the_centre_moves_where_it_should(draws, place):
     image = torch.zeros(1, 1, 33, 33, dtype=torch.uint8)
     image[..., 15:18, 23:26] = 100  # about (24, 16), the centre being (16, 16)
     image[..., 16, 24] = 250
-    shown = Augmentation(True, 0.1, 180, 0.5, (0.1, 2))(image, undisturbed(1, **given))
+    shown = Augmentation(True, 0.1, 180, 0.5, (0.1, 2))(image, undisturbed(1, **draws))
     assert brightest(shown) == place
 
 
@@ -208,7 +208,7 @@ def test_a_batch_is_shown_the_same_bit_for_bit_whole_and_in_parts(size, threads)
 
 def test_views_are_float32_on_the_images_device_in_the_range_of_grey_and_leave_the_images_alone():
     images = torch.cat([noise(20), torch.full((4, 1, 33, 33), 255, dtype=torch.uint8)])
-    kept = images.clone()
+    before = images.clone()
     strong = Augmentation(True, 0.3, 180, 0.5, (0.3, 2), 0.9, 0.9)
     for augment in (
         EVERYTHING,
@@ -221,7 +221,7 @@ def test_views_are_float32_on_the_images_device_in_the_range_of_grey_and_leave_t
         assert (shown.dtype, shown.device, shown.shape) == (torch.float32, images.device, images.shape)
         assert shown.min() >= 0
         assert shown.max() <= 255
-        assert torch.equal(images, kept)
+        assert torch.equal(images, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -115,9 +115,9 @@ def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
     paths = write_greys(tmp_path, 2)
     targets = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.uint8)
     dataset = XrayDataset(paths, targets, Preprocessing(16, (0, 0, 0), (1, 1, 1)))
-    found = dataset[torch.tensor([1, 0])][1]
-    assert found.dtype == torch.float32
-    assert found.tolist() == targets[::-1].tolist()
+    drawn = dataset[torch.tensor([1, 0])][1]
+    assert drawn.dtype == torch.float32
+    assert drawn.tolist() == targets[::-1].tolist()
 
 
 def test_an_order_and_the_views_of_its_first_batch_are_drawn_apart():

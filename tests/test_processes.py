@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -24,36 +25,51 @@ pytestmark = pytest.mark.slow
 # process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "odd_training.py"
-KILL = 24  # files are renamed before the kill, which falls into the second epoch of the second network
+KILL = 9  # files are renamed before the kill, which falls into the second epoch of the small CNN
+LAUNCHER = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "bf16",
+]
 
 
-def launched(study, runs, *, processes, kill=0, numbers="float64", **environment):
-    """Train by the command of the README, in double precision; `environment` as in `odd_training`."""
-    alone = [sys.executable]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-    ]
-    # A configuration that asks for half precision must not change the study.
-    launcher += ["--num_machines", "1", "--mixed_precision", "bf16"]
-    command = [*(launcher if processes > 1 else alone), str(ODD), numbers, str(kill), str(study)]
-    return subprocess.Popen(
-        [*command, "--runs", str(runs), "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
+def start(study, runs, *options, launcher=(), kill=0, numbers="float64", **environment):
+    """Start `odd_training`, in double precision; `environment` is meant for it."""
+    command = [sys.executable, *launcher, str(ODD), numbers, str(kill), str(study), "--runs", str(runs)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--device", "cpu", *options], env=os.environ | environment, **pipes)
 
 
-def printed_by(process):
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out
+def start_two(study, runs, *options, **settings):
+    """Start two processes as a launcher does, which takes seconds itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [start(study, runs, *options, **shared, **rank, **settings) for rank in ranks]
+
+
+def outcome(*processes):
+    """Return the exit statuses, all that was printed, and the errors. No process may wait for another for ever."""
+    try:
+        printed = [process.communicate(timeout=500) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    outputs, errors = zip(*printed, strict=True)
+    return [process.returncode for process in processes], "".join(outputs), "".join(errors)
+
+
+def printed_by(*processes):
+    statuses, printed, errors = outcome(*processes)
+    assert not any(statuses), errors
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +87,8 @@ def trained(phantom_root, tmp_path_factory):
         )
     )
     runs = tmp_path_factory.mktemp("shared")
-    printed = {n: printed_by(launched(study, runs / str(n), processes=n)) for n in (1, 2)}
+    # The command of the README. A configuration that asks for half precision must not change the study.
+    printed = {n: printed_by(start(study, runs / str(n), launcher=LAUNCHER * (n - 1))) for n in (1, 2)}
     return {number: runs / str(number) / "shared" for number in printed}, printed
 
 
@@ -98,6 +115,7 @@ def test_predictions_of_two_processes_are_those_of_the_weights_that_they_save(tr
     folder = trained[0][2] / "small_cnn"  # the processes see different batch statistics
     table = load_table(load_study(phantom_root.parent / "shared.toml"))
     network, predictions = load_network(folder), pd.read_csv(folder / "predictions_test.csv")
+    network.model.float()
     for path, *probabilities in predictions[["path", *table.classes]].itertuples(index=False):
         expected = explain(network, read_xray(phantom_root / path)).probabilities
         np.testing.assert_allclose(probabilities, expected, atol=1e-4)
@@ -114,16 +132,14 @@ def test_one_process_writes_and_prints_for_all(trained):
 
 def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom_root, tmp_path):
     folders, _ = trained
-    study, working = phantom_root.parent / "shared.toml", tmp_path / "shared" / "small_cnn" / "resume"
-    killed = launched(study, tmp_path, processes=2, kill=KILL)
-    killed.communicate()
-    assert killed.returncode
-    assert (working / "state.pt").is_file()
-    assert not (working.parent / "model.json").exists()
-    assert "going on after" in printed_by(launched(study, tmp_path, processes=2))
-    for name in NETWORKS:
-        for file in ("model.safetensors", "history.csv"):
-            assert (tmp_path / "shared" / name / file).read_bytes() == (folders[2] / name / file).read_bytes()
+    study, folder = phantom_root.parent / "shared.toml", tmp_path / "shared" / "small_cnn"
+    statuses, *_ = outcome(*start_two(study, tmp_path, "--networks", "small_cnn", kill=KILL))
+    assert all(statuses)
+    assert (folder / "resume" / "state.pt").is_file()
+    assert not (folder / "model.json").exists()
+    assert "going on after" in printed_by(*start_two(study, tmp_path, "--networks", "small_cnn"))
+    for file in ("model.safetensors", "history.csv"):
+        assert (folder / file).read_bytes() == (folders[2] / "small_cnn" / file).read_bytes()
 
 
 def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and_on_the_precision(
@@ -132,18 +148,12 @@ def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and
     study = phantom_root.parent / "mixed.toml"
     networks = "[networks.lenet5]\n[networks.small_cnn]\n"
     study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("[networks.resnet18]", networks))
-    options = {"processes": 2, "numbers": "float32"}
-    printed_by(launched(study, tmp_path, **options, UNITS="1,1"))
+    printed_by(*start_two(study, tmp_path, numbers="float32", UNITS="1,1"))
     folder = tmp_path / "mixed" / "small_cnn"
     expected = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder)
-    mixed = launched(study, tmp_path, **options, UNITS="1,0")
-    try:
-        out, errors = mixed.communicate(timeout=120)
-    finally:
-        mixed.terminate()  # if one waits for the other for ever
-    assert mixed.returncode == 0, errors
-    assert out.count("is finished, with the same settings") == out.count("saved ") == 1
+    printed = printed_by(*start_two(study, tmp_path, numbers="float32", UNITS="1,0"))
+    assert printed.count("is finished, with the same settings") == printed.count("saved ") == 1
     assert read_card(folder).origin["precision"] == "bf16"
     assert (folder / "model.safetensors").read_bytes() == expected
 
@@ -151,9 +161,8 @@ def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and
 def test_processes_with_other_numbers_of_threads_are_refused_before_anything_is_written(
     trained, phantom_root, tmp_path
 ):
-    refused = launched(phantom_root.parent / "shared.toml", tmp_path, processes=2, THREADS="1,2")
-    _, errors = refused.communicate(timeout=120)
-    assert refused.returncode
-    # Once at least: the launcher ends the other process, which may not have come to say it.
-    assert "finetune.py: the processes differ in threads (1, 2): start all of them alike" in errors
+    study = phantom_root.parent / "shared.toml"
+    statuses, _, errors = outcome(*start_two(study, tmp_path, THREADS="1,2"))
+    assert all(statuses)
+    assert errors.count("finetune.py: the processes differ in threads (1, 2): start all of them alike") == 2
     assert not list(tmp_path.iterdir())
