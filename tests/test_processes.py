@@ -14,7 +14,7 @@ from conftest import TINY_STUDY
 from safetensors.torch import load_file
 
 from explanations import explain
-from studies import PROJECT, load_study, load_table
+from studies import PROJECT
 from trained_networks import load_network, read_card
 from utils import read_xray
 
@@ -113,11 +113,10 @@ def test_losses_and_scores_over_two_processes_count_every_image_once(trained):
 
 def test_predictions_of_two_processes_are_those_of_the_weights_that_they_save(trained, phantom_root):
     folder = trained[0][2] / "small_cnn"  # the processes see different batch statistics
-    table = load_table(load_study(phantom_root.parent / "shared.toml"))
-    network, predictions = load_network(folder), pd.read_csv(folder / "predictions_test.csv")
-    network.model.float()
-    for path, *probabilities in predictions[["path", *table.classes]].itertuples(index=False):
-        expected = explain(network, read_xray(phantom_root / path)).probabilities
+    trained_network, predictions = load_network(folder), pd.read_csv(folder / "predictions_test.csv")
+    trained_network.network.float()
+    for path, *probabilities in predictions[["path", *trained_network.card.classes]].itertuples(index=False):
+        expected = explain(trained_network, read_xray(phantom_root / path)).probabilities
         np.testing.assert_allclose(probabilities, expected, atol=1e-4)
 
 
