@@ -1,7 +1,7 @@
-"""Random views of whole batches of X-rays: what is drawn, and what the draws make of the images.
+"""Random views of whole batches of X-rays.
 
-Drawing is apart from showing: several processes that share a batch draw for all of it from equal generators and
-take their own rows, so the same images get the same views however many there are.
+Random numbers are drawn first, for the whole batch, and used afterwards. Processes that share a batch draw the same
+numbers and take their own rows: an image gets the same view however many processes there are.
 """
 
 import math
@@ -14,10 +14,14 @@ from torch.nn.functional import grid_sample
 
 
 class Draws(NamedTuple):
-    """What was drawn for N images: (N,) CPU tensors, float32 but for `flip`, which is bool.
+    """The random numbers for N images: (N,) tensors on the CPU, float32 (`flip`: bool).
 
-    The crop is `left`, `top`, `width` and `height` as fractions of the image; `angle` is in degrees, clockwise;
-    shifts to the right and down are fractions of the side; the last three are factors.
+    Attributes:
+        flip: whether the image is mirrored.
+        left, top, width, height: the crop, as fractions of the image.
+        angle: degrees, clockwise.
+        shift_x, shift_y: shifts to the right and down, as fractions of the side.
+        scale, brightness, contrast: factors.
     """
 
     flip: Tensor
@@ -33,7 +37,7 @@ class Draws(NamedTuple):
     contrast: Tensor
 
     def rows(self, which: slice | Tensor) -> "Draws":
-        """Return the draws of some of the images: a slice, or a tensor of indices or bool."""
+        """Return the draws of some of the images, given as a slice, indices or bool."""
         return Draws(*(values[which] for values in self))
 
 
@@ -41,13 +45,18 @@ class Draws(NamedTuple):
 class Augmentation:
     """What is done to training images; nothing by default.
 
-    `smallest_crop`: a window with this share of the image's area, or any up to the whole, is enlarged to the
-    full size (width over height 0.9 to 1.1). `rotation`: up to so many degrees (0–180) to either side.
-    `translation`: up to this share of the side (0–1, without 1), along either axis. `scale`: a factor from the
-    first to the second. `brightness`, `contrast`: factors from 1 - b to 1 + b (b from 0, below 1). Raises
-    ValueError outside of these ranges. Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter;
-    unlike theirs, shifts are not rounded to pixels, and a crop that would not fit gets closer to a square
-    rather than being drawn again.
+    Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter. There are two differences: shifts are not
+    rounded to pixels, and a crop that would not fit gets closer to a square rather than being drawn again.
+
+    Attributes:
+        horizontal_flip: whether every second image, by chance, is mirrored.
+        smallest_crop: the smallest share of the image's area (0 to 1) of a window that is enlarged to the full size;
+            its width over height is 0.9 to 1.1.
+        rotation: the largest angle in degrees (0 to 180), to either side.
+        translation: the largest shift as a share of the side (0 to below 1), along either axis.
+        scale: the smallest and the largest factor.
+        brightness: the factor is 1 - brightness to 1 + brightness (0 to below 1).
+        contrast: the same for the contrast.
     """
 
     horizontal_flip: bool = False
@@ -58,23 +67,10 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
 
-    def __post_init__(self) -> None:
-        holds = {
-            "smallest_crop": 0 < self.smallest_crop <= 1,
-            "rotation": 0 <= self.rotation <= 180,
-            "translation": 0 <= self.translation < 1,
-            "scale": 0 < self.scale[0] <= self.scale[1],
-            "brightness": 0 <= self.brightness < 1,
-            "contrast": 0 <= self.contrast < 1,
-        }
-        if wrong := [f"{name} = {getattr(self, name)}" for name in holds if not holds[name]]:
-            raise ValueError(f"out of range: {', '.join(wrong)}; see `Augmentation` for the ranges")
-
     @property
     def views(self) -> int | None:
-        """How many views an image has: 1, nothing is done; 2, as it is and mirrored; None, any number."""
-        few = {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}
-        return few.get(self)
+        """How many views an image has: 1 (as it is), 2 (as it is and mirrored), or None for any number."""
+        return {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}.get(self)
 
     def draw(self, number: int, generator: torch.Generator) -> Draws:
         """Return draws for `number` images from a CPU generator, whose state alone decides them.
@@ -91,7 +87,7 @@ class Augmentation:
         crop = torch.zeros(number), torch.zeros(number), torch.ones(number), torch.ones(number)
         if self.smallest_crop < 1:
             area = uniform(self.smallest_crop, 1)
-            # A narrower aspect, not a cut, keeps a window inside of the image: its area stays as drawn.
+            # Where a window would not fit into the image, its aspect gets closer to 1, and its area stays as drawn.
             aspect = uniform(math.log(0.9), math.log(1.1)).clamp(area.log(), -area.log())
             width, height = (((area.log() + sign * aspect) / 2).exp() for sign in (1, -1))
             crop = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height), width, height
@@ -109,16 +105,15 @@ class Augmentation:
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Return (B, 1, S, S) uint8 images as (B, 1, S, S) float32, 0 to 255, on the same device.
 
-        `draws`: B of them, from `draw` of the same settings (what these leave out is passed over). In order: the
-        crop is enlarged, turned and scaled about the centre, shifted, mirrored, all in one interpolation
-        (bilinear); then brightness, then contrast about the image's own mean. Outside of the image is black,
-        into which its last half pixel fades; what lies inside it but outside of the crop may come into view.
-        A flip alone is exact. Raises ValueError for other images, or another number of draws.
+        The crop is enlarged, turned and scaled about the centre, shifted and mirrored, in this order and in one
+        bilinear interpolation. Brightness follows, then contrast about the image's own mean. A flip alone is exact.
+        What lies outside of the image is black, and its last half pixel fades into black. What lies in the image but
+        outside of the crop may come into view.
+
+        Args:
+            images: the images.
+            draws: B draws, from `draw` of the same settings.
         """
-        if images.dtype != torch.uint8 or images.shape[1:] != (1, images.shape[-1], images.shape[-1]):
-            raise ValueError(f"pass (B, 1, S, S) uint8 images, not {tuple(images.shape)} {images.dtype}")
-        if len(images) != len(draws.flip):
-            raise ValueError(f"{len(images)} images but {len(draws.flip)} draws: take `draws.rows` of them")
         brightness, contrast, flip = (
             values.to(images.device)[:, None, None, None]
             for values in (draws.brightness, draws.contrast, draws.flip)
@@ -133,24 +128,16 @@ class Augmentation:
         if self.brightness:
             shown.mul_(brightness).clamp_(0, 255)
         if self.contrast:
-            # Row by row: one sum an image is split among threads if there are few images, and rounds differently.
+            # Row by row: torch splits one sum over a whole image among threads when there are few images, and the
+            # result is then rounded differently.
             mean = shown.mean(-1, keepdim=True).mean(-2, keepdim=True)
             shown.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
         return shown
 
-    def view(self, images: Tensor, number: int) -> Tensor:
-        """Return (B, 1, S, S) images as they are for view 0, mirrored for view 1, in their own type.
-
-        View `int(draws.flip[i])` is what a call shows of image i. Raises ValueError where there is no such view.
-        """
-        if number not in range(self.views or 0):
-            raise ValueError(f"no view {number}: {self} has {self.views or 'any number of'} views")
-        return images.flip(-1) if number else images
-
 
 def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
-    """Return (B, S, S, 2) float32: the place in its image, -1 to 1, that each pixel of a view shows."""
-    # In float64 and rounded: the last bit of a cosine may depend on where in a tensor the angle stands.
+    """Return (B, S, S, 2) float32: the position (x, y) in the image, -1 to 1, that each pixel of a view shows."""
+    # In float64, then rounded: the last bit of a cosine may depend on the position of the angle in its tensor.
     _, left, top, width, height, angle, shift_x, shift_y, scale, *_ = (values.double() for values in draws)
     cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
     mirror, x, y = 1 - 2 * draws.flip.double(), 2 * shift_x, 2 * shift_y

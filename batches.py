@@ -1,16 +1,17 @@
-"""Batches of X-rays: decoded, augmented, weighted, in an order that the seed and the epoch alone decide."""
+"""Batches of X-rays: decoded, augmented and weighted, in an order that depends on the seed and the epoch alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from augmentation import Augmentation
 from image_cache import ImageFile
@@ -18,11 +19,13 @@ from utils import Preprocessing, balanced_weights, derived_generator
 
 
 class XrayDataset(Dataset):
-    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for B row numbers.
+    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for (B,) row numbers.
 
-    `targets` are (N,) class indices, which come as (B,) int64, or (N, C) of 0 and 1, as (B, C) float32. Images come
-    from `images`, resized already (`image_cache.ImageFile`); without it each file is decoded and resized, on all
-    cores, whenever it is asked for.
+    Args:
+        paths: N image files.
+        targets: (N,) class indices, which come as (B,) int64; or (N, C) of 0 and 1, which come as (B, C) float32.
+        preprocessing: how an image is read and resized.
+        images: the resized images; without them each file is read whenever a batch needs it, on all cores.
     """
 
     def __init__(
@@ -33,8 +36,6 @@ class XrayDataset(Dataset):
         *,
         images: ImageFile | None = None,
     ) -> None:
-        if len(paths) != len(targets):
-            raise ValueError(f"{len(paths)} images but {len(targets)} labels")
         self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
         values = torch.from_numpy(np.array(targets))
         self.targets = values.float() if values.ndim == 2 else values.long()
@@ -49,7 +50,7 @@ class XrayDataset(Dataset):
         """Return (B, 1, S, S) uint8, the images before augmentation and normalisation."""
         if self._file is not None:
             return self._file.images(rows)
-        if not len(rows):  # of a last batch, one of several processes may have none
+        if not len(rows):  # a process may have no image of a last batch
             size = self.preprocessing.image_size
             return torch.empty(0, 1, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -58,13 +59,13 @@ class XrayDataset(Dataset):
 
 
 class Share(NamedTuple):
-    """Which part of every batch is this process's: the `index`-th (from 0) of `of`."""
+    """Which part of every batch this process computes: part `index` (from 0) of `of` parts."""
 
     index: int = 0
     of: int = 1
 
     def slice(self, number: int) -> slice:
-        """Return the rows of a batch of `number` that are this process's; shares differ by one row at most."""
+        """Return this process's rows of a batch of `number`. Shares differ by one row at most."""
         each, more = divmod(number, self.of)
         start = self.index * each + min(self.index, more)
         return slice(start, start + each + (self.index < more))
@@ -74,8 +75,12 @@ WHOLE = Share()
 
 
 class Batch(NamedTuple):
-    """A process's share of a batch on its device: `images` (b, 3, S, S) float32 in channels-last order, their
-    `targets`, and their places `rows` among all images of the epoch.
+    """A process's share of a batch, on the process's device.
+
+    Attributes:
+        images: (b, 3, S, S) float32, channels last in memory, b ≥ 0.
+        targets: (b,) or (b, …).
+        rows: the places of the images among all images of the epoch.
     """
 
     images: Tensor
@@ -83,28 +88,30 @@ class Batch(NamedTuple):
     rows: slice
 
 
+@dataclass(eq=False)
 class Batches:
-    """The batches of a dataset (its items are (images, targets) of given rows), in an order that is a function of
-    `seed` and epoch alone, and so are the views of `augment`. So a training that was broken off can go on with the
-    batch that would have been next, and several processes can each take their share of one and the same batch.
+    """The batches of a dataset. Their order and the views of their images depend on the seed and the epoch alone.
 
-    Without a seed images keep their order. `weights` (N,) draw images with replacement, each in proportion to its
-    own. `prepare` makes network inputs of images on their device. A last batch of a single image, or of fewer than
-    there are processes, is left out of a shuffled epoch: batch normalisation cannot train on one.
+    Therefore a training that was broken off goes on with the batch that would have been next, and each of several
+    processes takes its share of the same batch. A shuffled epoch leaves out a last batch of a single image, or of
+    fewer images than there are processes, because batch normalisation cannot train on a single image.
+
+    Attributes:
+        dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.
+        batch_size: images a batch, over all processes.
+        seed: what the order and the views are drawn from; None keeps the order of the dataset.
+        weights: (N,) weights by which images are drawn with replacement; None shows each image once.
+        augment: what makes random views of the images, None for none.
+        prepare: what makes network inputs of the images, on their device.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        weights: Tensor | None = None,
-        augment: Augmentation | None = None,
-        prepare: Callable[[Tensor], Tensor] = lambda images: images,
-    ) -> None:
-        self.dataset, self.batch_size = dataset, batch_size
-        self.seed, self.weights, self.augment, self.prepare = seed, weights, augment, prepare
+    dataset: Dataset
+    batch_size: int
+    _: KW_ONLY
+    seed: int | None = None
+    weights: Tensor | None = None
+    augment: Augmentation | None = None
+    prepare: Callable[[Tensor], Tensor] = lambda images: images
 
     def sizes(self, share: Share = WHOLE) -> list[int]:
         """Return how many images each batch of an epoch has, over all processes."""
@@ -113,7 +120,7 @@ class Batches:
         return [self.batch_size] * whole + ([] if left_out or not rest else [rest])
 
     def chosen(self, epoch: int) -> Tensor:
-        """Return (N,) which image stands at each place of an epoch."""
+        """Return (N,) the image at each place of an epoch."""
         number = len(self.dataset)
         if self.seed is None:
             return torch.arange(number)
@@ -131,26 +138,15 @@ class Batches:
         share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
-        sizes = self.sizes(share)
-        places, own = 0, []
-        for size in sizes:
-            part = share.slice(size)
-            own.append(slice(places + part.start, places + part.stop))
-            places += size
-        order = self.chosen(number)
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,  # the dataset makes batches itself, which is faster
-            sampler=[order[rows] for rows in own[start:]],
-            pin_memory=torch.device(device).type == "cuda",
-            generator=torch.Generator(),  # the global one is the network's: what a resumed epoch draws must not vary
-        )
-        for step, (images, targets) in enumerate(loader, start):
-            rows = own[step]
-            images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
+        order, on_gpu = self.chosen(number), torch.device(device).type == "cuda"
+        for step, size in enumerate(self.sizes(share)[start:], start):
+            part, first = share.slice(size), step * self.batch_size
+            rows = slice(first + part.start, first + part.stop)
+            tensors = (tensor.pin_memory() if on_gpu else tensor for tensor in self.dataset[order[rows]])
+            images, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
             if self.augment is not None:
-                draws = self.augment.draw(sizes[step], derived_generator(self.seed, "views", number, step))
-                images = self.augment(images, draws.rows(share.slice(sizes[step])))
+                draws = self.augment.draw(size, derived_generator(self.seed, "views", number, step))
+                images = self.augment(images, draws.rows(part))
             yield Batch(self.prepare(images), targets, rows)
 
 
@@ -165,26 +161,28 @@ def make_batches(
     seed: int,
     images: Mapping[str, ImageFile] | None = None,
 ) -> dict[str, Batches]:
-    """Return the batches of "train", "train_plain", "val" and "test": (b, 3, S, S) images with their targets.
+    """Return the batches of "train", "train_plain", "val" and "test".
 
-    `rows` has the paths and the targets of each split, `images` their decoded images where there are any (see
-    `XrayDataset`). "train" is augmented and either shuffled or drawn so that classes are equally frequent; the
-    others keep their order and show images as at inference.
+    "train" is augmented and shuffled. The others keep the order of their images and show them as at inference;
+    "train_plain" has the training images.
+
+    Args:
+        rows: the paths and the targets of "train", "val" and "test", see `XrayDataset`.
+        preprocessing: how images are read, resized and normalised.
+        num_classes: how many classes the targets have.
+        batch_size: images a batch, over all processes.
+        augment: what makes random views of the training images.
+        oversample: whether training images are drawn so that classes are equally frequent.
+        seed: what the order and the views are drawn from.
+        images: the resized images of each split, None to read the files in every epoch.
     """
-    ready = images or dict.fromkeys(rows)
     sets = {
-        split: XrayDataset(paths, targets, preprocessing, images=ready[split])
+        split: XrayDataset(paths, targets, preprocessing, images=images and images[split])
         for split, (paths, targets) in rows.items()
     }
-    train = sets["train"]
+    sets["train_plain"] = train = sets.pop("train")
     weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
     plain = {
-        name: Batches(dataset, batch_size, prepare=preprocessing.normalise)
-        for name, dataset in (sets | {"train_plain": train}).items()
-        if name != "train"
+        name: Batches(dataset, batch_size, prepare=preprocessing.normalise) for name, dataset in sets.items()
     }
-    return plain | {
-        "train": Batches(
-            train, batch_size, seed=seed, weights=weights, augment=augment, prepare=preprocessing.normalise
-        )
-    }
+    return plain | {"train": replace(plain["train_plain"], seed=seed, weights=weights, augment=augment)}

@@ -1,154 +1,275 @@
-"""The state of a training on disk, `resume/` in its run folder: enough to go on as if nothing had happened."""
+"""The state of a training: what it is, and how it gets to the disk and back (`resume/` in the run folder)."""
 
 import json
-import random
-from collections.abc import Mapping
-from functools import partial
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils import write_whole
+from optimisation import Optimisation
+from processes import Processes, SharedRows
+from utils import derived_seed, write_whole
 
-STATE, SETTINGS = "state.pt", "settings.json"
+STATE = "state.pt"
 ANEW = "start anew with --restart, or delete that folder"
+PATIENCE = 3.0  # seconds after the first Ctrl-C within which a second one counts as the same
 
 
 class NotSaved(OSError):
-    """The state of a training could not be saved; the one before it is kept."""
+    """The state of a training could not be saved; the state before it is still there."""
 
 
 class Checkpoints:
-    """The unfinished state of a training in a folder, whole at any moment: files get their names when they are
-    complete and on the disk.
+    """The folder with the unfinished state of a training, a file that is complete at any moment.
 
-    `settings` says what is being trained; a state that is there must have the same.
+    Args:
+        folder: where the state is kept.
+        settings: what is trained, as JSON has it; a state of other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder, self.settings = Path(folder), dict(settings)
-        self._best_saved = 0
+        self._saved_at, self._saving_took = time.perf_counter(), 0.0
+
+    def due(self, every: float | None) -> bool:
+        """Return whether the last state is `every` seconds old; None: so old that saving takes 5 % of the time."""
+        every = 20 * self._saving_took if every is None else every
+        return time.perf_counter() - self._saved_at >= every
+
+    @property
+    def exists(self) -> bool:
+        """Whether a state is in the folder."""
+        return (self.folder / STATE).is_file()
 
     def saved(self) -> dict[str, object] | None:
-        """Return what was last given to `save`, or None.
+        """Return the state that was saved last, or None.
 
-        Raises ValueError where it is of other settings or damaged, with what to do.
+        Raises:
+            ValueError: the state has other settings or is damaged; the message says what to do.
         """
-        if not self.fits():
+        if not self.exists:
             return None
-        file = self.folder / STATE
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            best = self.folder / f"best_{state['best_epoch']}.safetensors"
-            state["best_state"] = load_file(best) if state["best_epoch"] else {}
-        except Exception as error:  # torch and safetensors have many types for a damaged file
+            state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+            before, now = json.loads(state["settings"]), json.loads(json.dumps(self.settings))
+        except Exception as error:  # torch has many types for a damaged file
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.folder} holds no state that can be read ({reason}): {ANEW}") from None
+        # Another seed or limit gives other data too: these come first.
+        different = sorted(
+            (key for key in now if before.get(key, now) != now[key]), key=lambda key: key == "data"
+        )
+        if not different:
+            return state
+        key, unfinished = different[0], f"{self.folder} holds an unfinished training"
+        if not now.keys() <= before.keys():
+            raise ValueError(f"{unfinished} of another version: {ANEW}")
+        if key == "data":
             raise ValueError(
-                f"{self.folder} holds no state that can be read ({str(error).splitlines()[0]}): {ANEW}"
-            ) from None
-        self._best_saved = state["best_epoch"]
-        return state
-
-    def fits(self) -> bool:
-        """Return whether there is a state to go on from. Raises ValueError where it is of other settings."""
-        if not (self.folder / STATE).is_file():
-            return False
-        try:
-            settings = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} holds no state that can be read ({error}): {ANEW}") from None
-        own = json.loads(json.dumps(self.settings))
-        if not own.keys() <= settings.keys():
-            raise ValueError(f"{self.folder} holds an unfinished training of another version: {ANEW}")
-        other = [key for key, value in own.items() if settings[key] != value]
-        if other == ["data"]:
-            raise ValueError(
-                f"{self.folder} holds an unfinished training on other images: their content, their labels or their "
-                f"splits have changed since. Put them back, or {ANEW}"
+                f"{unfinished} on other images: their content, their labels or their splits have changed since. "
+                f"Put them back, or {ANEW}"
             )
-        if other:
-            key = next(key for key in other if key != "data")  # another seed or limit gives other data
-            was, now = (json.dumps(values[key], ensure_ascii=False) for values in (settings, own))
-            raise ValueError(
-                f"{self.folder} holds an unfinished training with other settings ({key} = {was}, now {now}): go "
-                f"on with those, or {ANEW}"
-            )
-        return True
+        was, is_now = (json.dumps(settings[key], ensure_ascii=False) for settings in (before, now))
+        raise ValueError(
+            f"{unfinished} with other settings ({key} = {was}, now {is_now}): go on with those, or {ANEW}"
+        )
 
     def save(self, state: Mapping[str, object]) -> None:
-        """Keep a state: numbers, texts, tensors, and lists and dictionaries of these; `best_state`, the tensors of
-        `best_epoch`, goes into a file of its own, written once.
+        """Save a state: numbers, texts, tensors, and lists and dictionaries of these.
 
-        Raises NotSaved where there is no room; the state before this one is kept then.
+        Raises:
+            NotSaved: the disk has no room; the state before this one is still there.
         """
+        started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
-        best, new = state["best_epoch"], state["best_epoch"] != self._best_saved
-        file = self.folder / f"best_{best}.safetensors"
         try:
-            if new:
-                write_whole(file, partial(save_file, state["best_state"]))
-            write_whole(self.folder / SETTINGS, json.dumps(self.settings))
-            write_whole(
-                self.folder / STATE, {key: value for key, value in state.items() if key != "best_state"}
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if new:
-                file.unlink(missing_ok=True)
-            reason = _reason(error)
+            write_whole(self.folder / STATE, {**state, "settings": json.dumps(self.settings)})
+        except (OSError, RuntimeError) as error:
+            reason = error  # torch's writer wraps the system's error in a RuntimeError
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__cause__ or reason.__context__
             if reason is None:
                 raise
-            kept = "the last state is kept there" if (self.folder / STATE).is_file() else "there is none yet"
+            last = "the last state is kept there" if self.exists else "there is none yet"
             raise NotSaved(
-                f"cannot save the training's state in {self.folder} ({reason}); {kept}: make room and run the "
-                "same again"
+                f"cannot save the training's state in {self.folder} ({reason.strerror}); {last}: make room and run "
+                "the same again"
             ) from None
-        self._best_saved = best
-        for old in set(self.folder.glob("best_*.safetensors")) - {file}:
-            old.unlink(missing_ok=True)
+        self._saved_at, self._saving_took = time.perf_counter(), time.perf_counter() - started
 
 
-def _reason(error: BaseException | None) -> str | None:
-    """Return what the system said: torch's writer wraps it in a RuntimeError, safetensors' tells it as text."""
-    if isinstance(error, SafetensorError):
-        return str(error)
-    while error is not None and not getattr(error, "strerror", None):
-        error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None)
+@dataclass
+class Progress:
+    """How far a training has come. Values are those by which validation judges, the lower the better.
 
-
-def random_states() -> dict[str, object]:
-    """Return the states of the global generators of torch (on the CPU), NumPy and Python."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the legacy one is what others use
-    version, numbers, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *(float(value) for value in rest)],
-        "python": [version, list(numbers), gauss],
-    }
-
-
-def device_random_state(device: torch.device) -> Tensor | None:
-    """Return the state of a GPU's generator, None for another device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_states(states: Mapping[str, object], device: torch.device) -> None:
-    """Put the global generators back into the states that `random_states` returned, and the device's, which is
-    `states["device"]`, into what `device_random_state` returned.
+    Attributes:
+        phase, epoch: the present phase and epoch, from 1; epochs are counted in each phase.
+        step: how many batches of the present epoch are done.
+        phase_best: the best value of the phase.
+        waited: how many epochs have passed since.
+        best_epoch, best_value: the best epoch of all phases (from 1; 0 before there is one) and its value.
+        seconds: how long the present epoch took before the training was broken off.
+        rate: the learning rate at the start of the present epoch.
+        rows, times: the history and the timing of the finished epochs.
     """
-    torch.set_rng_state(states["torch"])
-    if states.get("device") is not None:
-        torch.cuda.set_rng_state(states["device"], device)
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
+
+    phase: int = 1
+    epoch: int = 1
+    step: int = 0
+    phase_best: float = math.inf
+    waited: int = 0
+    best_epoch: int = 0
+    best_value: float = math.inf
+    seconds: float = 0.0
+    rate: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    times: list[dict[str, float]] = field(default_factory=list)
+
+
+class TrainingState:
+    """What a training has reached: its progress, its best weights, and the outputs of the present epoch.
+
+    Attributes:
+        checkpoints: where the state is saved, None for nowhere.
+        progress: how far the training has come.
+        best_weights: the weights of the best epoch, on the CPU; empty before the first epoch is done.
+        epoch_outputs: the outputs, targets and losses of the present epoch so far.
+        started: when this process took up the present epoch (`time.perf_counter`).
+    """
+
+    def __init__(self, network: nn.Module, processes: Processes, checkpoints: Checkpoints | None) -> None:
+        self.network, self.processes, self.checkpoints = network, processes, checkpoints
+        self.progress, self.best_weights = Progress(), {}
+        self.epoch_outputs: dict[str, SharedRows] = {}
+        self.started = time.perf_counter()
+        self._resumed: dict[str, object] | None = None
+
+    def resume(self) -> Progress | None:
+        """Go back to the state that was saved last and return its progress, None where there is no state."""
+        state = None if self.checkpoints is None else self.checkpoints.saved()
+        found = torch.tensor(float(state is not None), device=self.processes.device)
+        if 0 < float(self.processes.summed(found)) < self.processes.share.of:
+            raise ValueError(f"{self.checkpoints.folder} must be on a disk that all machines share")
+        if state is None:
+            if index := self.processes.share.index:  # each process draws its own dropout
+                torch.manual_seed(derived_seed(torch.initial_seed(), "dropout", index))
+            return None
+        self.network.load_state_dict(state["network"])
+        self.best_weights, self.progress = state["best_weights"], Progress(**state["place"])
+        self._resumed = state
+        return self.progress
+
+    def resume_phase(self, optimisation: Optimisation) -> None:
+        """Give a phase that was broken off its optimiser, the outputs of its epoch and its random numbers back."""
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        if state["optimisation"] is not None:
+            optimisation.load_state_dict(state["optimisation"])
+        for key, values in state["outputs"].items():
+            # The main process has the rows of all processes so far.
+            rows = values.to(self.processes.device)
+            self.epoch_outputs[key] = SharedRows(len(rows), rows if self.processes.is_main else rows.zero_())
+        # Clones: torch reads a generator's state from the start of the whole tensor, wherever the row is.
+        random = {key: rows[self.processes.share.index].clone() for key, rows in state["random"].items()}
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.processes.device)
+
+    def save(self, optimisation: Optimisation | None) -> None:
+        """Save everything that is needed to go on; `optimisation` is None between two phases."""
+        if self._resumed is not None:
+            return  # The phase of the state on the disk has not started again, so that state is still right.
+        processes = self.processes
+        random = {"cpu": torch.get_rng_state()}  # what dropout draws from
+        if processes.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(processes.device)
+        random = {key: processes.gathered(state.to(processes.device)).cpu() for key, state in random.items()}
+        begun = {key: rows.tensor for key, rows in self.epoch_outputs.items() if rows.tensor is not None}
+        outputs = {key: processes.summed(tensor) for key, tensor in begun.items()}
+        if processes.is_main:
+            self.checkpoints.save(
+                {
+                    "place": asdict(self.progress) | {"seconds": self.seconds},
+                    "best_weights": self.best_weights,
+                    "network": self.network.state_dict(),
+                    "optimisation": optimisation and optimisation.state_dict(),
+                    "outputs": outputs,
+                    "random": random,
+                }
+            )
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that have gone into the present epoch, those before a break included."""
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    def restore_best(self) -> None:
+        """Go back to the best weights so far, if there are any."""
+        if self.best_weights:
+            self.network.load_state_dict(self.best_weights)
+
+    def record(self, row: dict[str, float], value: float, images_per_second: float) -> None:
+        """Add a finished epoch to the history, and keep its weights if its `value` is the lowest so far."""
+        progress = self.progress
+        progress.rows.append(row)
+        progress.times.append(
+            {"epoch": row["epoch"], "seconds": self.seconds, "images_per_second": images_per_second}
+        )
+        progress.step, progress.seconds, self.started = 0, 0.0, time.perf_counter()
+        self.epoch_outputs = {}
+        if value < progress.best_value or not progress.best_epoch:
+            progress.best_epoch, progress.best_value = len(progress.rows), value
+            self.best_weights = on_cpu(self.network.state_dict())
+        progress.waited = 0 if value < progress.phase_best else progress.waited + 1
+        progress.phase_best = min(value, progress.phase_best)
+
+    def start_next_phase(self) -> None:
+        """Go on to the first epoch of the next phase."""
+        progress = self.progress
+        progress.phase, progress.epoch = progress.phase + 1, 1
+        progress.phase_best, progress.waited = math.inf, 0
+
+
+class StopRequests:
+    """Ctrl-C and SIGTERM as requests to stop after the present batch; a later Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked, self._asked_at = False, 0.0
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Hear the signals; afterwards they do what they did before."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # Keep signals ignored that were ignored before (nohup, background jobs).
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    handlers[number] = signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        # accelerate's launcher forwards Ctrl-C, so one key press arrives twice.
+        if self.asked and time.monotonic() - self._asked_at > PATIENCE and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()
+            print("stopping after this batch; once more, in a while, to stop at once", file=sys.stderr)
 
 
 def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies, in memory order, of a network's tensors, as safetensors files hold them."""
+    """Return copies of a network's tensors, contiguous on the CPU, as safetensors files hold them."""
     plain = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     return {key: tensor.detach().to(**plain) for key, tensor in state.items()}

@@ -1,25 +1,31 @@
-"""How a network is computed on a device. A rule decides, never a measurement: the same seed on the same kind of machine
-gives the same weights, whatever else the machine is doing.
+"""How a network is computed on a device: in which precision, and in which order in memory.
+
+A rule decides, never a measurement: the same seed on the same kind of machine gives the same weights, whatever else the
+machine is doing.
 """
 
 import torch
 from torch import Tensor
 
-# The memory order of images and of convolutions: most devices compute these faster.
+# The order in memory of images and of convolutions: most devices compute this one faster.
 CHANNELS_LAST = torch.channels_last
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return "bf16" or "fp32" for "auto": bf16 where the device has units for it, since emulation is slower
-    than fp32 (measured at half the speed on a processor with AVX-512 but without AVX512-BF16).
+    """Return "bf16" or "fp32" for the precision of a study. "auto" is bf16 where the device has units for it.
+
+    Without units bf16 is emulated, which is slower than fp32 (at half the speed, measured on a processor with AVX-512
+    but without AVX512-BF16).
     """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return "bf16" if any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+        capabilities = torch.cpu.get_capabilities()
+        return (
+            "bf16" if any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+        )
     return "fp32"
 
 
@@ -35,11 +41,13 @@ def in_order(images: Tensor) -> Tensor:
 
 
 def described(precision: str, device: torch.device) -> str:
-    """Return, for people, how a network is computed on a device and why; `precision` is the study's setting."""
+    """Return a line that says how a network is computed on a device, and why. `precision` is the study's setting."""
     used = resolve_precision(precision, device)
     kind = {"cpu": "this processor", "cuda": "this GPU"}.get(device.type, f"a device of type {device.type}")
-    has = f"{kind} has {'' if resolve_precision('auto', device) == 'bf16' else 'no '}units for bf16"
-    if device.type not in ("cpu", "cuda"):
-        has = f"bf16 is not used on {kind}"
-    why = has if precision == "auto" else f"the study says so ({has})"
-    return f"{used}, channels last: {why}"
+    if device.type in ("cpu", "cuda"):
+        units = "units" if resolve_precision("auto", device) == "bf16" else "no units"
+        reason = f"{kind} has {units} for bf16"
+    else:
+        reason = f"bf16 is not used on {kind}"
+    reason = reason if precision == "auto" else f"the study says so ({reason})"
+    return f"{used}, channels last: {reason}"

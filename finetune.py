@@ -677,7 +677,7 @@ def _fine_tune_all(studies: Sequence[Study], table: XrayTable, given: argparse.N
         for study, network in jobs:  # before any of them is trained
             fixed, _, finished = _agreed_settings(study, table, network, accelerator, given.runs)
             if not finished:
-                Checkpoints(given.runs / study.name / network / "resume", fixed).fits()
+                Checkpoints(given.runs / study.name / network / "resume", fixed).saved()
     for study, network in jobs:
         if len(studies) > 1:
             print(f"seed {study.seed}, into {given.runs / study.name / network}")

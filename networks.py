@@ -385,7 +385,7 @@ def fold_batch_norm(network: nn.Module) -> None:
     """
     network.eval()
     for name, pair in [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Sequential)]:
-        if [type(module) for module in pair] == [nn.Conv2d, nn.BatchNorm2d]:
+        if len(pair) == 2 and isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], _BatchNorm):
             _set_submodule(network, name, fuse_conv_bn_eval(*pair))
 
 

@@ -1,152 +1,126 @@
-"""One of several processes: `accelerate launch` starts them, each takes its share of every batch."""
+"""The processes that train together: `accelerate launch` starts them, each takes its share of every batch."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    TorchDynamoPlugin,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor, nn
-from torch.distributed import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 from batches import Share
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def accelerator_on(device: torch.device) -> Accelerator:
-    """Return accelerate's view of this process: its device, and the others that were launched with it.
+def accelerator_on(device: torch.device) -> PartialState:
+    """Return accelerate's view of this process: its device, and the processes that were launched with it.
 
-    Of several processes each has the GPU that its launcher gave it, or, where `device` is the CPU, the CPU.
+    Each of several processes has the GPU that its launcher gave it, or, where `device` is the CPU, the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-        # The first Accelerator of a process would fix the device for all; a notebook may want another one.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    # While the first process decodes 100,000 images the others wait for it: not ten minutes, as is usual.
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # The precision is the study's and nothing is compiled, whatever the launcher's configuration says.
-    plain = TorchDynamoPlugin(backend="no")
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", dynamo_plugin=plain, kwargs_handlers=[patient]
-    )
+        # The first state would fix the device for the whole program; a notebook may want another one later.
+        PartialState._reset_state()
+    # The other processes wait while the main one decodes 100,000 images: longer than the default of ten minutes.
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
 
 
-def share_of(accelerator: Accelerator) -> Share:
-    """Return which part of every batch is this process's."""
-    return Share(accelerator.process_index, accelerator.num_processes)
+def from_main(accelerator: PartialState, function: Callable[[], Result]) -> Result:
+    """Return, in all processes, what `function` returns in the main process, which alone calls it.
 
-
-def from_main(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
-    """Return, in all processes, what `find` returns in the main one; the others do not call it. A ValueError or
-    OSError that it raises there is raised in all.
+    Raises:
+        ValueError, OSError: in all processes, where `function` raises it in the main one.
     """
-    found, error = None, None
+    result, error = None, None
     if accelerator.is_main_process:
         try:
-            found = find()
+            result = function()
         except (ValueError, OSError) as raised:
             error = raised
-    found, error = broadcast_object_list([found, error])
+    result, error = broadcast_object_list([result, error])
     if error is not None:
         raise error
-    return found
+    return result
 
 
-def refuse_differences(accelerator: Accelerator, own: Mapping[str, object]) -> None:
-    """Raise ValueError, in all processes, where one of them has `own` values other than the main one's."""
-    everyone = gather_object([dict(own)])
-    for key in own:
-        values = list(dict.fromkeys(str(there[key]) for there in everyone))
-        if len(values) > 1:
-            raise ValueError(f"the processes differ in {key} ({', '.join(values)}): start all of them alike")
+def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) -> None:
+    """Raise ValueError, in all processes, where `values` are not the same in all of them."""
+    everyone = gather_object([dict(values)])
+    for key in values:
+        different = list(dict.fromkeys(str(each[key]) for each in everyone))
+        if len(different) > 1:
+            raise ValueError(
+                f"the processes differ in {key} ({', '.join(different)}): start all of them alike"
+            )
 
 
-def summed(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Return the sum of all processes' tensors of one shape."""
-    return values if accelerator.num_processes == 1 else accelerator.reduce(values, reduction="sum")
+@dataclass
+class SharedRows:
+    """A tensor of `number` rows that the processes fill together: the rows of other processes are 0 in this one."""
+
+    number: int
+    tensor: Tensor | None = None
+
+    def put(self, places: slice, rows: Tensor) -> None:
+        """Write (b, …) rows, b ≥ 0, into their places."""
+        if self.tensor is None:
+            self.tensor = rows.new_zeros(self.number, *rows.shape[1:])
+        self.tensor[places] = rows
 
 
-def in_place(accelerator: Accelerator, values: Tensor, rows: list[slice], number: int) -> Tensor:
-    """Return (number, …), the rows of all processes in their places: `values` are this one's, for `rows`.
+class Processes:
+    """The processes that were launched together: what they add up and agree on.
 
-    Each place is filled by one process and by no padding, so that nothing counts twice.
-    """
-    whole = values.new_zeros((number, *values.shape[1:]))
-    start = 0
-    for part in rows:
-        length = part.stop - part.start
-        whole[part] = values[start : start + length]
-        start += length
-    return summed(accelerator, whole)
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over processes, which each uses for itself: so its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(context: object, values: Tensor) -> Tensor:
-        whole = values.clone()
-        all_reduce(whole)
-        return whole
-
-    @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:
-        whole = gradient.contiguous().clone()
-        all_reduce(whole)
-        return whole
-
-
-class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation by the mean and variance over all processes' shares of a batch.
-
-    torch's own (`nn.SyncBatchNorm`) refuses the CPU. Mean and variance come from summed counts, sums and squared
-    deviations, so that shares of unequal size weigh as many images as they have.
+    Attributes:
+        device: the device of this process.
+        is_main: whether this process is the one that prints and writes.
+        share: which part of every batch this process computes.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (N, C, H, W) normalised images; outside of training as `nn.BatchNorm2d` does."""
-        if not self.training:
-            return super().forward(images)
-        axes = (0, 2, 3)
-        # In half precision sums would overflow.
-        here = images.to(torch.promote_types(images.dtype, torch.float32))
-        number = here.new_tensor([float(here.numel() // here.shape[1])])
-        sums = _Sum.apply(torch.cat([here.sum(axes), number]))
-        mean, number = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = here - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(axes)) / number
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * number / (number - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(images.dtype)
+    def __init__(self, device: torch.device) -> None:
+        state = accelerator_on(device)
+        self.device, self.is_main = state.device, state.is_main_process
+        self.share = Share(state.process_index, state.num_processes)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.share.of > 1
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Return the sum of the tensors of all processes, which have one shape."""
+        return reduce(values, reduction="sum") if self.several else values
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return (processes, …): the tensor of each process."""
+        return gather(values[None])
+
+    def agreed(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Return whether any process was asked to stop, and whether the main process wants to save."""
+        if self.several:
+            flags = torch.tensor([float(stop), float(save and self.is_main)], device=self.device)
+            stop, save = (bool(value) for value in self.summed(flags))
+        return stop, save
+
+    def say(self, text: str) -> None:
+        """Print a line, in the main process only, above any progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give the tensors of all processes, in place, the values of the main process."""
+        broadcast(list(tensors))
 
 
-@contextmanager
-def synchronised(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Let the batch normalisations of a network look at all processes' images; afterwards as they were."""
-    if accelerator.num_processes == 1:
-        yield
-        return
-    kind = SynchronisedBatchNorm2d if accelerator.device.type == "cpu" else nn.SyncBatchNorm
-    found = [module for module in network.modules() if type(module) is nn.BatchNorm2d]
-    for module in found:
-        # The same module, so that whoever holds it and its parameters still does.
-        module.__class__, module.process_group = kind, None
-    try:
-        yield
-    finally:
-        for module in found:
-            module.__class__ = nn.BatchNorm2d
-            del module.process_group
+def synchronise_batch_norms(network: nn.Module, processes: Processes) -> None:
+    """Let the batch normalisations of a network see all images of a batch. torch can do that on GPUs only."""
+    if processes.several and processes.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    elif processes.several and any(isinstance(module, _BatchNorm) for module in network.modules()):
+        processes.say("batch normalisation: on CPUs each process normalises its own share of a batch")

@@ -1,10 +1,11 @@
-"""How long an epoch of a frozen network takes with features that are computed once, beside the usual way.
+"""How long an epoch of a frozen network takes with features that are computed once, compared with the usual way.
 
     python benchmarks/frozen_features.py [--networks resnet101,densenet169,vgg19] [--images 48] [--size 224]
 
-The usual way sends every image through the frozen trunk in every epoch. Both train the same new head (as in
-`studies/covid_frozen.toml`) on the same random images with a random flip; runs alternate, medians are printed.
-Ratios: of an epoch after the features are there, and of a training of 20 epochs with what computing them costs.
+The usual way sends every image through the frozen trunk in every epoch. Both ways train the same new head (as in
+`studies/covid_frozen.toml`) on the same random images with a random flip. Runs alternate; medians are printed.
+There are two ratios: of an epoch once the features are computed, and of a training of 20 epochs, in which computing the
+features counts.
 """
 
 import argparse
@@ -27,20 +28,21 @@ from utils import Preprocessing
 
 
 class RandomXrays(XrayDataset):
-    """Noise in place of files, so that no disk is measured."""
+    """Noise in place of files: the benchmark must not measure the disk."""
 
     def __init__(self, number: int, size: int) -> None:
         super().__init__([""] * number, np.arange(number) % 4, Preprocessing(size, (0, 0, 0), (1, 1, 1)))
         self.pictures = torch.randint(0, 256, (number, 1, size, size), dtype=torch.uint8)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return pictures that are there already."""
+        """Return pictures from memory."""
         return self.pictures[rows]
 
 
 def seconds(name: str, training: Training, batches: dict[str, Batches], epochs: int) -> tuple[float, float]:
-    """Return how much longer the first epoch of a training takes than the median of the others, and that (of a
-    single epoch: 0 and its own).
+    """Return how much longer the first epoch takes than the median of the others, and that median.
+
+    Of a single epoch it is 0 and the epoch's own time.
     """
     network = build_network(name, 4, hidden_units=training.hidden_units)
     settings = training.model_copy(update={"epochs": epochs, "patience": epochs})
@@ -50,7 +52,7 @@ def seconds(name: str, training: Training, batches: dict[str, Batches], epochs: 
 
 
 def main() -> None:
-    """Measure and print a line a network."""
+    """Measure, and print a line for each network."""
     parser = argparse.ArgumentParser(
         description="Time frozen-backbone epochs with and without cached features."
     )
@@ -58,21 +60,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     study = load_study("covid_frozen")
-    train, val = RandomXrays(given.images, given.size), RandomXrays(16, given.size)
+    train, val = RandomXrays(arguments.images, arguments.size), RandomXrays(16, arguments.size)
     normalise, flip = train.preprocessing.normalise, Augmentation(horizontal_flip=True)
     batches = {
         "train": Batches(train, 16, seed=0, augment=flip, prepare=normalise),
         "val": Batches(val, 16, prepare=normalise),
     }
     rows = []
-    for name in given.networks.split(","):
+    for name in arguments.networks.split(","):
         once = study.training_of(name).model_copy(update={"weights": "none", "precision": "fp32"})
         usual = once.model_copy(update={"cache_features": False})
         rounds = [
             (*seconds(name, once, batches, 5), seconds(name, usual, batches, 1)[1])
-            for _ in range(given.rounds)
+            for _ in range(arguments.rounds)
         ]
         start, epoch, plain = (statistics.median(values) for values in zip(*rounds, strict=True))
         whole = {"name": f"20 epochs {name}", "ours": start + 20 * epoch, "plain": 20 * plain}

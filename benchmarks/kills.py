@@ -1,11 +1,11 @@
-"""Kill a training at random moments, again and again, and compare what it ends with: it must be the same bytes.
+"""Kill a training at random moments, again and again. It must end with the same bytes as one that nobody kills.
 
     python benchmarks/kills.py [--kills 20] [--seed 0] [--network resnet18]
 
-Trains a small study on synthetic X-rays once undisturbed, once killed with SIGKILL (nothing can be caught or tidied) at
-random moments, while it imports, draws, decodes, trains, validates, saves or writes its results, and started again each
-time. Prints where each kill fell; exits with status 1 where `model.safetensors`, `history.csv` or a file of predictions
-differs ("ours" 0).
+One training of a small study on synthetic X-rays is left alone. Another one is killed by SIGKILL, which no program can
+catch, and started again each time. The kills come at random moments: while it imports, draws, decodes, trains,
+validates, saves or writes its results. The script prints when each kill came. It exits with status 1 where
+`model.safetensors`, `history.csv` or a file of predictions differs ("ours" 0).
 """
 
 import argparse
@@ -72,14 +72,14 @@ def training(study: Path, runs: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Wait for a training that nobody kills."""
+    """Wait until a training ends by itself."""
     _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"the training failed:\n{errors}")
 
 
 def moment(folder: Path) -> str:
-    """Return how far a killed training had come, by what is on the disk."""
+    """Return how far a killed training had come, judged by its files."""
     history = folder / "resume" / "history.csv"
     if not (folder / "resume").is_dir():
         return "before the training" if not (folder / "model.json").is_file() else "after the training"
@@ -90,7 +90,7 @@ def moment(folder: Path) -> str:
 
 
 def compared(whole: Path, killed: Path) -> dict[str, bool]:
-    """Return of each file whether the two run folders have the same bytes."""
+    """Return for each file whether it has the same bytes in both run folders."""
     return {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in COMPARED}
 
 
@@ -111,8 +111,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--network", default="resnet18")
-    given = parser.parse_args()
-    rng, network = random.Random(given.seed), given.network
+    arguments = parser.parse_args()
+    rng, network = random.Random(arguments.seed), arguments.network
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         study = folder / "kills.toml"
@@ -120,12 +120,12 @@ def main() -> int:
         start, rest = undisturbed(study, folder / "whole", network)
         runs, equal = 1, dict.fromkeys(COMPARED, True)
         killed = 0
-        while killed <= given.kills:
+        while killed <= arguments.kills:
             process = training(study, folder / str(runs))
-            last = killed == given.kills
+            last = killed == arguments.kills
             try:
-                # So that one run sees about all of the kills, each at any moment from its first to its last.
-                process.wait(None if last else rng.uniform(0, start + 2 * rest / given.kills))
+                # One run takes about all kills, and each may come at any moment of the run.
+                process.wait(None if last else rng.uniform(0, start + 2 * rest / arguments.kills))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -137,7 +137,7 @@ def main() -> int:
             equal = {name: equal[name] and ends[name] for name in COMPARED}
             if last:
                 break
-            runs += 1  # it ended before its last kill: the others are for another run
+            runs += 1  # this run ended before its last kill: the next run takes the others
     title = f"after {killed} kills of {runs} run{'s' * (runs > 1)}: the same"
     rows = [
         {"name": f"{name} {title}", "ours": int(same), "plain": 1, "ratio": int(same)}

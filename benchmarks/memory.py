@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--rows 112120] [--size 224] [--network lenet5] [--epochs 1]
 
-Trains by `finetune.py` on so many files: hard links, under names of their own, to some hundred synthetic X-rays. Given
-are the greatest resident sizes (`ru_maxrss`, GB) of that training ("ours") and of the same one on a hundredth of the
-rows ("plain"), which is what Python, the libraries and the network take: the difference is what the number of images
-costs. The decoded images alone are "images" GB.
+`finetune.py` trains on so many files: hard links, each with its own name, to some hundred synthetic X-rays. "ours" is
+the greatest resident size (`ru_maxrss`, GB) of that training. "plain" is that of the same training on a hundredth of
+the files, which Python, the libraries and the network need anyway. The difference is the cost of the images. "images"
+is the size of the decoded images alone, in GB.
 """
 
 import argparse
@@ -46,7 +46,7 @@ batch_size = 64
 
 
 def peak(study: Path, runs: Path) -> float:
-    """Train in a process of its own; return the GB of its greatest resident size."""
+    """Train in a new process; return its greatest resident size in GB."""
     command = [
         sys.executable,
         str(PROJECT / "finetune.py"),
@@ -64,7 +64,7 @@ def peak(study: Path, runs: Path) -> float:
 
 
 def links(folder: Path, drawn: list[Path], number: int) -> None:
-    """Fill a folder a class with `number` names of the drawn images."""
+    """Fill one folder for each class with `number` links to the drawn images."""
     for place in range(number):
         source = drawn[place % len(drawn)]
         name = folder / source.parent.parent.name / f"{place}.png"
@@ -80,22 +80,31 @@ def main() -> None:
     parser.add_argument("--network", default="lenet5")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
-    given = parser.parse_args()
-    with TemporaryDirectory(dir=given.folder) as scratch:
+    arguments = parser.parse_args()
+    with TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
-        write_phantom(folder / "drawn", images_per_class=dict.fromkeys(CLASSES, 100), size=given.size, seed=0)
+        write_phantom(
+            folder / "drawn", images_per_class=dict.fromkeys(CLASSES, 100), size=arguments.size, seed=0
+        )
         drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"]
-        random.Random(0).shuffle(drawn)  # so that the first few have all classes
+        random.Random(0).shuffle(drawn)  # the first few then have all classes
         peaks = []
-        for number in (given.rows // 100, given.rows):
+        for number in (arguments.rows // 100, arguments.rows):
             links(folder / str(number), drawn, number)
-            text = STUDY.replace("ROWS", str(number)).replace("SIZE", str(given.size))
+            text = STUDY.replace("ROWS", str(number)).replace("SIZE", str(arguments.size))
             study = folder / f"rows{number}.toml"
-            study.write_text(text.replace("EPOCHS", str(given.epochs)).replace("NETWORK", given.network))
+            study.write_text(
+                text.replace("EPOCHS", str(arguments.epochs)).replace("NETWORK", arguments.network)
+            )
             peaks.append(peak(study, folder / "runs"))
     few, many = peaks
-    row = {"name": f"{given.rows} images of {given.size} px", "ours": many, "plain": few, "ratio": many / few}
-    report("memory", [{**row, "difference": many - few, "images": given.rows * given.size**2 / 1e9}])
+    row = {
+        "name": f"{arguments.rows} images of {arguments.size} px",
+        "ours": many,
+        "plain": few,
+        "ratio": many / few,
+    }
+    report("memory", [{**row, "difference": many - few, "images": arguments.rows * arguments.size**2 / 1e9}])
 
 
 if __name__ == "__main__":

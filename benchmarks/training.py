@@ -1,20 +1,20 @@
-"""A training step, an epoch's images and the whole loop, beside the plain loop of the usual tutorial.
+"""How fast a training step, loading and a whole epoch are, compared with the plain loop of the usual tutorial.
 
     python benchmarks/training.py [--networks resnet18,densenet121] [--images 96] [--size 224] [--batch 16]
                                   [--rounds 5] [--device cpu] [--data FOLDER]
 
-The plain loop: PIL decodes each file in a `DataLoader`, torchvision resizes it and makes a tensor of it; fp32, default
-memory format, Adam. Ours: images from the memory-mapped file of `image_cache`, computed by the rule of `compute` (bf16
-where the device has units for it, channels last), fused Adam. Both train the same network on the same files; they take
-turns, medians are given.
+The plain loop decodes each file with PIL in a `DataLoader`. torchvision resizes it and makes a tensor of it. It uses
+fp32, the default memory format and Adam. Our loop takes images from the memory-mapped file of `image_cache`, computes
+by the rule of `compute` (bf16 where the device has units for it, channels last) and uses fused Adam. Both train the
+same network on the same files. They take turns, and medians are printed.
 
     step NETWORK    seconds of a training step on a batch that is in memory already
-    loading         seconds from the disk to a batch on the device, second epoch on
-    loop NETWORK    seconds of an epoch of ours, fed from the file and ("plain") from memory: 0.95 means that loading
-                    takes a twentieth
-    epoch NETWORK   seconds of a whole epoch with loading, ours beside the plain loop
+    loading         seconds to bring an epoch from the disk to the device, from the second epoch on
+    loop NETWORK    seconds of an epoch of our loop, with images from the file and ("plain") from memory: 0.95 means
+                    that loading takes a twentieth of the time
+    epoch NETWORK   seconds of a whole epoch with loading, in our loop and in the plain loop
 
-The files are synthetic X-rays of 1,024 px, as PNG, unless `--data` names a folder with images.
+The files are synthetic X-rays of 1,024 px in PNG files, unless `--data` names a folder with images.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def plain_step(name: str, device: torch.device) -> Step:
 
 
 def our_step(name: str, device: torch.device) -> Step:
-    """Return the step that `training.fine_tune` makes, of a new network."""
+    """Return the training step of `optimisation.Optimisation`, of a new network."""
     network = build_network(name, 4).to(device, memory_format=CHANNELS_LAST).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
@@ -100,7 +100,7 @@ def our_step(name: str, device: torch.device) -> Step:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how long a piece of work takes, to its end on the device."""
+    """Return how many seconds a piece of work takes until the device has done it."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -109,7 +109,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(rounds: int, *works: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the median seconds of each piece of work, after a round that warms up."""
+    """Return the median seconds of each piece of work, after one round to warm up."""
     took = [[seconds(work, device) for work in works] for _ in range(rounds + 1)][1:]
     return [statistics.median(times) for times in zip(*took, strict=True)]
 
@@ -141,7 +141,7 @@ def files(folder: Path, number: int) -> list[str]:
 
 
 def row(name: str, ours: float, plain: float, **more: object) -> dict[str, object]:
-    """Return a row of the report; the ratio says how many times faster ours is."""
+    """Return a row of the report. The ratio says how many times faster our loop is."""
     return {"name": name, "ours": ours, "plain": plain, "ratio": plain / ours, **more}
 
 
@@ -192,28 +192,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, help="a folder with images in place of synthetic ones")
-    given = parser.parse_args()
-    device = torch.device(given.device)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        paths = files(folder, given.images)
-        if given.data is not None:
+        paths = files(folder, arguments.images)
+        if arguments.data is not None:
             kinds = {".png", ".jpg", ".jpeg"}
-            found = (str(path) for path in sorted(given.data.rglob("*")) if path.suffix.lower() in kinds)
-            paths = list(itertools.islice(found, given.images))
-        preprocessing = Preprocessing(given.size, IMAGENET_MEAN, IMAGENET_STD)
+            images = (str(path) for path in sorted(arguments.data.rglob("*")) if path.suffix.lower() in kinds)
+            paths = list(itertools.islice(images, arguments.images))
+        preprocessing = Preprocessing(arguments.size, IMAGENET_MEAN, IMAGENET_STD)
         images = cached({"train": paths}, preprocessing, folder / "cache")["train"]
         dataset = XrayDataset(paths, np.arange(len(paths)) % 4, preprocessing, images=images)
-        ours = Batches(dataset, given.batch, seed=0, prepare=preprocessing.normalise)
+        ours = Batches(dataset, arguments.batch, seed=0, prepare=preprocessing.normalise)
         plain = DataLoader(
-            PlainDataset(paths, given.size),
-            given.batch,
+            PlainDataset(paths, arguments.size),
+            arguments.batch,
             shuffle=True,
             drop_last=True,
         )
-        rows = [loading(ours, plain, given.rounds, device)]
-        for name in given.networks.split(","):
-            rows += steps_and_epochs(name, ours, plain, given.rounds, device)
+        rows = [loading(ours, plain, arguments.rounds, device)]
+        for name in arguments.networks.split(","):
+            rows += steps_and_epochs(name, ours, plain, arguments.rounds, device)
     report("training", [{**row, "machine": machine(device)} for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""How a network is computed follows from the study and the device alone, and what is said of it is true."""
+"""How a network is computed depends on the study and the device alone, and the printed line about it is true."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def units(request, monkeypatch):
 
 def test_bf16_is_used_where_the_processor_has_units_for_it_unless_the_study_says_otherwise(units):
     assert resolve_precision("auto", CPU) == ("bf16" if units else "fp32")
-    assert [resolve_precision(given, CPU) for given in ("fp32", "bf16")] == ["fp32", "bf16"]
-    assert [autocast_options(given, CPU)["enabled"] for given in ("auto", "fp32", "bf16")] == [
+    assert [resolve_precision(setting, CPU) for setting in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert [autocast_options(setting, CPU)["enabled"] for setting in ("auto", "fp32", "bf16")] == [
         units,
         False,
         True,
@@ -30,8 +30,8 @@ def test_bf16_is_used_where_the_processor_has_units_for_it_unless_the_study_says
 def test_what_is_said_names_what_is_used_and_the_reason(units):
     has = f"this processor has {'units' if units else 'no units'} for bf16"
     assert described("auto", CPU) == f"{'bf16' if units else 'fp32'}, channels last: {has}"
-    for given in ("fp32", "bf16"):
-        assert described(given, CPU) == f"{given}, channels last: the study says so ({has})"
+    for setting in ("fp32", "bf16"):
+        assert described(setting, CPU) == f"{setting}, channels last: the study says so ({has})"
 
 
 def test_images_come_in_channels_last_order_and_features_as_they_are():

@@ -1,4 +1,4 @@
-"""Images decoded once are the images decoded each time, and their file is whole or not there at all."""
+"""Images that were decoded once equal images that are decoded each time. Their file is complete or does not exist."""
 
 import json
 import os
@@ -61,12 +61,12 @@ def pixels(splits, folder, preprocessing=SMALL):
     return {split: file.images(range(len(file))) for split, file in files.items()}
 
 
-def same(found, wanted):
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[split], wanted[split]) for split in wanted)
+def same(images, wanted):
+    assert images.keys() == wanted.keys()
+    assert all(torch.equal(images[split], wanted[split]) for split in wanted)
 
 
-def kept(folder):
+def visible_names(folder):
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
@@ -83,16 +83,16 @@ def test_large_jpegs_of_odd_sizes_are_the_same_with_the_file_without_it_and_at_i
     paths = [write_waves(tmp_path / f"{side}.jpg", (side, 1025)) for side in (1025, 641, 131)]
     images = cached({"all": paths}, SMALL, tmp_path / "cache")["all"]
     rows = torch.arange(3)
-    kept, decoded = (XrayDataset(paths, rows, SMALL, images=file)[rows][0] for file in (images, None))
-    assert torch.equal(kept, decoded)
-    assert torch.equal(kept, expected(paths))
+    from_file, decoded = (XrayDataset(paths, rows, SMALL, images=file)[rows][0] for file in (images, None))
+    assert torch.equal(from_file, decoded)
+    assert torch.equal(from_file, expected(paths))
 
 
 def test_each_split_has_its_own_images_in_its_own_order_bit_for_bit(splits, tmp_path):
-    found = pixels(splits, tmp_path / "cache")
-    same(found, {split: expected(paths) for split, paths in splits.items()})
-    assert found["train"].shape == (6, 1, 32, 32)
-    assert found["train"].dtype == torch.uint8
+    images = pixels(splits, tmp_path / "cache")
+    same(images, {split: expected(paths) for split, paths in splits.items()})
+    assert images["train"].shape == (6, 1, 32, 32)
+    assert images["train"].dtype == torch.uint8
 
 
 def test_rows_come_in_the_order_in_which_they_are_asked_for_repeated_ones_too(splits, tmp_path):
@@ -131,7 +131,7 @@ def test_an_image_of_another_time_or_with_the_old_one_set_again_is_read_anew(spl
 
 def test_an_image_of_another_size_is_read_anew_and_the_stale_file_is_removed(splits, tmp_path):
     before = pixels(splits, tmp_path / "cache")
-    stale = kept(tmp_path / "cache")
+    stale = visible_names(tmp_path / "cache")
     changed = Path(splits["train"][2])
     times = os.stat(changed)
     write(changed, size=(70, 70), seed=99)
@@ -139,8 +139,8 @@ def test_an_image_of_another_size_is_read_anew_and_the_stale_file_is_removed(spl
     after = pixels(splits, tmp_path / "cache")
     assert not torch.equal(after["train"][2], before["train"][2])
     same(after, {split: expected(paths) for split, paths in splits.items()})
-    assert len(kept(tmp_path / "cache")) == 1
-    assert kept(tmp_path / "cache") != stale
+    assert len(visible_names(tmp_path / "cache")) == 1
+    assert visible_names(tmp_path / "cache") != stale
 
 
 @pytest.mark.parametrize("link", ["folder", "file"])
@@ -156,9 +156,9 @@ def test_a_link_that_is_pointed_elsewhere_gives_the_images_that_it_leads_to(tmp_
         target = tmp_path / f"v{version}" / ("" if link == "folder" else "x.bmp")
         now.unlink(missing_ok=True)
         now.symlink_to(target, target_is_directory=link == "folder")
-        found = pixels({"all": [str(path)]}, tmp_path / "cache")["all"]
-        assert torch.equal(found, expected([tmp_path / f"v{version}" / "x.bmp"]))
-    assert len(kept(tmp_path / "cache")) == 1
+        images = pixels({"all": [str(path)]}, tmp_path / "cache")["all"]
+        assert torch.equal(images, expected([tmp_path / f"v{version}" / "x.bmp"]))
+    assert len(visible_names(tmp_path / "cache")) == 1
 
 
 def test_an_added_image_is_found(splits, tmp_path):
@@ -187,7 +187,7 @@ def test_another_size_or_other_lungs_are_made_beside_what_is_there(splits, tmp_p
     ):
         wanted = {split: expected(paths, other) for split, paths in splits.items()}
         same(pixels(splits, tmp_path / "cache", other), wanted)
-        assert len(kept(tmp_path / "cache")) == number
+        assert len(visible_names(tmp_path / "cache")) == number
 
 
 def test_an_unreadable_image_is_named_all_are_counted_and_nothing_is_left(splits, tmp_path):
@@ -200,7 +200,7 @@ def test_an_unreadable_image_is_named_all_are_counted_and_nothing_is_left(splits
         spoil(path)
     with pytest.raises(ValueError, match=rf"is not an image .* \({len(others)} such images"):
         pixels(splits, tmp_path / "cache")
-    assert kept(tmp_path / "cache") == []
+    assert visible_names(tmp_path / "cache") == []
 
 
 def test_a_missing_image_is_named(splits, tmp_path):
@@ -334,11 +334,11 @@ def test_a_kill_while_images_are_decoded_leaves_nothing_that_is_taken_for_whole(
     (killed,) = start((folder, names), last=NUMBER // 3)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    (left,) = kept(folder)
+    (left,) = visible_names(folder)
     assert left.endswith(".part")
-    found = pixels({"all": sorted(map(str, names.glob("*.png")))}, folder, MADE)["all"]
-    assert torch.equal(found, image.expand(NUMBER, 1, 96, 96))
-    assert [Path(name).suffix for name in kept(folder)] == [".npy"]
+    images = pixels({"all": sorted(map(str, names.glob("*.png")))}, folder, MADE)["all"]
+    assert torch.equal(images, image.expand(NUMBER, 1, 96, 96))
+    assert [Path(name).suffix for name in visible_names(folder)] == [".npy"]
 
 
 def test_of_two_processes_one_decodes_and_both_have_the_images(many, tmp_path):
@@ -348,7 +348,7 @@ def test_of_two_processes_one_decodes_and_both_have_the_images(many, tmp_path):
     right = image.expand(NUMBER, 1, 96, 96).contiguous().numpy()
     assert digests == (sha256(right).hexdigest(),) * 2, outputs
     assert sorted(map(int, calls)) == [0, NUMBER]
-    assert len(kept(folder)) == 1
+    assert len(visible_names(folder)) == 1
 
 
 FULL = """
@@ -388,8 +388,8 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_nothing_until_there_is_room(ma
         text=True,
     )
     assert made.returncode == 0, made.stderr
-    said = (line for line in made.stdout.splitlines() if ": decoding " not in line)
-    at_once, reserving, writing, last = said
+    printed = (line for line in made.stdout.splitlines() if ": decoding " not in line)
+    at_once, reserving, writing, last = printed
     assert at_once == f"cannot write {folder}: File too large"
     assert reserving == f"no room for 0.0028 GB of images in {folder}: File too large"
     assert writing == f"cannot write {folder}: File too large"
@@ -444,9 +444,9 @@ def test_a_training_without_room_for_the_file_says_so_and_gives_the_same_network
     (tmp_path / "image_cache").write_text("in the way")
     capsys.readouterr()
     folder = fine_tune_study(tiny_study, load_table(tiny_study), "resnet18", runs=tmp_path, device="cpu")
-    said = capsys.readouterr().out
-    assert f"cannot write {tmp_path / 'image_cache'}" in said
-    assert "decoded anew in every epoch" in said
+    printed = capsys.readouterr().out
+    assert f"cannot write {tmp_path / 'image_cache'}" in printed
+    assert "decoded anew in every epoch" in printed
     assert (folder / "model.safetensors").read_bytes() == (trained_run / "model.safetensors").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The training loop: it learns, stops, keeps the best, goes through its phases and freezes what it should."""
+"""The training loop learns, stops, keeps the best weights, goes through its phases and freezes what it should."""
 
 import numpy as np
 import pytest
@@ -72,8 +72,8 @@ def test_training_stops_and_keeps_the_weights_of_the_lowest_validation_loss():
     assert len(done.history) == done.best_epoch + 3 < 50
     assert done.best_epoch == int(done.history["val_loss"].idxmin()) + 1
     logits = predict_logits(model, loader(*opposite))
-    kept = nn.functional.cross_entropy(logits, torch.tensor(opposite[1])).item()
-    assert kept == pytest.approx(done.history["val_loss"].min(), rel=1e-5)
+    best_loss = nn.functional.cross_entropy(logits, torch.tensor(opposite[1])).item()
+    assert best_loss == pytest.approx(done.history["val_loss"].min(), rel=1e-5)
     assert not model.training
 
 
@@ -113,16 +113,16 @@ def test_one_cycle_rises_and_falls_and_constant_stays():
 def test_loss_weights_shift_the_decision_to_the_rare_class():
     # The same grey value for both classes, 3 : 1. Unweighted the rare class gets p = 1/4, balanced 1/2.
     data = ([1.0] * 8, [0, 0, 0, 1, 0, 0, 0, 1])
-    found = {}
+    rare_class = {}
     for name, weights in (("plain", None), ("balanced", torch.tensor([8 / 12, 8 / 4]))):
         torch.manual_seed(0)
         model = Linear()
         loaders = {"train": loader(*data), "val": loader(*data)}
-        run(model, loaders, epochs=300, patience=300, learning_rate=0.05, loss_weights=weights)
+        run(model, loaders, epochs=100, patience=100, learning_rate=0.2, loss_weights=weights)
         # The loss of the last epoch is what is trained; the best by unweighted validation loss is kept.
-        found[name] = predict_logits(model, loader(*data)).softmax(1)[0, 1].item()
-    assert found["plain"] == pytest.approx(0.25, abs=0.02)
-    assert found["balanced"] > found["plain"]
+        rare_class[name] = predict_logits(model, loader(*data)).softmax(1)[0, 1].item()
+    assert rare_class["plain"] == pytest.approx(0.25, abs=0.02)
+    assert rare_class["balanced"] > rare_class["plain"]
 
 
 def test_a_loss_that_is_not_finite_is_named():
@@ -214,26 +214,30 @@ def xray_batches(number=24, augment=None):
 FLIP = Augmentation(horizontal_flip=True)
 
 
-@pytest.mark.parametrize(("name", "hidden"), [("resnet18", (7,)), ("densenet121", ()), ("lenet5", (5,))])
-@pytest.mark.parametrize("augment", [None, FLIP])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "hidden", "augment"),
+    [("resnet18", (7,), FLIP), ("densenet121", (), None), ("lenet5", (5,), FLIP), ("lenet5", (5,), None)],
+)
 def test_features_computed_once_give_the_weights_that_images_give(name, hidden, augment):
-    found = []
+    results = []
     for cached in (True, False):
         loaders = xray_batches(augment=augment)
         torch.manual_seed(1)
         model = build_network(name, 2, hidden_units=hidden, dropout=0.5)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        settings = {"trainable": "head", "epochs": 3, "learning_rate": 1e-2, "cache_features": cached}
+        settings = {"trainable": "head", "epochs": 2, "learning_rate": 1e-2, "cache_features": cached}
         done = run(model, loaders, **settings)
-        found.append((model.state_dict(), done.history[["train_loss", "val_loss"]].to_numpy()))
+        results.append((model.state_dict(), done.history[["train_loss", "val_loss"]].to_numpy()))
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
         assert changed == {key for key in before if key.startswith(f"{model.head_name}.")}
-    (once, curve), (usual, expected) = found
+    (once, curve), (usual, expected) = results
     np.testing.assert_allclose(curve, expected, rtol=1e-4)
     for key, value in usual.items():
         torch.testing.assert_close(once[key], value, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_of_the_backbone_stays_as_it_was_in_both_phases():
     loaders = xray_batches(augment=FLIP)
     torch.manual_seed(2)
