@@ -13,7 +13,7 @@ import finetune
 from checkpoints import Checkpoints
 from datasets import data_fingerprint
 from finetune import fine_tune_study, main
-from results import read_runs, read_seeds
+from runs import read_runs, read_seeds
 from studies import load_study, load_table, read_images
 
 STUDY = """
