@@ -87,7 +87,8 @@ def _objective(table: XrayTable) -> Objective:
     """Return the objective for a table. A finding that all or no training images have has no score."""
     if not table.multilabel:
         return SINGLE_LABEL
-    unlearnt = torch.tensor([name in table.one_sided("train") for name in table.classes])
+    one_sided = table.one_sided("train")
+    unlearnt = torch.tensor([name in one_sided for name in table.classes])
     return replace(
         MULTI_LABEL,
         score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -81,7 +81,9 @@ def log_epoch(folder: Path, history: pd.DataFrame, weights: Mapping[str, Tensor]
 
 @contextmanager
 def training_folder(folder: Path, *, restart: bool) -> Iterator[Path]:
-    """Yield `resume/` in a run folder, locked against other trainings. Of several processes only the main one calls it.
+    """Yield `resume/` in a run folder, locked against other trainings.
+
+    Of several processes that train together only the main one calls it.
 
     Args:
         folder: the run folder.
@@ -109,7 +111,7 @@ def training_folder(folder: Path, *, restart: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> AcquireReturnProxy:
     """Return the lock of a run folder, acquired.
 
     The lock file is `runs/.locks/<study>/<network>.lock` and is never deleted: a process that has opened a lock file
@@ -117,16 +119,14 @@ def _lock(folder: Path) -> FileLock:
     """
     file = folder.parent.parent / ".locks" / folder.parent.name / f"{folder.name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        return FileLock(file).acquire(timeout=0)
     except Timeout:
         process = folder / RESUME / "process"
         name = f" ({process.read_text(encoding='utf-8')})" if process.is_file() else ""
         raise ValueError(
             f"another process{name} is training into {folder}: wait for it, or give another --runs"
         ) from None
-    return lock
 
 
 def finished_digest(folder: Path) -> str | None:
@@ -184,8 +184,8 @@ def _put_in_place(folder: Path) -> None:
     if complete.is_dir():
         for name in (CARD, *ALWAYS, *OF_LUNGS, *OF_EPOCHS):
             _remove(folder / name)
-        flush(folder)
         os.replace(complete, moving)
+        flush(working)
     if moving.is_dir():
         epochs = [working / name for name in OF_EPOCHS if (working / name).is_dir()]
         for path in (*epochs, *(path for path in moving.iterdir() if path.name != CARD)):
@@ -195,6 +195,7 @@ def _put_in_place(folder: Path) -> None:
         flush(folder)
         if (moving / CARD).is_file():
             os.replace(moving / CARD, folder / CARD)
+            flush(folder)
         shutil.rmtree(working)
 
 

@@ -13,6 +13,8 @@ from runs import read_runs
 from studies import STUDIES, load_study, read_images
 from trained_networks import load_network
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parent.parent
 WRITERS = {
     "kermany": write_kermany,
