@@ -20,7 +20,7 @@ from trained_networks import read_card
 # by its own size, and in double precision: rounding is all that may differ, and what it does grows with every step.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "odd_training.py"
-KILL = 40  # files are renamed before the kill, which falls into the second epoch of the second network
+KILL = 49  # files are renamed before the kill, which falls into the second epoch of the second network
 
 
 def launched(study, runs, *, processes, kill=0, numbers="float64", **own):
