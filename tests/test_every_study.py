@@ -9,9 +9,11 @@ from layouts import data_root as real_data  # noqa: F401 - a fixture, by its own
 from layouts import write_chestxray14, write_covid_radiography, write_kermany
 
 from finetune import main
-from results import read_runs
+from runs import read_runs
 from studies import STUDIES, load_study, read_images
 from trained_networks import load_network
+
+pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).parent.parent
 WRITERS = {

@@ -15,13 +15,35 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import finetune
+import prepared_images
 from explanations import explain
 from finetune import fine_tune_study, main
-from lung_segmentation import phantom_segmenter, save_segmenter
+from lung_segmentation import phantom_segmenter
 from predictions import read_predictions
 from studies import load_study, load_table
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def small_study(tiny_study):
+    """The study of the tiny phantom with a network that is trained within a second."""
+    return tiny_study.overridden(networks=("small_cnn",), image_size=32, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def train_small(small_study, tmp_path_factory):
+    """A function that trains the small study with other settings, and returns its run folder."""
+    table = load_table(small_study)
+
+    def train(runs=None, **changes):
+        study = small_study.overridden(**changes)
+        runs = runs or tmp_path_factory.mktemp("small")
+        return fine_tune_study(study, table, "small_cnn", runs=runs, device="cpu")
+
+    return train
 
 
 def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
@@ -35,7 +57,7 @@ def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
         "predictions_val.csv",
         "predictions_test.csv",
     }
-    assert [path.name for path in trained_run.parent.glob(".*")] == [".resnet18.lock"]
+    assert list(trained_run.parent.iterdir()) == [trained_run]
     card = json.loads((trained_run / "model.json").read_text())
     assert card["classes"] == ["COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"]
     assert card["origin"]["seed"] == tiny_study.seed
@@ -71,19 +93,15 @@ def digest(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_the_same_seed_gives_the_same_model_file_and_another_seed_another(trained_run, tiny_study, tmp_path):
-    table = load_table(tiny_study)
+def test_the_same_seed_gives_the_same_model_file_and_another_seed_another(train_small, small_study):
+    first = train_small()
     torch.rand(7)  # whatever was drawn before must not matter
-    again = fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path / "a", device="cpu")
-    other = tiny_study.overridden(seed=tiny_study.seed + 1)
-    different = fine_tune_study(other, table, "resnet18", runs=tmp_path / "b", device="cpu")
-    assert digest(again) == digest(trained_run)
-    assert digest(different) != digest(trained_run)
+    assert digest(train_small()) == digest(first)
+    assert digest(train_small(seed=small_study.seed + 1)) != digest(first)
 
 
-def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(tiny_study, tmp_path, monkeypatch):
-    table = load_table(tiny_study)
-    folder = fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path, device="cpu")
+def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(train_small, tmp_path, monkeypatch):
+    folder = train_small(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
 
     def full_disk(*args, **kwargs):
@@ -91,22 +109,19 @@ def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(tiny_study
 
     monkeypatch.setattr(finetune, "save_network", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        fine_tune_study(tiny_study.overridden(seed=9), table, "resnet18", runs=tmp_path, device="cpu")
+        train_small(tmp_path, seed=9)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
-    assert {path.suffix for path in tmp_path.rglob(".*")} == {".lock"}  # what was unfinished is gone
+    assert list(folder.parent.iterdir()) == [folder]  # what was unfinished is gone
 
 
-def test_temperature_is_fitted_on_the_validation_images(tiny_study, tmp_path, monkeypatch):
-    seen = []
+def test_temperature_is_fitted_on_the_validation_images(train_small, small_study, monkeypatch):
+    calls = []
     monkeypatch.setattr(
-        finetune, "fit_temperature", lambda logits, targets: seen.append((logits, targets)) or 2.5
+        finetune, "fit_temperature", lambda logits, targets: calls.append((logits, targets)) or 2.5
     )
-    table = load_table(tiny_study)
-    network, card, _ = load_network(
-        fine_tune_study(tiny_study, table, "resnet18", runs=tmp_path, device="cpu")
-    )
-    ((logits, targets),) = seen
-    rows = table.subset("val")
+    network, card, _ = load_network(train_small())
+    ((logits, targets),) = calls
+    rows = load_table(small_study).subset("val")
     images = torch.stack([card.preprocessing(read_xray(path)) for path in rows["path"]])
     with torch.no_grad():
         np.testing.assert_allclose(logits, network(images).numpy(), atol=1e-4)
@@ -163,15 +178,15 @@ def study_file(tiny_study):
 def test_script_trains_what_it_is_told(study_file, tmp_path, capsys):
     status = main(
         f"{study_file} --runs {tmp_path} --epochs 1 --limit 24 --device cpu --batch-size 5 --image-size 40 "
-        "--seed 4 --networks resnet18".split()
+        "--seed 4 --networks lenet5".split()
     )
     assert status == 0
-    card = load_network(tmp_path / "tiny-limit24" / "resnet18").card
+    card = load_network(tmp_path / "tiny-limit24" / "lenet5").card
     assert card.image_size == 40
     assert card.origin["study"]["training"]["batch_size"] == 5
     assert (card.origin["seed"], sum(card.origin["images"].values())) == (4, 24)
     assert card.validation["epochs"] == 1
-    assert "11,178,564 parameters for 4 classes" in capsys.readouterr().out
+    assert "LeNet-5: 61,496 parameters for 4 classes, weights none, 40 px" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,8 +204,8 @@ def test_script_trains_what_it_is_told(study_file, tmp_path, capsys):
     ],
 )
 def test_bad_calls_end_with_status_2_and_a_message(study_file, tmp_path, capsys, arguments, message):
-    given = [study_file if argument == "STUDY" else argument for argument in arguments]
-    assert main([*given, "--runs", str(tmp_path)]) == 2
+    command = [study_file if argument == "STUDY" else argument for argument in arguments]
+    assert main([*command, "--runs", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
@@ -219,8 +234,14 @@ precision = "fp32"
 """
 
 
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory):
+    """A folder for the studies of `trained_with`: what one test has trained, another need not train again."""
+    return tmp_path_factory.mktemp("ordered")
+
+
 @pytest.fixture
-def trained_with(phantom_root, tmp_path, capsys):
+def trained_with(phantom_root, ordered, capsys):
     """Train on some classes of the phantom; return the run folder, the losses on validation, and what was printed.
 
     The learning rate is next to nothing: the losses are those of the weights that the training starts from.
@@ -228,13 +249,13 @@ def trained_with(phantom_root, tmp_path, capsys):
 
     def train(name, classes, *arguments, options=""):
         text = ORDERED.replace("CLASSES", json.dumps(classes)).replace("ROOT", str(phantom_root))
-        (tmp_path / f"{name}.toml").write_text(text + options)
-        command = [str(tmp_path / f"{name}.toml"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+        (ordered / f"{name}.toml").write_text(text + options)
+        command = [str(ordered / f"{name}.toml"), "--runs", str(ordered / "runs"), "--device", "cpu"]
         capsys.readouterr()
         status = main([*command, *arguments])
         captured = capsys.readouterr()
         assert status == 0, captured.err
-        folder = tmp_path / "runs" / name / "lenet5"
+        folder = ordered / "runs" / name / "lenet5"
         return folder, pd.read_csv(folder / "history.csv")["val_loss"].tolist(), captured.out
 
     return train
@@ -249,31 +270,37 @@ def logits_of(folder):
         return load_network(folder).network(images)
 
 
-@pytest.mark.parametrize("options", ["", "hidden_units = [8]"])
-def test_starting_weights_keep_their_head_by_the_names_of_its_classes(trained_with, options):
-    folder, losses, printed = trained_with("first", LUNGS, options=options)
+def test_starting_weights_keep_their_head_by_the_names_of_its_classes(trained_with):
+    folder, losses, printed = trained_with("first", LUNGS)
     assert "head:" not in printed
-    for given in (folder, folder / "model.safetensors", "first/lenet5"):
-        again, same, printed = trained_with("again", LUNGS, "--weights", str(given), options=options)
+    for number, weights in enumerate((folder, folder / "model.safetensors", "first/lenet5")):
+        again, same, printed = trained_with(f"again{number}", LUNGS, "--weights", str(weights))
         assert "LeNet-5: head: kept\n" in printed
         torch.testing.assert_close(logits_of(again), logits_of(folder))
         assert same == pytest.approx(losses, abs=1e-6)
+
+
+@pytest.mark.parametrize(("first", "options"), [("first", ""), ("hidden", "hidden_units = [8]")])
+def test_the_outputs_of_starting_weights_are_put_into_the_order_of_the_classes(trained_with, first, options):
+    folder, _, _ = trained_with(first, LUNGS, options=options)
     order = [2, 0, 1]
-    turned = [LUNGS[i] for i in order]
-    other, _, printed = trained_with("turned", turned, "--weights", "first/lenet5", options=options)
+    classes = [LUNGS[i] for i in order]
+    other, _, printed = trained_with(
+        f"turned_{first}", classes, "--weights", f"{first}/lenet5", options=options
+    )
     assert f"LeNet-5: head: reordered (in the weights: {', '.join(LUNGS)})\n" in printed
     torch.testing.assert_close(logits_of(other), logits_of(folder)[:, order])
     settings = json.loads((other / "model.json").read_text())["origin"]["study"]["training"]
-    assert settings["weights"] == "first/lenet5"
+    assert settings["weights"] == f"{first}/lenet5"
 
 
 def test_a_single_output_is_turned_where_its_two_classes_are_exchanged(trained_with):
     options = 'head = "sigmoid"'
-    folder, _, _ = trained_with("first", LUNGS[::2], options=options)
-    other, _, printed = trained_with("turned", LUNGS[::-2], "--weights", "first/lenet5", options=options)
+    folder, _, _ = trained_with("one", LUNGS[::2], options=options)
+    other, _, printed = trained_with("one_turned", LUNGS[::-2], "--weights", "one/lenet5", options=options)
     assert "LeNet-5: head: reordered" in printed
     torch.testing.assert_close(logits_of(other), -logits_of(folder))
-    _, _, printed = trained_with("pair", LUNGS[::2], "--weights", "first/lenet5")
+    _, _, printed = trained_with("pair", LUNGS[::2], "--weights", "one/lenet5")
     assert "LeNet-5: head: new (that of the weights has another form)\n" in printed
 
 
@@ -282,11 +309,16 @@ def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_
     file = tmp_path / "alone.safetensors"
     file.write_bytes((folder / "model.safetensors").read_bytes())
     first = load_network(folder).network.classifier
-    for given, classes, message in (
-        ("first/lenet5", (*LUNGS[:2], "Viral Pneumonia"), f"that of the weights is for {', '.join(LUNGS)}"),
-        (str(file), LUNGS, "no model.json beside the weights names its classes"),
+    for name, weights, classes, message in (
+        (
+            "foreign",
+            "first/lenet5",
+            (*LUNGS[:2], "Viral Pneumonia"),
+            f"that of the weights is for {', '.join(LUNGS)}",
+        ),
+        ("unknown", str(file), LUNGS, "no model.json beside the weights names its classes"),
     ):
-        other, _, printed = trained_with("other", classes, "--weights", given, "--seed", "1")
+        other, _, printed = trained_with(name, classes, "--weights", weights, "--seed", "1")
         assert f"LeNet-5: head: new ({message})\n" in printed
         started = load_network(other).network.classifier
         torch.testing.assert_close(started.fc2.weight, first.fc2.weight)
@@ -297,17 +329,17 @@ def test_weights_of_another_architecture_are_refused_before_any_work(
     trained_with, study_file, tmp_path, capsys
 ):
     folder, _, _ = trained_with("first", LUNGS)
-    for given in (str(folder), str(folder / "model.safetensors")):
-        assert main([study_file, "--weights", given, "--runs", str(tmp_path / "other")]) == 2
-        said = capsys.readouterr().err
-        assert said == f"finetune.py: the weights {given} are of lenet5, not of resnet18\n"
+    for weights in (str(folder), str(folder / "model.safetensors")):
+        assert main([study_file, "--weights", weights, "--runs", str(tmp_path / "other")]) == 2
+        message = capsys.readouterr().err
+        assert message == f"finetune.py: the weights {weights} are of lenet5, not of resnet18\n"
     assert not (tmp_path / "other").exists()
 
 
-def test_a_training_never_replaces_the_weights_that_it_starts_from(trained_with, tmp_path, capsys):
+def test_a_training_never_replaces_the_weights_that_it_starts_from(trained_with, ordered, capsys):
     folder, _, _ = trained_with("first", LUNGS)
     before = (folder / "model.safetensors").read_bytes()
-    command = [str(tmp_path / "first.toml"), "--runs", str(tmp_path / "runs"), "--weights", "first/lenet5"]
+    command = [str(ordered / "first.toml"), "--runs", str(ordered / "runs"), "--weights", "first/lenet5"]
     assert main(command) == 2
     assert "would replace them: give another --runs" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == before
@@ -324,9 +356,9 @@ def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
 
 
 def test_limited_study_is_trained_under_its_own_name(study_file, tmp_path):
-    study = load_study(study_file, limit=24, epochs=1).overridden(image_size=32)
-    folder = fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
-    assert folder == tmp_path / "tiny-limit24" / "resnet18"
+    study = load_study(study_file, limit=24, epochs=1).overridden(image_size=32, networks=("lenet5",))
+    folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path, device="cpu")
+    assert folder == tmp_path / "tiny-limit24" / "lenet5"
 
 
 @pytest.mark.parametrize(
@@ -371,44 +403,51 @@ precision = "fp32"
 """
 
 
-def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(tmp_path):
-    write_chestxray14(tmp_path / "data", size=40)
-    (tmp_path / "mine.toml").write_text(MULTI_LABEL)
-    study = load_study(tmp_path / "mine.toml")
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory):
+    """A study of 14 findings, several an image."""
+    folder = tmp_path_factory.mktemp("findings")
+    write_chestxray14(folder / "data", size=40)
+    (folder / "mine.toml").write_text(MULTI_LABEL)
+    return load_study(folder / "mine.toml")
+
+
+def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(findings, tmp_path):
+    study = findings
     table = load_table(study)
     folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
     network, card, _ = load_network(folder)
     assert (card.multilabel, card.head, len(card.thresholds)) == (True, "sigmoid", 14)
     epochs = sorted((folder / "checkpoints").iterdir())
     assert [path.name for path in epochs] == ["epoch_01.safetensors", "epoch_02.safetensors"]
-    kept = load_file(epochs[card.validation["best_epoch"] - 1])
-    assert all(torch.equal(kept[key], value) for key, value in network.state_dict().items())
+    checkpoint = load_file(epochs[card.validation["best_epoch"] - 1])
+    assert all(torch.equal(checkpoint[key], value) for key, value in network.state_dict().items())
     history = pd.read_csv(folder / "history.csv")
     assert card.validation["auc"] == history["val_auc"].max()
-    said = read_predictions(folder / "predictions_val.csv", card.classes, multilabel=True)
-    np.testing.assert_array_equal(said.targets, table.targets("val"))
-    ranked = [c for c in range(14) if 0 < said.targets[:, c].sum() < len(said.targets)]
-    areas = [roc_auc_score(said.targets[:, c], said.probabilities[:, c]) for c in ranked]
+    predictions = read_predictions(folder / "predictions_val.csv", card.classes, multilabel=True)
+    np.testing.assert_array_equal(predictions.targets, table.targets("val"))
+    ranked = [c for c in range(14) if 0 < predictions.targets[:, c].sum() < len(predictions.targets)]
+    areas = [roc_auc_score(predictions.targets[:, c], predictions.probabilities[:, c]) for c in ranked]
     assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
     for c in ranked:  # no other threshold gives a better F1 on validation
-        scores = said.probabilities[:, c]
-        ours = f1_score(said.targets[:, c], scores >= card.thresholds[c])
-        assert ours == pytest.approx(max(f1_score(said.targets[:, c], scores >= t) for t in scores), abs=1e-9)
+        scores = predictions.probabilities[:, c]
+        chosen = f1_score(predictions.targets[:, c], scores >= card.thresholds[c])
+        assert chosen == pytest.approx(
+            max(f1_score(predictions.targets[:, c], scores >= t) for t in scores), abs=1e-9
+        )
 
 
-def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(tmp_path, capsys):
-    write_chestxray14(tmp_path / "data", size=40)
-    (tmp_path / "mine.toml").write_text(MULTI_LABEL)
-    study = load_study(tmp_path / "mine.toml")
+def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(findings, tmp_path, capsys):
+    study = findings.overridden(epochs=1)
     table = load_table(study)
     frame = table.frame.copy()
     frame.loc[frame["split"] == "train", "Edema"] = 0
     frame.loc[frame["split"] == "val", "Mass"] = 0
     table = replace(table, frame=frame)
     folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
-    told = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert "no training image has Edema" in told[0]
-    assert "no validation image has Mass" in told[1]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert "no training image has Edema" in warnings[0]
+    assert "no validation image has Mass" in warnings[1]
     network, card, _ = load_network(folder)
     assert card.unreported == ("Edema",)
     assert card.undecided == ("Mass",)
@@ -418,13 +457,15 @@ def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(tm
         frame = pd.read_csv(folder / f"predictions_{split}.csv")
         assert list(frame.columns[frame.isna().all()]) == ["Edema"]
         assert frame.drop(columns="Edema").notna().all(axis=None)
-    said = read_predictions(
+    predictions = read_predictions(
         folder / "predictions_val.csv", card.classes, multilabel=True, thresholds=card.thresholds
     )
-    ranked = [c for c, name in enumerate(card.classes) if name not in without and said.targets[:, c].any()]
-    areas = [roc_auc_score(said.targets[:, c], said.probabilities[:, c]) for c in ranked]
+    ranked = [
+        c for c, name in enumerate(card.classes) if name not in without and predictions.targets[:, c].any()
+    ]
+    areas = [roc_auc_score(predictions.targets[:, c], predictions.probabilities[:, c]) for c in ranked]
     assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
-    assert not said.predicted[:, [card.classes.index(name) for name in without]].any()
+    assert not predictions.predicted[:, [card.classes.index(name) for name in without]].any()
     # The most probable finding of an X-ray is never one of which nothing is known.
     network.classifier[-1].bias.data[card.classes.index("Edema")] = 99
     answer = explain(TrainedNetwork(network, card), read_xray(table.frame["path"][0]))
@@ -456,14 +497,16 @@ def test_the_positive_class_of_the_study_is_what_thresholds_are_chosen_for(tmp_p
     assert "the positive class is 'abnormal'" in capsys.readouterr().out
     card = load_network(folder).card
     assert (card.positive, card.positive_index, card.thresholds[1]) == ("abnormal", 0, None)
-    said = read_predictions(folder / "predictions_val.csv", card.classes, thresholds=card.thresholds)
-    ours = f1_score(said.targets, said.predicted, pos_label=0)
-    scores = said.probabilities[:, 0]
-    best = max(f1_score(said.targets, np.where(scores >= t, 0, 1), pos_label=0) for t in scores)
-    assert ours == pytest.approx(best, abs=1e-12)
+    predictions = read_predictions(folder / "predictions_val.csv", card.classes, thresholds=card.thresholds)
+    chosen = f1_score(predictions.targets, predictions.predicted, pos_label=0)
+    scores = predictions.probabilities[:, 0]
+    best = max(f1_score(predictions.targets, np.where(scores >= t, 0, 1), pos_label=0) for t in scores)
+    assert chosen == pytest.approx(best, abs=1e-12)
 
 
-def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root, tmp_path):
+def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(
+    phantom_root, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "mine.toml").write_text(
         f"""
         title = "Lungs"
@@ -474,16 +517,22 @@ def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root,
         networks.lenet5 = {{}}
         """
     )
-    save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(40, image_size=64, epochs=3))
+    segmenter = phantom_segmenter(40, image_size=64, epochs=3)
+    monkeypatch.setattr(prepared_images, "default_segmenter", lambda folder: segmenter)
     study = load_study(tmp_path / "mine.toml")
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
+    capsys.readouterr()
+    assert fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu") == folder
+    assert "is finished, with the same settings and images" in capsys.readouterr().out
     trained = load_network(folder)
-    said = pd.read_csv(folder / "predictions_test.csv")
-    xray = read_xray(phantom_root / said["path"][0])
+    predictions = pd.read_csv(folder / "predictions_test.csv")
+    xray = read_xray(phantom_root / predictions["path"][0])
     masked = trained.lungs(xray)
     failed = pd.read_csv(folder / "lungs_failed.csv")["path"].tolist()
-    assert ((masked != xray).mean() > 0.2) == (said["path"][0] not in failed)
+    assert ((masked != xray).mean() > 0.2) == (predictions["path"][0] not in failed)
     with torch.no_grad():
         logits = trained.network(trained.preprocessing(xray)[None])
     answer = trained.card.probabilities(logits)[0].numpy()
-    np.testing.assert_allclose(answer, said.loc[0, list(trained.card.classes)].to_numpy(float), atol=1e-4)
+    np.testing.assert_allclose(
+        answer, predictions.loc[0, list(trained.card.classes)].to_numpy(float), atol=1e-4
+    )

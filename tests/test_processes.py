@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "odd_training.py"
-KILL = 9  # files are renamed before the kill, which falls into the second epoch of the small CNN
+KILL = 18  # files are renamed before the kill, which falls into the second epoch of the small CNN
 LAUNCHER = [
     "-m",
     "accelerate.commands.launch",

@@ -23,7 +23,8 @@ from batches import Batches, XrayDataset
 from checkpoints import Checkpoints
 from finetune import fine_tune_study, main
 from networks import build_network
-from results import complete_or_absent, read_complete_card, training_folder
+from provenance import provenance_of
+from run_folder import finished_digest, replaced_results, training_folder
 from studies import PROJECT, Training, load_study, load_table
 from training import fine_tune
 from utils import Preprocessing, write_whole
@@ -354,7 +355,7 @@ def test_a_second_training_into_one_folder_is_refused(tiny_study, tmp_path):
 
 
 def write_results(folder, text, names=("model.json", "model.safetensors", "predictions_test.csv")):
-    with complete_or_absent(folder) as results:
+    with replaced_results(folder) as results:
         for name in names:
             (results / name).write_text(text)
         (results / "lungs").mkdir()
@@ -449,10 +450,8 @@ def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_lo
         files_now = contents(folder)
         assert files_now.items() >= users_files.items()
         # Whoever reads now finds whole results or, for a moment, none: there is no model.json.
-        assert "model.json" not in files_now or files_now in (
-            OLDER | users_files | state,
-            NEWER | users_files,
-        )
+        results = {name: text for name, text in files_now.items() if not name.startswith("resume/")}
+        assert "model.json" not in files_now or results in (OLDER | users_files, NEWER | users_files)
         with training_folder(folder, restart=False):
             pass
         (folder / "resume" / "process").unlink(missing_ok=True)
@@ -460,7 +459,7 @@ def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_lo
         seen.add((killed, contents(folder)["model.json"]))
     assert seen == {(True, "older"), (True, "newer"), (False, "newer")}
     assert steps > 15
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".net.lock", "net"]
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
 
 
 def two_networks(phantom_root, tmp_path):
@@ -494,12 +493,7 @@ def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(ph
         assert after[0] != before[0]
         assert after[1] == before[1]
         before = after
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        "lenet5",
-        "small_cnn",
-        ".lenet5.lock",
-        ".small_cnn.lock",
-    }
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"lenet5", "small_cnn"}
 
 
 def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_on_from(
@@ -509,14 +503,15 @@ def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_o
     command += ["--networks", "lenet5"]
     assert main(command) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    folder.rename(folder.with_name(".lenet5.complete"))
     Checkpoints(folder / "resume", {}).save({"best_epoch": 0, "best_state": {}})
+    (folder / "resume" / "results").mkdir()
+    for path in set(folder.iterdir()) - {folder / "resume"}:
+        path.rename(folder / "resume" / "results" / path.name)
     capsys.readouterr()
     assert main(command) == 0
     assert f"{folder} is finished" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert not (folder / "resume").exists()
-    assert not folder.with_name(".lenet5.complete").exists()
 
 
 def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, capsys):
@@ -530,12 +525,12 @@ def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, caps
     for path in lost:
         content = path.read_bytes()
         path.unlink()
-        assert read_complete_card(folder) is None, path
+        assert finished_digest(folder) is None, path
         path.write_bytes(content)
     card = folder / "model.json"
     content = card.read_text()
     card.write_text(json.dumps(json.loads(content) | {"lung_masking": True}))
-    assert read_complete_card(folder) is None  # there are no lungs/
+    assert finished_digest(folder) is None  # there are no lungs/
     card.write_text(content)
     before = written(folder)
     assert main(command) == 0
@@ -545,6 +540,10 @@ def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, caps
     assert (folder / "predictions_test.csv").is_file()
 
 
+def digest(study, table, network):
+    return provenance_of(study, table, network, "", None, Accelerator(cpu=True)).digest
+
+
 def test_a_positive_class_that_is_written_out_is_the_same_setting(tmp_path):
     write_kermany(tmp_path / "data")
     file, digests = tmp_path / "mine.toml", []
@@ -552,7 +551,7 @@ def test_a_positive_class_that_is_written_out_is_the_same_setting(tmp_path):
         text = TINY_STUDY.replace("covid_radiography", "kermany").replace('root = "phantom"', 'root = "data"')
         file.write_text("\n".join([positive, text]))
         study = load_study(file)
-        digests.append(finetune._settings_digest(study, load_table(study), "resnet18", {}, tmp_path))
+        digests.append(digest(study, load_table(study), "resnet18"))
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -577,17 +576,13 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
     shutil.copy(folder / "model.json", tmp_path)  # beside the weights: now their head has names, and is kept
     assert main(command) == 0
     assert written(folder) != halved
-    fixed = {}
     plain, table = load_study(study), load_table(load_study(study))
     digests = {
-        finetune._settings_digest(each, table, "lenet5", fixed, tmp_path)
+        digest(each, table, "lenet5")
         for each in (plain, plain.overridden(threshold="f1"), plain.overridden(seed=1))
     }
     assert len(digests) == 3
-    assert (
-        finetune._settings_digest(plain.overridden(cache_images=False), table, "lenet5", fixed, tmp_path)
-        in digests
-    )
+    assert digest(plain.overridden(cache_images=False), table, "lenet5") in digests
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -619,9 +614,9 @@ def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root
     command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
     assert main([*command, "--networks", "lenet5"]) == 0
     before = (tmp_path / "pair" / "lenet5" / "model.json").read_bytes()
-    settings = finetune._fixed_settings(
-        study, load_table(study), "small_cnn", Accelerator(cpu=True), tmp_path
-    )
+    settings = finetune._checked_job(
+        study, load_table(study), "small_cnn", tmp_path, "cpu"
+    ).provenance.settings
     Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save(
         {"best_epoch": 0, "best_state": {}}
     )

@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 import finetune
+import prepared_images
 from checkpoints import Checkpoints
 from datasets import data_fingerprint
 from finetune import fine_tune_study, main
-from results import read_runs, read_seeds
+from runs import read_runs, read_seeds
 from studies import load_study, load_table, read_images
+
+pytestmark = pytest.mark.slow
 
 STUDY = """
 title = "Dark or bright"
@@ -29,10 +32,9 @@ test = 0.2
 image_size = 32
 [training]
 weights = "none"
-epochs = 2
+epochs = 1
 batch_size = 4
 learning_rate = 1e-3
-checkpoint_minutes = 0
 precision = "fp32"
 [networks.lenet5]
 """
@@ -98,9 +100,10 @@ def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_
     picture = study.data.root / "dark" / "3.bmp"
     once_trained(monkeypatch, lambda: overwrite(picture))
     folder = train(study)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has" in said
+        f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has"
+        in printed
     )
     assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
     with pytest.raises(
@@ -126,14 +129,14 @@ def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_ta
 
 
 def test_an_image_that_changes_while_images_are_decoded_is_not_trained_on(study, monkeypatch):
-    real, picture = finetune.cached, study.data.root / "dark" / "3.bmp"
+    real, picture = prepared_images.cached, study.data.root / "dark" / "3.bmp"
 
     def then(*args, **options):
-        found = real(*args, **options)
+        images = real(*args, **options)
         overwrite(picture)
-        return found
+        return images
 
-    monkeypatch.setattr(finetune, "cached", then)
+    monkeypatch.setattr(prepared_images, "cached", then)
     with pytest.raises(ValueError, match="have changed while they were decoded: train again"):
         train(study)
     monkeypatch.undo()
@@ -157,9 +160,9 @@ def test_images_that_are_deleted_in_training_cost_nothing_where_they_are_cached(
     once_trained(monkeypatch, lambda: shutil.rmtree(root / "dark"))
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=root.parent / "other", device="cpu")
     assert (folder / "predictions_test.csv").read_bytes() == expected
-    said = capsys.readouterr().out
-    assert "WARNING: 10 of 20 images are not what they were when LeNet-5 began, the first: " in said
-    assert "0.bmp is gone. Put them back, or train again" in said
+    printed = capsys.readouterr().out
+    assert "WARNING: 10 of 20 images are not what they were when LeNet-5 began, the first: " in printed
+    assert "0.bmp is gone. Put them back, or train again" in printed
 
 
 def test_images_that_are_deleted_in_training_keep_its_state_where_they_are_not_cached(study, monkeypatch):
@@ -193,9 +196,11 @@ def test_a_training_does_not_go_on_with_other_images(study, capsys, monkeypatch)
     overwrite(study.data.root / "bright" / "0.bmp")
     capsys.readouterr()
     assert main(command) == 2
-    said = capsys.readouterr().err
-    assert "holds an unfinished training on other images: their content, their labels or their splits" in said
-    assert "start anew with --restart" in said
+    errors = capsys.readouterr().err
+    assert (
+        "holds an unfinished training on other images: their content, their labels or their splits" in errors
+    )
+    assert "start anew with --restart" in errors
     assert main([*command, "--restart"]) == 0
 
 
@@ -262,9 +267,9 @@ def test_a_class_without_validation_images_is_named(study, capsys):
 def test_a_network_that_did_not_learn_is_remarked_on_and_one_that_did_is_not(study, capsys):
     warning = "WARNING: LeNet-5 has hardly learnt anything: its validation loss is "
     folder = train(study.overridden(learning_rate=1e-12))
-    said = capsys.readouterr().out
-    assert warning in said
-    assert f"one and the same answer for every image has {np.log(2):.4f}" in said
+    printed = capsys.readouterr().out
+    assert warning in printed
+    assert f"one and the same answer for every image has {np.log(2):.4f}" in printed
     card = json.loads((folder / "model.json").read_text())
     assert card["validation"]["uninformed_loss"] == pytest.approx(np.log(2))
     learnt = train(study.overridden(learning_rate=1e-2, epochs=8))

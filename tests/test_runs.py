@@ -1,4 +1,4 @@
-"""Results on disk: what belongs together is found, and what does not is refused."""
+"""Results on disk: what belongs together is by_seed, and what does not is refused."""
 
 import json
 import shutil
@@ -12,8 +12,10 @@ from sklearn.metrics import roc_auc_score
 
 from finetune import fine_tune_study, main
 from metrics import METRICS
-from results import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
+from runs import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
 from studies import load_study, load_table, read_images
+
+pytestmark = pytest.mark.slow
 
 STUDY = """
 title = "Folds"
@@ -39,7 +41,7 @@ threshold = "youden"
 def folds(tmp_path_factory):
     """A study's file and its runs: folds 1 and 2 of 3, of one network each."""
     folder = tmp_path_factory.mktemp("folds")
-    write_kermany(folder / "data")
+    write_kermany(folder / "data", size=40, per_kind={"train": 15, "val": 2, "test": 6})
     (folder / "mine.toml").write_text(STUDY)
     for fold in "12":
         assert main([str(folder / "mine.toml"), "--runs", str(folder / "runs"), "--fold", fold]) == 0
@@ -57,6 +59,7 @@ def seeds_of(study, runs):
 def test_the_folds_share_the_test_images_and_no_validation_image(folds):
     runs = runs_of(load_study(folds / "mine.toml"), folds / "runs")
     assert list(runs) == ["LeNet-5, fold 1", "LeNet-5, fold 2"]
+    assert [(run.study, run.fold, run.seed) for run in runs.values()] == [("mine", 1, 0), ("mine", 2, 0)]
     first, second = (run.splits().set_index("path")["split"] for run in runs.values())
     assert set(first.index[first == "test"]) == set(second.index[second == "test"])
     assert not set(first.index[first == "val"]) & set(second.index[second == "val"])
@@ -67,26 +70,28 @@ def test_an_ensemble_is_the_mean_of_its_members(folds):
     study = load_study(folds / "mine.toml")
     runs = runs_of(study, folds / "runs")
     assert ensembles(study, runs) == {"LeNet-5, ensemble of 2 folds": list(runs)}
-    said = with_ensembles(study, runs)["LeNet-5, ensemble of 2 folds"]
+    predictions = with_ensembles(study, runs)["LeNet-5, ensemble of 2 folds"]
     files = [pd.read_csv(run.folder / "predictions_test.csv").set_index("path") for run in runs.values()]
     mean = (files[0]["Pneumonia"] + files[1]["Pneumonia"].reindex(files[0].index)) / 2
-    np.testing.assert_allclose(pd.Series(said.probabilities[:, 1], said.paths)[mean.index], mean)
-    assert roc_auc_score(said.targets, said.probabilities[:, 1]) == pytest.approx(
+    np.testing.assert_allclose(
+        pd.Series(predictions.probabilities[:, 1], predictions.paths)[mean.index], mean
+    )
+    assert roc_auc_score(predictions.targets, predictions.probabilities[:, 1]) == pytest.approx(
         roc_auc_score(files[0]["target"] == "Pneumonia", mean)
     )
     thresholds = np.array([run.card.thresholds for run in runs.values()], dtype=float)
-    np.testing.assert_allclose(said.thresholds, thresholds.mean(axis=0))
+    np.testing.assert_allclose(predictions.thresholds, thresholds.mean(axis=0))
 
 
 def test_a_network_that_the_file_does_not_name_is_found_and_other_test_images_are_refused(folds, tmp_path):
     shutil.copytree(folds / "runs", tmp_path / "runs")
-    own = tmp_path / "runs" / "mine" / "small_cnn"
-    shutil.copytree(tmp_path / "runs" / "mine-fold1" / "lenet5", own)
+    folder = tmp_path / "runs" / "mine" / "small_cnn"
+    shutil.copytree(tmp_path / "runs" / "mine-fold1" / "lenet5", folder)
     study = load_study(folds / "mine.toml")
     assert "Small CNN" in runs_of(study, tmp_path / "runs")
-    splits = pd.read_csv(own / "splits.csv")
+    splits = pd.read_csv(folder / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
-    splits.to_csv(own / "splits.csv", index=False)
+    splits.to_csv(folder / "splits.csv", index=False)
     with pytest.raises(ValueError, match="were tested on other images or classes: train one of them again"):
         runs_of(study, tmp_path / "runs")
 
@@ -120,9 +125,9 @@ def test_own_results_of_relabelled_images_are_refused(folds, tmp_path):
 
 def test_out_of_fold_predictions_are_those_of_the_images_that_a_fold_did_not_train_on(folds):
     runs = runs_of(load_study(folds / "mine.toml"), folds / "runs")
-    said = out_of_fold(runs)
-    assert list(said) == list(runs)
-    for run, predictions in zip(runs.values(), said.values(), strict=True):
+    by_title = out_of_fold(runs)
+    assert list(by_title) == list(runs)
+    for run, predictions in zip(runs.values(), by_title.values(), strict=True):
         splits = run.splits()
         assert set(predictions.paths) == set(splits.loc[splits["split"] == "val", "path"])
 
@@ -149,12 +154,12 @@ def repeats(folds):
 def as_own(repeats, tmp_path, *, seed):
     """Copy the runs, with seed 2's run as that of the study itself, its card telling of another seed."""
     shutil.copytree(repeats, tmp_path / "runs")
-    own = tmp_path / "runs" / "mine" / "lenet5"
-    shutil.copytree(repeats / "mine-seed2" / "lenet5", own)
-    card = json.loads((own / "model.json").read_text())
+    folder = tmp_path / "runs" / "mine" / "lenet5"
+    shutil.copytree(repeats / "mine-seed2" / "lenet5", folder)
+    card = json.loads((folder / "model.json").read_text())
     card["origin"]["seed"] = seed
-    (own / "model.json").write_text(json.dumps(card))
-    return own
+    (folder / "model.json").write_text(json.dumps(card))
+    return folder
 
 
 def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_train(folds, repeats):
@@ -163,23 +168,24 @@ def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_t
         "LeNet-5": "mine-seed2",
         "LeNet-5, fold 1": "mine-fold1-seed2",
     }
+    assert [(run.study, run.fold, run.seed) for run in runs.values()] == [("mine", None, 2), ("mine", 1, 2)]
 
 
 def test_the_runs_of_a_network_are_found_by_seed_the_own_one_first(folds, repeats, tmp_path):
     study = load_study(folds / "mine.toml")
     assert [list(by_seed) for by_seed in seeds_of(study, repeats).values()] == [[2, 11], [2]]
-    own = as_own(repeats, tmp_path, seed=5)
-    shutil.copytree(own, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # no repeat: another study's
-    found = seeds_of(study, tmp_path / "runs")["LeNet-5"]
-    assert list(found) == [5, 2, 11]
-    assert found[5].folder == own == runs_of(study, tmp_path / "runs")["LeNet-5"].folder
+    folder = as_own(repeats, tmp_path, seed=5)
+    shutil.copytree(folder, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # no repeat: another study's
+    by_seed = seeds_of(study, tmp_path / "runs")["LeNet-5"]
+    assert list(by_seed) == [5, 2, 11]
+    assert by_seed[5].folder == folder == runs_of(study, tmp_path / "runs")["LeNet-5"].folder
 
 
 def test_a_repeat_of_the_seed_that_the_study_itself_has_does_not_count_twice(folds, repeats, tmp_path):
-    own = as_own(repeats, tmp_path, seed=11)
-    found = seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
-    assert list(found) == [11, 2]
-    assert found[11].folder == own
+    folder = as_own(repeats, tmp_path, seed=11)
+    by_seed = seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
+    assert list(by_seed) == [11, 2]
+    assert by_seed[11].folder == folder
 
 
 def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats):
@@ -191,10 +197,10 @@ def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats
 
 
 def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_path):
-    own = as_own(repeats, tmp_path, seed=5)
-    splits = pd.read_csv(own / "splits.csv")
+    folder = as_own(repeats, tmp_path, seed=5)
+    splits = pd.read_csv(folder / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
-    splits.to_csv(own / "splits.csv", index=False)
+    splits.to_csv(folder / "splits.csv", index=False)
     with pytest.raises(
         ValueError, match=r"LeNet-5, seed 5 \(.* and LeNet-5, seed 2 \(.*were tested on other images"
     ):
