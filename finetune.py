@@ -37,7 +37,7 @@ from datasets.splits import splits_frame
 from datasets.table import content_digests, relative_paths
 from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
-from lung_segmentation import default_segmenter, save_segmenter
+from lung_model import default_segmenter
 from networks import (
     add_batch_norm,
     architecture,
@@ -59,6 +59,7 @@ from results import (
     read_complete_card,
     training_folder,
 )
+from segmentation import save_segmenter
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
@@ -476,7 +477,6 @@ def _lung_masking(
         return None, None
     folder = runs / study.preprocessing.lung_model
     masking = LungMasking(default_segmenter(folder), cache=folder / "masks")
-    masking.prepare(table.frame["path"])
     failed = masking.failures_table(table.frame["path"])
     found = ", ".join(f"{k} {v:.3g}" for k, v in masking.segmenter.validation.items() if k == "dice")
     print(f"lungs: the model in {folder} ({found or 'never scored'})")

@@ -17,9 +17,10 @@ from torch import nn
 import finetune
 from explanations import explain
 from finetune import fine_tune_study, main
-from lung_segmentation import phantom_segmenter, save_segmenter
+from lung_model import phantom_segmenter, untrained_segmenter
 from predictions import read_predictions
-from studies import load_study, load_table
+from segmentation import save_segmenter
+from studies import Training, load_study, load_table
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 
@@ -474,7 +475,8 @@ def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root,
         networks.lenet5 = {{}}
         """
     )
-    save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(40, image_size=64, epochs=3))
+    training = Training(epochs=3, image_size=64, batch_size=8, learning_rate=1e-3)
+    save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(untrained_segmenter(), 40, training))
     study = load_study(tmp_path / "mine.toml")
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
     trained = load_network(folder)
