@@ -4,12 +4,15 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import TensorDataset
@@ -18,8 +21,7 @@ import segmentation
 from augmentation import Augmentation, Draws
 from batches import Batch, Batches
 from datasets.phantom import CLASSES, write_phantom
-from objectives import Objective, multi_label_size
-from processes import launched_alone
+from objectives import MULTI_LABEL, Objective
 from segmentation import LungSegmenter, Pair
 from studies import Training
 from training import fine_tune
@@ -34,6 +36,8 @@ VALIDATION_SHARE = 8  # one group in so many is not trained on: it chooses the e
 # Seeds of studies are below 2**32. The upper 32 bits of a seed are mixed where a smaller one has the patient's
 # number, so they must be larger than any patient's number too.
 PHANTOM_SEEDS = 2**63
+# The environment variables by which a launcher tells a process that it is one of several.
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # What `default_segmenter` trains on takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, Training(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
 
@@ -85,7 +89,7 @@ def mean_dice(outputs: Tensor, targets: Tensor) -> float:
     return float(np.mean([segmentation.dice(prediction, mask) for prediction, mask in pairs]))
 
 
-LUNG_MASKS = Objective(mask_loss, multi_label_size, mean_dice, "dice", weighted_validation=False)
+LUNG_MASKS = Objective(mask_loss, MULTI_LABEL.size, mean_dice, "dice", weighted_validation=False)
 
 
 def untrained_segmenter(encoder: str = "resnet18", *, image_size: int = 256, seed: int = 0) -> LungSegmenter:
@@ -93,6 +97,16 @@ def untrained_segmenter(encoder: str = "resnet18", *, image_size: int = 256, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LungSegmenter(segmentation.unet(encoder).eval(), encoder, image_size)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let one of several launched processes train while the other ones wait, as if it had been started alone."""
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    with patch.dict(os.environ), patch.dict(states[0]), patch.dict(states[1]):  # restored at the end
+        for name in LAUNCHER:
+            os.environ.pop(name, None)
+        yield
 
 
 def fit(
@@ -121,7 +135,7 @@ def fit(
         "val": PairBatches(decoded(val, size), batch_size),
     }
     one_cycle = training.model_copy(update={"schedule": "one_cycle", "patience": training.epochs})
-    with launched_alone():
+    with alone():
         done = fine_tune(
             network, batches, training=one_cycle, objective=LUNG_MASKS, device=device, title="lungs"
         )

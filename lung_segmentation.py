@@ -49,7 +49,7 @@ def fit(arguments: argparse.Namespace) -> int:
         short = lung_model.PHANTOM_TRAINING.model_copy(update={"image_size": arguments.image_size})
         segmenter = lung_model.phantom_segmenter(segmenter, arguments.phantom, short, **common)
     if pairs:
-        print(f"{len(train)} pairs to train on, {len(test)} held out", flush=True)
+        print(f"{len(train)} pairs to train on and to choose the epoch, {len(test)} held out", flush=True)
         segmenter = scored(lung_model.fit(segmenter, train, training, **common), test, seed=arguments.seed)
     segmentation.save_segmenter(arguments.output, segmenter)
     print(f"saved {arguments.output}")
@@ -63,10 +63,8 @@ def scored(
     from metrics import bootstrap_mean
 
     scores = segmentation.score_pairs(segmenter, test)
-    dice, iou = (
-        bootstrap_mean(scores[name], scores["group"], rng=np.random.default_rng(seed))
-        for name in ("dice", "iou")
-    )
+    dice = bootstrap_mean(scores["dice"], scores["group"], rng=np.random.default_rng(seed))
+    iou = bootstrap_mean(scores["iou"], scores["group"], rng=np.random.default_rng(seed))
     worst = scores.loc[scores["dice"].idxmin()]
     print(f"held out: Dice {dice}, IoU {iou}; lowest Dice {worst['dice']:.3f} {worst['path']}")
     return replace(segmenter, validation={"dice": dice.estimate, "iou": iou.estimate, "pairs": len(test)})
@@ -111,14 +109,8 @@ def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def is_own_mask(file: Path) -> bool:
-    """Return whether a file, which is no link, is a mask that this command wrote."""
-    if file.is_symlink() or not file.is_file():
-        return False
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            return image.info.get("Software") == MASK_SOFTWARE
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
+    """Return whether a file, which is no link, is a mask that this command wrote: it names its software."""
+    return file.is_file() and not file.is_symlink() and MASK_SOFTWARE.encode() in file.read_bytes()[:200]
 
 
 def write_mask(file: Path, mask: np.ndarray) -> None:

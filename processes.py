@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
@@ -21,8 +21,6 @@ from torch.distributed import all_reduce
 from batches import Share
 
 Found = TypeVar("Found")
-# Environment variables by which a launcher tells a process that it is one of several.
-LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def accelerator_on(device: torch.device) -> Accelerator:
@@ -41,20 +39,6 @@ def accelerator_on(device: torch.device) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", dynamo_plugin=plain, kwargs_handlers=[patient]
     )
-
-
-@contextmanager
-def launched_alone() -> Iterator[None]:
-    """Let one of several processes train a network by itself, as if it had been started alone."""
-    launcher = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
-    states = [(kind, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
-    try:
-        yield
-    finally:
-        os.environ.update(launcher)
-        for kind, state in states:
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
 
 
 def share_of(accelerator: Accelerator) -> Share:
