@@ -79,7 +79,7 @@ def lung_finder(
         return next(iter(_own_finders(members)), None)
     # Imported here: they take a second, and nobody without a lung model has a use for them.
     from lung_masking import LungMasking
-    from lung_segmentation import load_segmenter
+    from segmentation import load_segmenter
 
     try:
         segmenter = load_segmenter(place, device)

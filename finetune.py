@@ -26,7 +26,6 @@ from compute import described
 from datasets import SPLITS, XrayTable
 from datasets.splits import splits_frame
 from learning_task import LearningTask, learning_task
-from lung_segmentation import save_segmenter
 from predictions import choose_thresholds
 from prepared_images import PreparedImages, lung_masking_of, prepared_images
 from processes import accelerator_on, from_main, refuse_differences
@@ -40,6 +39,7 @@ from run_folder import (
     replaced_results,
     training_folder,
 )
+from segmentation import save_segmenter
 from starting_weights import NO_FILE, StartingWeights, kept_head, starting_weights
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, save_network

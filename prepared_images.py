@@ -12,7 +12,7 @@ from datasets import SPLITS, XrayTable
 from datasets.table import relative_paths
 from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
-from lung_segmentation import default_segmenter
+from lung_model import default_segmenter
 from networks import architecture
 from studies import Study
 from utils import Preprocessing
@@ -84,7 +84,6 @@ def prepared_images(
 
 def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
     """Compute all lung masks; return path and reason of each image whose lungs were not found."""
-    masking.prepare(table.frame["path"])
     failed = masking.failures_table(table.frame["path"])
     if len(failed) == len(table):
         raise ValueError(

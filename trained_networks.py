@@ -228,7 +228,7 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
 def _lung_masking(folder: Path, device: str | torch.device) -> Callable[[np.ndarray], np.ndarray]:
     # Imported here: most runs have no use for it, and it needs more packages than one X-ray's answer does.
     from lung_masking import LungMasking
-    from lung_segmentation import load_segmenter
+    from segmentation import load_segmenter
 
     return LungMasking(load_segmenter(folder / "lungs", device))
 

@@ -15,12 +15,12 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import finetune
-import prepared_images
 from explanations import explain
 from finetune import fine_tune_study, main
-from lung_segmentation import phantom_segmenter
+from lung_model import phantom_segmenter, untrained_segmenter
 from predictions import read_predictions
-from studies import load_study, load_table
+from segmentation import save_segmenter
+from studies import Training, load_study, load_table
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 
@@ -517,8 +517,8 @@ def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(
         networks.lenet5 = {{}}
         """
     )
-    segmenter = phantom_segmenter(40, image_size=64, epochs=3)
-    monkeypatch.setattr(prepared_images, "default_segmenter", lambda folder: segmenter)
+    training = Training(epochs=3, image_size=64, batch_size=8, learning_rate=1e-3)
+    save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(untrained_segmenter(), 40, training))
     study = load_study(tmp_path / "mine.toml")
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")
     capsys.readouterr()

@@ -544,7 +544,7 @@ def test_network_for_masked_lungs_never_sees_whole_images_unasked():
 
 
 def test_run_with_masked_lungs_comes_back_with_its_segmenter(tmp_path):
-    from lung_segmentation import LungSegmenter, save_segmenter, unet
+    from segmentation import LungSegmenter, save_segmenter, unet
 
     torch.manual_seed(0)
     save_network(tmp_path, build_network("small_cnn", 3), card("small_cnn", lung_masking=True))

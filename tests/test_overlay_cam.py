@@ -22,9 +22,9 @@ from cam_methods import METHODS
 from explanations import explain
 from grad_cam import GradCAM
 from heatmaps import boxes_from_map, overlay, with_colour_bar
-from lung_segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
 from overlay_cam import chosen_labels, main, suffixes
+from segmentation import LungSegmenter, save_segmenter, unet
 from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
 from utils import read_xray
 
@@ -847,7 +847,8 @@ def test_command_line_imports_only_what_one_image_needs(noise, small_run, tmp_pa
         "accelerate",
         "timm",
         "segmentation_models_pytorch",
-        "lung_segmentation",
+        "segmentation",
+        "lung_model",
         "lung_masking",
         "studies",
         "finetune",

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from batches import Share
-from lung_segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
 from overlay_cam import launch_of, main, share_of
 from resumable_table import ResumableTable, cell
+from segmentation import LungSegmenter, save_segmenter, unet
 from trained_networks import ModelCard, save_network
 
 PROJECT = Path(__file__).parent.parent
