@@ -63,13 +63,11 @@ def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
     return regions[:, corners_and_sides] / np.array([width, height, width, height], dtype=np.float64)
 
 
-def draw_boxes(
-    picture: np.ndarray, boxes: np.ndarray | Sequence, *, colour: tuple[int, int, int] = (255, 255, 255)
-) -> np.ndarray:
-    """Return a copy of the picture with (B, 4) boxes outlined in an RGB colour.
+def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
+    """Return a copy of an (H, W, 3) picture with (B, 4) boxes outlined in white.
 
-    The line lies inside the box's edge, so that it encloses a box at the image's border too, and is 1/250 of
-    the image's shorter side wide, at least a pixel.
+    The line lies inside the box, so a box at the image's border is seen whole. Its width is 1/250 of the image's
+    shorter side, at least one pixel.
     """
     drawn = picture.copy()
     height, width = picture.shape[:2]
@@ -77,17 +75,15 @@ def draw_boxes(
     for x, y, box_width, box_height in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
         left, right = _pixels(x, box_width, width)
         top, bottom = _pixels(y, box_height, height)
-        drawn[top : top + line, left:right] = colour
-        drawn[max(top, bottom - line) : bottom, left:right] = colour
-        drawn[top:bottom, left : min(left + line, right)] = colour
-        drawn[top:bottom, max(left, right - line) : right] = colour
+        inside = np.s_[top + line : max(bottom - line, 0), left + line : max(right - line, 0)]
+        content = drawn[inside].copy()
+        drawn[top:bottom, left:right] = 255
+        drawn[inside] = content
     return drawn
 
 
 def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
-    """Return the first pixel of a box along one axis and the one behind its last: one pixel at least, all of
-    them in the image.
-    """
+    """Return where a box starts and ends (exclusive) along one axis, in pixels: at least one, all in the image."""
     first = min(max(round(start * size), 0), size - 1)
     return first, min(max(round((start + extent) * size), first + 1), size)
 
@@ -102,12 +98,13 @@ def with_colour_bar(
     `peak`, the raw map's maximum; 0, 0.5 and 1 where that is None, and just 0 where it is 0. Raises
     ValueError for a peak that is negative or not finite.
     """
-    if peak is not None and not (np.isfinite(peak) and peak >= 0):
+    peak = 1.0 if peak is None else peak
+    if not (np.isfinite(peak) and peak >= 0):
         raise ValueError(f"peak {peak} must be finite and not negative: pass the raw map's maximum or None")
     height = picture.shape[0]
     text = max(1, round(min(max(10, height / 28), height / 4)))  # the height of the numbers in pixels
-    values = (0.0, 0.5, 1.0) if peak is None or peak > 0 else (0.0,)
-    numbers = [_inked(f"{value * (1 if peak is None else peak):.3g}", text) for value in values]
+    values = (0.0, 0.5, 1.0) if peak > 0 else (0.0,)
+    numbers = [_inked(f"{value * peak:.3g}", text) for value in values]
     longest = max(number.shape[1] for number in numbers)
 
     # A number's height is free above and below the bar: the first and the last stand half beyond it.
