@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from augmentation import Augmentation
+from batch_norm_folding import add_batch_norm, fold_batch_norm
 from batches import make_batches
 from calibration import fit_temperature
 from checkpoints import Checkpoints, on_cpu
@@ -38,15 +39,7 @@ from datasets.table import content_digests, relative_paths
 from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
 from lung_segmentation import default_segmenter, save_segmenter
-from networks import (
-    add_batch_norm,
-    architecture,
-    build_network,
-    class_logits,
-    fold_batch_norm,
-    parameter_count,
-    resolve_device,
-)
+from networks import architecture, build_network, class_logits, parameter_count
 from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, macro_auc, uninformed_loss
 from predictions import choose_thresholds
 from processes import accelerator_on, from_main, refuse_differences
@@ -62,7 +55,14 @@ from results import (
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
-from utils import Preprocessing, class_weights, label_weights, seed_everything, write_whole
+from utils import (
+    Preprocessing,
+    class_weights,
+    label_weights,
+    resolve_device,
+    seed_everything,
+    write_whole,
+)
 
 RUNS = PROJECT / "runs"
 NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils import read_mask, read_xray, resized_mask, write_whole
+from utils import read_mask, read_xray, resized_mask, resolve_device, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -514,7 +514,6 @@ def phantom_segmenter(
 
 def _fit(given: argparse.Namespace) -> int:
     from metrics import bootstrap_mean
-    from networks import resolve_device
 
     settings = {"image_size": given.image_size, "seed": given.seed, "device": resolve_device(given.device)}
     start = None if given.start == "none" else load_segmenter(Path(given.start))

@@ -20,11 +20,11 @@ from batches import Batches
 from checkpoints import Checkpoints, NotSaved, device_random_state, on_cpu, random_states, set_random_states
 from compute import CHANNELS_LAST, autocast_options, in_order
 from frozen_features import can_be_cached, feature_batches
-from networks import resolve_device, set_training_mode
+from networks import set_training_mode
 from objectives import SINGLE_LABEL, Objective
 from processes import accelerator_on, in_place, share_of, summed, synchronised
 from studies import Phase, Training
-from utils import derived_seed
+from utils import derived_seed, resolve_device
 
 # Batches between two looks of several processes at whether to stop or to save: asking a GPU means waiting for it.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}

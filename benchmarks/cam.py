@@ -29,7 +29,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grad_cam import GradCAM
-from networks import build_network, resolve_device
+from networks import build_network
+from utils import resolve_device
 
 CLASSES = 14
 Maps = Callable[

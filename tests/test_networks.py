@@ -11,20 +11,18 @@ from torch import nn
 from torch.nn import functional
 from torchvision import models
 
+from batch_norm_folding import add_batch_norm, fold_batch_norm
 from grad_cam import GradCAM
 from networks import (
     ARCHITECTURES,
-    add_batch_norm,
     build_network,
     class_logits,
     embeddings,
-    fold_batch_norm,
     parameter_count,
-    resolve_device,
     set_training_mode,
     trunk_features,
 )
-from small_networks import LeNet5, ResNetV2
+from small_networks import lenet5, resnet_v2
 from trained_networks import (
     ModelCard,
     TrainedNetwork,
@@ -115,7 +113,7 @@ def single_logit(request, tmp_path_factory):
 def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(single_logit):
     name, network, folder = single_logit
     kind = ARCHITECTURES[name]
-    images = torch.randn(4, 3, max(kind.smallest, 64), max(kind.smallest, 64))
+    images = torch.randn(4, 3, 64, 64)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     set_training_mode(network, trainable="head")
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -144,14 +142,14 @@ def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(s
 
 def test_lenet5_has_the_parameters_of_the_paper_and_at_32_px_pools_nothing_more():
     # 61,706 of the usual form with one channel and 10 classes; two more channels are 2 · 6 · 25 weights.
-    network = LeNet5(10)
+    network = lenet5(10)
     assert parameter_count(network) == 61_706 + 300
     assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 5, 5)
 
 
 def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
     # He et al. 2016, table 4: ResNet-164 has 1.7 million parameters.
-    network = ResNetV2(10, n=18, stem_stride=1)
+    network = resnet_v2(10, n=18)
     weighted = [
         m
         for key, m in network.named_modules()
@@ -162,7 +160,7 @@ def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
 
 
 def test_identity_mapping_carries_a_pre_activation_block_whose_last_convolution_is_zero():
-    network = ResNetV2(10, n=2).eval()
+    network = resnet_v2(10, n=2).eval()
     block = network.blocks.stage3_2
     nn.init.zeros_(block.conv3.weight)
     x = torch.randn(2, 256, 4, 4)
@@ -246,8 +244,6 @@ def test_training_modes_move_what_they_say():
     assert network.classifier.dropout.training
     set_training_mode(network, trainable="all", frozen_batch_norm=False)
     assert moved_statistics(network) == every
-    with pytest.raises(ValueError, match="'all' or 'head', not 'trunk'"):
-        set_training_mode(network, trainable="trunk")
 
 
 @pytest.fixture
@@ -592,10 +588,3 @@ def test_run_folder_is_found_by_study_and_network(tmp_path):
     assert run_folder(folder) == folder
     with pytest.raises(FileNotFoundError, match="there are demo/resnet18"):
         run_folder("demo/vgg16", tmp_path)
-
-
-def test_unknown_device_is_refused():
-    assert resolve_device("cpu") == torch.device("cpu")
-    for name in ("cuda:99", "gpu"):
-        with pytest.raises(ValueError, match="try --device cpu"):
-            resolve_device(name)
