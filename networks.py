@@ -87,7 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """Return the registered architecture of that name. Raises ValueError, naming all, for another one."""
+    """Return the registered architecture of that name. Raises ValueError, which lists all, for an unknown one."""
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""Where in an image the cells of a network's layer lie."""
+"""Where in the image the cells of a network's layer lie."""
 
 import contextlib
 from typing import NamedTuple
@@ -9,8 +9,12 @@ from torch.nn import functional
 
 
 class Axis(NamedTuple):
-    """Where the cells of a layer are centred along one axis of the input: cell i at pixel start + i · step
-    (pixel 0's own centre is 0) of `length` pixels.
+    """Where the cells of a layer are centred along one axis of the input.
+
+    Attributes:
+        start: position of cell 0 in pixels; the centre of pixel 0 is at 0.
+        step: distance between two cells in pixels, so cell i is at start + i · step.
+        length: number of pixels of the input.
     """
 
     start: float
@@ -18,22 +22,29 @@ class Axis(NamedTuple):
     length: int
 
     def sample_points(self, size: int, cells: int) -> Tensor:
-        """Return (size,) positions among the cells, -1 the first and 1 the last, of the pixels of an output
-        of `size` pixels that shows the same field of view.
+        """Return where among the cells the pixels of an upsampled map lie, as `grid_sample` expects it.
+
+        Args:
+            size: number of pixels of the upsampled map, which shows the same field of view as the input.
+            cells: number of cells.
+
+        Returns:
+            (size,) positions: -1 is the first cell and 1 the last.
         """
         pixels = (torch.arange(size) + 0.5) * (self.length / size) - 0.5
         return 2 * (pixels - self.start) / (self.step * max(cells - 1, 1)) - 1
 
 
 class Grid(NamedTuple):
-    """The `Axis` of a layer's rows and of its columns."""
+    """Where the cells of a layer lie in the input: along its rows and along its columns."""
 
     rows: Axis
     columns: Axis
 
     def upsampled(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return (N, K, h, w) maps of the layer as (N, K, *size), bilinear, each cell where its receptive field
-        is centred; the outermost cells go on to the edge.
+        """Return (N, K, h, w) maps of the layer as (N, K, *size), by bilinear interpolation.
+
+        Each cell is drawn where its receptive field is centred. The outermost cells are extended to the edge.
         """
         rows = self.rows.sample_points(size[0], maps.shape[2])
         columns = self.columns.sample_points(size[1], maps.shape[3])

@@ -1,4 +1,6 @@
-"""Where class activation maps go wrong in silence: in-place operations, compiled and autocast networks, odd heads."""
+"""Where class activation maps can be wrong without an error: in-place operations, compiled and autocast networks,
+unusual heads.
+"""
 
 import copy
 import resource
@@ -35,7 +37,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def narrow():
-    """A network of few channels, for Score-CAM runs it once a channel."""
+    """A network of few channels, because Score-CAM runs it once for each channel."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3), nn.ReLU(),
@@ -46,8 +48,9 @@ def narrow():
 
 
 def plain_maps(model, layer, images, method="gradcam"):
-    """Return (N, C, h, w) maps from a whole graph and one gradient a class, the activation kept before anything
-    that works in place can reach it.
+    """Return (N, C, h, w) maps from the graph of the whole network and one gradient for each class.
+
+    The activation is copied before an in-place operation can change it.
     """
     kept = {}
     hook = model.get_submodule(layer).register_forward_hook(
@@ -75,15 +78,15 @@ def torchvision_model(name):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("densenet121", "features"),  # torchvision rectifies its output in place, in forward()
+        ("densenet121", "features"),  # torchvision's forward() rectifies its output in place
         ("vgg11", "features.18"),  # a convolution in front of an in-place ReLU
         ("resnet18", "layer4.1.bn2"),  # += shortcut, then an in-place ReLU
-        ("resnet18", "layer3"),  # ahead of a whole block
+        ("resnet18", "layer3"),  # before a whole block
         ("resnet18", "relu"),
     ],
 )
 @pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_activation_and_gradient_are_of_one_point_whatever_works_in_place(name, layer, method, images):
+def test_activation_and_gradient_are_of_one_point_despite_in_place_operations(name, layer, method, images):
     torch.manual_seed(0)
     model = torchvision_model(name)
     expected = plain_maps(model, layer, images, method)
@@ -168,7 +171,7 @@ def test_autocast_gives_the_same_maps_in_float32_but_for_rounding(network, dtype
 
 
 def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
-    # Autocast keeps the weights it has cast; those of a pass without a graph would have no gradient.
+    # Autocast keeps the weights that it has cast. Weights cast in a pass without a graph have no gradient.
     torch.manual_seed(0)
     model = build_network("small_cnn", 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -179,6 +182,7 @@ def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_networks_have_the_maps_of_the_network_that_was_compiled(in_place, images):
     torch.manual_seed(0)
@@ -200,13 +204,14 @@ def test_compiled_networks_have_the_maps_of_the_network_that_was_compiled(in_pla
         torch.testing.assert_close(compiled(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_is_flat_over_200_calls(method):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 2)
     )
-    images = torch.randn(4, 3, 48, 48)  # one activation a call kept would be 59 MB in the end
+    images = torch.randn(4, 3, 48, 48)  # If each call kept one activation, it would be 59 MB in the end.
     with GradCAM(model, "1", method) as cam:
         for _ in range(20):
             cam(images, "all")
@@ -217,7 +222,7 @@ def test_memory_is_flat_over_200_calls(method):
 
 
 def peak_megabytes():
-    """Return the greatest memory that this process ever had."""
+    """Return the most memory that this process has had so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -316,7 +321,7 @@ def test_score_cam_of_a_network_in_half_precision(narrow, images):
     assert (found - expected).abs().max() < 0.05 * expected.max()
 
 
-def test_damaged_weights_are_said_to_be_for_every_method(narrow, images):
+def test_damaged_weights_are_an_error_for_every_method(narrow, images):
     damaged = copy.deepcopy(narrow)
     with torch.no_grad():
         damaged[0].weight.fill_(torch.nan)
@@ -325,7 +330,7 @@ def test_damaged_weights_are_said_to_be_for_every_method(narrow, images):
             cam(images)
 
 
-def test_unpadded_cells_lie_where_arithmetic_says_however_that_is_written():
+def test_cells_without_padding_lie_where_arithmetic_says_for_both_ways_to_write_it():
     for padding in (0, "valid"):
         model = nn.Sequential(
             nn.Conv2d(3, 2, 9, padding=padding),
@@ -339,7 +344,7 @@ def test_unpadded_cells_lie_where_arithmetic_says_however_that_is_written():
 
 
 def test_eigen_cam_of_signed_activations_has_the_sign_of_its_sum():
-    # One channel, positive with one deep negative place: by its sum it is positive, by its largest entry it is not.
+    # One channel: its sum is positive, its entry of the largest magnitude is negative.
     activation = torch.ones(1, 1, 3, 3)
     activation[0, 0, 1, 1] = -6.0
     found = eigen_cam_maps(activation)
@@ -391,6 +396,7 @@ def test_a_layer_whose_channels_come_last_is_refused_and_the_one_behind_is_not(s
         assert cam(images, "all").raw.shape == (2, 3, rows, columns)
 
 
+@pytest.mark.slow
 def test_a_swin_transformer_is_explained_behind_its_permutation():
     torch.manual_seed(0)
     network, images = models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64)

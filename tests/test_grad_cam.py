@@ -1,4 +1,4 @@
-"""Grad-CAM: the right map, at the right place, and nothing left behind."""
+"""Grad-CAM gives the right map, at the right place, and leaves nothing behind."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def hooks_of(model):
 
 def test_maps_agree_with_the_grad_cam_package(network, images):
     with GradCAM(network) as cam:
-        # With random weights some maps are empty: of each image the class with the most evidence.
+        # With random weights some maps are empty, so each image is explained for the class with the most evidence.
         classes = cam(images, "all").raw.amax((2, 3)).argmax(1)
         maps = cam(images, classes)
     # The package spreads the cells evenly over the image.
