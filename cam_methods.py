@@ -1,8 +1,10 @@
 """The formulas of class activation maps.
 
-A: (N, K, h, w) float32, a layer's activation of K channels. G: its gradient ∂y_c/∂A of C logits, (N, C, K, h, w),
-or (1 or N, C, K, 1, 1) where it is the same in every place; both taken at one and the same point of the network.
-The methods with gradients differ in the weights alone: their map is relu(Σ_k w_k A_k).
+- A, `activation`: (N, K, h, w) float32, a layer's output of K channels.
+- G, `gradient`: (N, C, K, h, w) float32, the gradient ∂y_c/∂A of C logits, taken at the same point as A.
+- w, the weights: (N, C, K, 1, 1) for each channel, or (N, C, K, h, w) for each channel and place.
+
+The map of a method with gradients is relu(Σ_k w_k A_k). These methods differ only in the weights.
 """
 
 from collections.abc import Callable
@@ -21,9 +23,10 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w_k = Σ_ij α relu(G_k), α = G² / (2 G² + G³ Σ_ab A_k): Grad-CAM++ (Chattopadhay et al. 2018, WACV,
     arXiv:1710.11063), of the score exp(y).
 
-    Divided through by G², so no epsilon is needed, which would swamp the small gradients of a layer behind
-    pooling. Made for activations that are not negative; before a rectifier the denominator can be negative, which
-    would turn evidence for a class into evidence against it: the weight is 0 there.
+    Numerator and denominator are divided by G². So no epsilon is needed, which would be larger than the small
+    gradients of a layer before pooling. The method is made for activations that are not negative. Before a rectifier
+    the denominator can be negative, which would turn evidence for a class into evidence against it: the weight is 0
+    there.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
     denominator = 2 + gradient * total
@@ -33,35 +36,35 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def hires_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Return w = G, place by place: HiResCAM (Draelos & Carin 2020, arXiv:2011.08891). Behind pooling and
-    one linear layer, and only there, it is Grad-CAM.
+    """Return w = G at each place: HiResCAM (Draelos & Carin 2020, arXiv:2011.08891).
+
+    It equals Grad-CAM if the layer is followed by average pooling and one linear layer, and only then.
     """
     return gradient
 
 
 def layer_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Return w = relu(G), place by place: LayerCAM (Jiang et al. 2021, IEEE TIP 30:5875)."""
+    """Return w = relu(G) at each place: LayerCAM (Jiang et al. 2021, IEEE TIP 30:5875)."""
     return gradient.relu()
 
 
 def x_grad_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Return w_k = Σ_ij G_k A_k / Σ_ij A_k: XGrad-CAM (Fu et al. 2020, BMVC, arXiv:2008.02312); 0 for a
-    channel whose activations sum to 0. Made for activations that are not negative: elsewhere a sum near 0 gives a
-    weight beyond measure.
+    """Return w_k = Σ_ij G_k A_k / Σ_ij A_k: XGrad-CAM (Fu et al. 2020, BMVC, arXiv:2008.02312).
+
+    It is 0 for a channel whose activations sum to 0. The method is made for activations that are not negative: with
+    others the sum can be near 0 and the weight extremely large.
     """
-    if gradient.shape[-2:] == (1, 1):
-        return gradient  # a mean of G weighted by A, of one value
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
     weighted = (gradient * activation[:, None]).sum(dim=(-2, -1), keepdim=True)
     return torch.where(total == 0, 0, weighted / total)
 
 
 def eigen_cam_maps(activation: Tensor) -> Tensor:
-    """Return (N, h, w) A v, v the first right singular vector of the (h w, K) matrix A: Eigen-CAM (Muhammad &
-    Yeasin 2020, IJCNN, arXiv:2008.00299). It knows of no class: where the layer is active, that is all.
+    """Return (N, h, w) maps A v, v the first right singular vector of the (h w, K) matrix A: Eigen-CAM (Muhammad &
+    Yeasin 2020, IJCNN, arXiv:2008.00299).
 
-    The sign, which a singular vector does not have, is the one that makes the map's sum positive. As in the
-    paper A is not centred.
+    The map shows where the layer is active and depends on no class. A singular vector has no sign: the sign is chosen
+    so that the map's sum is positive. As in the paper, A is not centred.
     """
     matrix = activation.flatten(2)  # (N, K, h w)
     _, strengths, places = torch.linalg.svd(matrix, full_matrices=False)
@@ -71,25 +74,32 @@ def eigen_cam_maps(activation: Tensor) -> Tensor:
 
 
 def score_cam_weights(scores: Tensor) -> Tensor:
-    """Return softmax over channels of (N, C, K) scores, the logits y_c of the image seen through each channel:
-    Score-CAM (Wang et al. 2020, CVPR workshops, arXiv:1910.01279). A baseline's logit, the same
-    for every channel, would fall out of the softmax.
+    """Return the softmax over channels of (…, K) scores: Score-CAM (Wang et al. 2020, CVPR workshops,
+    arXiv:1910.01279).
+
+    The scores are the logits y_c of the image seen through each channel. The paper subtracts the logit of a baseline
+    image, which is the same for every channel and does not change the softmax.
     """
     return scores.softmax(dim=-1)
 
 
 def weighted_maps(activation: Tensor, weights: Tensor) -> Tensor:
-    """Return (N, C, h, w) Σ_k w_k A_k for weights of the shape of a gradient, in float32 under autocast too."""
+    """Return (N, C, h, w) maps Σ_k w_k A_k, in float32 even under autocast."""
     if weights.shape[-2:] == (1, 1):
-        per_channel = weights[..., 0, 0].expand(len(activation), -1, -1)
         with torch.autocast(activation.device.type, enabled=False):
-            return (per_channel @ activation.flatten(2)).unflatten(2, activation.shape[2:])
-    # Class by class, so that no second array of the gradient's size is made.
+            return (weights[..., 0, 0] @ activation.flatten(2)).unflatten(2, activation.shape[2:])
+    # Class by class: a product for all classes at once would need as much memory again as the gradient.
     return torch.stack([(one * activation).sum(dim=1) for one in weights.unbind(dim=1)], dim=1)
 
 
 class Method(NamedTuple):
-    """A way to make maps: `needs` says from what; `weights` are a function of A and G."""
+    """A way to make maps.
+
+    Attributes:
+        title: the name in tables and figures.
+        needs: what the maps are made of: gradients, the activation alone, or the scores of masked images.
+        weights: the weights as a function of A and G, for a method with gradients.
+    """
 
     title: str
     needs: Literal["gradient", "activation", "scores"] = "gradient"
@@ -108,7 +118,7 @@ METHODS: dict[str, Method] = {
 
 
 def cam_method(name: str) -> Method:
-    """Return the method of that name. Raises ValueError, naming all, for another one."""
+    """Return the method of that name. Raises ValueError, which lists all methods, for an unknown one."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     return METHODS[name]

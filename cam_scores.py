@@ -27,7 +27,6 @@ from faithfulness import (
     rank_correlation,
     verdict,
 )
-from grad_cam import CamMaps, LayerMaps
 from localization import (
     CHANCE,
     BoxOverlaps,
@@ -37,6 +36,7 @@ from localization import (
     overlap_table,
     peak_inside,
 )
+from maps import CamMaps, LayerMaps
 from metrics import Interval, bootstrap_mean, patient_weights
 from predictions import Predictions
 from trained_networks import TrainedNetwork

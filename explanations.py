@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grad_cam import Classes, GradCAM, scaled
+from grad_cam import Classes, GradCAM
+from maps import scaled
 from trained_networks import TrainedNetwork, ensemble_card
 
 

@@ -20,7 +20,8 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from networks import add_batch_norm, build_network, fold_batch_norm
+from batch_norm_folding import add_batch_norm, fold_batch_norm
+from networks import build_network
 from trained_networks import ModelCard
 
 Probabilities = Callable[[Tensor], Tensor]  # (N, 3, H, W) normalised images -> (N, C) in 0..1

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import networks
+from batch_norm_folding import add_batch_norm, fold_batch_norm
 from calibration import fit_temperature
 from checkpoints import Checkpoints, on_cpu
 from compute import described
@@ -44,7 +45,7 @@ from starting_weights import NO_FILE, StartingWeights, kept_head, starting_weigh
 from studies import PROJECT, Study, Training, load_study, load_table, positive_class
 from trained_networks import ModelCard, save_network
 from training import FineTuned, fine_tune, predict_logits
-from utils import Preprocessing, seed_everything
+from utils import Preprocessing, resolve_device, seed_everything
 
 RUNS = PROJECT / "runs"
 # A network whose validation loss never falls below this share of the uninformed one has learnt nothing.
@@ -151,7 +152,7 @@ def _fine_tune_job(job: Job, *, restart: bool) -> Path:
 def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, device: str) -> Job:
     """Return what is to be done for one network. Raises ValueError or FileNotFoundError where it cannot be done."""
     start = starting_weights(study, network, runs)
-    accelerator = accelerator_on(networks.resolve_device(device))
+    accelerator = accelerator_on(resolve_device(device))
     training = study.training_of(network)
     task = learning_task(training, table)
     if training.batch_size < accelerator.num_processes:
@@ -209,7 +210,7 @@ def _trained(job: Job, images: PreparedImages, working: Path) -> Trained:
         scratch=working,
     )
     if training.temporary_batch_norm:
-        networks.fold_batch_norm(model)
+        fold_batch_norm(model)
     of_split = images.batches | {"train": images.batches["train_plain"]}
     logits = {
         split: predict_logits(model, of_split[split], device=job.accelerator.device) for split in SPLITS
@@ -231,7 +232,7 @@ def _built(job: Job) -> nn.Module:
         hidden_units=training.hidden_units,
     )
     if training.temporary_batch_norm:
-        networks.add_batch_norm(model)
+        add_batch_norm(model)
     _announce(job, networks.parameter_count(model), head)
     return model
 
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         studies = _studies(options)
         for network in studies[0].networks:  # before the images are read
             starting_weights(studies[0], network, options.runs)
-        accelerator = accelerator_on(networks.resolve_device(options.device))
+        accelerator = accelerator_on(resolve_device(options.device))
         silent = contextlib.redirect_stdout(io.StringIO())
         with contextlib.nullcontext() if accelerator.is_main_process else silent:
             with accelerator.main_process_first():  # a phantom is drawn once

@@ -1,124 +1,46 @@
-"""Class activation maps of a network: exact, and for about the price of a forward pass.
+"""Class activation maps of any network, for little more than the price of a forward pass.
 
-The methods' formulas are in `cam_methods`; this is where their activations and gradients come from, after
-Grad-CAM (Selvaraju et al. 2017, ICCV, arXiv:1610.02391).
+The formulas of the methods are in `cam_methods`. This module provides the activations and gradients that they need, as
+Grad-CAM does (Selvaraju et al. 2017, ICCV, arXiv:1610.02391).
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import functional
 
 from cam_methods import Method, cam_method, eigen_cam_maps, score_cam_weights, weighted_maps
+from maps import CamMaps, LayerMaps
 from networks import class_logits
 from receptive_fields import CellTracker, Grid
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
 
-GRADIENT_BYTES = 2**26  # of gradients that are held at once, where they are needed class by class
-
-
-class LayerMaps(NamedTuple):
-    """Maps from one layer: (N, K, h, w) float32 at its resolution, not negative, not normalised; and where in the
-    input their cells lie.
-    """
-
-    raw: Tensor
-    grid: Grid
-
-
-@dataclass(frozen=True)
-class CamMaps:
-    """Maps of N images for K classes each, and the logits of the same forward pass.
-
-    `layers`: the maps from each layer. `classes`: (N, K) the class that each map is for. `logits`: (N, C), of a
-    network with a single output the pair that `class_logits` makes of it.
-    """
-
-    layers: tuple[LayerMaps, ...]
-    classes: Tensor
-    logits: Tensor
-
-    def __getitem__(self, images: slice | Sequence[int]) -> "CamMaps":
-        """Return the maps of some of the images: a slice, or their indices."""
-        layers = tuple(LayerMaps(raw[images], grid) for raw, grid in self.layers)
-        return CamMaps(layers, self.classes[images], self.logits[images])
-
-    @property
-    def raw(self) -> Tensor:
-        """(N, K, h, w) maps of the one layer: of one network and method they can be compared in height.
-
-        Raises ValueError for several layers, whose maps have no scale in common.
-        """
-        return self._only.raw
-
-    @property
-    def grid(self) -> Grid:
-        """Where in the input the cells of the one layer lie."""
-        return self._only.grid
-
-    @property
-    def _only(self) -> LayerMaps:
-        if len(self.layers) > 1:
-            raise ValueError("maps of several layers have no raw scale in common: use upsampled(size)")
-        return self.layers[0]
-
-    @property
-    def empty(self) -> Tensor:
-        """(N, K) bool: nothing in the image speaks for this class; the map is all zeros."""
-        return torch.stack([layer.raw.amax(dim=(2, 3)) <= 0 for layer in self.layers]).all(dim=0)
-
-    def upsampled(self, size: tuple[int, int], *, aligned: bool = True) -> Tensor:
-        """Return (N, K, *size) maps, bilinear, each scaled by its own maximum to 0–1; an empty one stays 0.
-
-        Each cell is put where its receptive field is centred. `aligned=False` spreads the cells evenly over
-        the image, as is usual: in a ResNet that moves the map half a cell (at 224 px, 16 px) to the right
-        and down, because each of its strided layers looks at the even pixels. Scaling divides by the
-        maximum and subtracts nothing: zero goes on meaning "no evidence". Several layers are fused by the
-        greatest of their scaled maps, place by place (Jiang et al. 2021, LayerCAM).
-        """
-        fused = None
-        for raw, grid in self.layers:
-            maps = grid.upsampled(raw, size) if aligned else _spread(raw, size)
-            fused = scaled(maps) if fused is None else torch.maximum(fused, scaled(maps))
-        return fused
-
-
-def _spread(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def scaled(maps: Tensor) -> Tensor:
-    """Return (…, H, W) maps that are not negative, each divided by its maximum; zeros stay zeros."""
-    return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+GRADIENT_BYTES = 2**26  # If the gradients of all classes need more memory, they are computed in parts.
+MASKED_IMAGES = 32  # Score-CAM's batch size
 
 
 class GradCAM:
-    """Class activation maps from a layer of a network, or from several, as a context manager.
-
-    `method` is one of `cam_methods.METHODS`. y_c are the logits. A single output z is two classes with the logits
-    -z/2 and z/2 (`class_logits`), so that the negative class has a map too; `multilabel` leaves it one finding's
-    logit.
-
-    The layers up to the target run without a graph; a leaf tensor takes the place of the target's output, and
-    gradients flow from the logits to that leaf alone. Behind the leaf the graph itself tells whether the head
-    is global average pooling and a linear layer: then the gradient of every class is the layer's weights, and
-    nothing has to be computed (Zhou et al. 2016, arXiv:1512.04150); otherwise one batched call gives it for
-    all classes. So maps cost little more than a forward pass, whether parameters are frozen or not, inside
-    `no_grad`, `inference_mode` and autocast, of compiled networks (run as they were before), and no parameter's
-    `.grad` is touched. An operation that works in place behind the target changes a copy, never the
-    activation that the map is made of. Inside `with` the network is in eval mode; behind it everything is
-    as it was. A network is for one thread at a time: hooks see every pass.
+    """Makes class activation maps from a layer of a network, or from several; a context manager.
 
         with GradCAM(network) as cam:
             maps = cam(images, "top")
+
+    - Cost: the layers up to the target run without a graph. The graph starts at the target's output, and one batched
+      call gives the gradients of all classes there.
+    - In-place operations after the target change a copy, never the activation that the map is made of.
+    - Parameters may be frozen, and their `.grad` is not touched. `no_grad`, `inference_mode`, autocast and compiled
+      networks (which run uncompiled here) change nothing.
+    - Inside `with` the network is in eval mode. After it each module is in the mode that it had before.
+    - One thread at a time: the hooks see every forward pass of the network.
+
+    The score of a class is its logit. A network with a single output z has two classes with the logits -z/2 and z/2
+    (`networks.class_logits`), so the negative class has a map too. With `multilabel`, z is the logit of one finding.
     """
 
     def __init__(
@@ -128,54 +50,74 @@ class GradCAM:
         method: str = "gradcam",
         *,
         multilabel: bool = False,
-        batch_size: int = 32,
     ) -> None:
-        """Choose layers by name, or the one that `build_network` noted on the model (`cam_layer`).
+        """Choose the layers and the method.
 
-        `batch_size` is of the masked images that Score-CAM runs the network on, as many an image as the layer has
-        channels. Raises ValueError where there is no such layer or method.
+        Args:
+            model: returns (N, C) logits for (N, 3, H, W) images.
+            layer: name of a layer as in `model.named_modules()`, or several names; None for the layer that
+                `build_network` noted on the model (`model.cam_layer`).
+            method: a name in `cam_methods.METHODS`.
+            multilabel: each output is the logit of one finding.
+
+        Raises:
+            ValueError: there is no such layer or method.
         """
-        self.model = getattr(model, "_orig_mod", model)  # of a compiled network the one that hooks reach
-        self.method, self.multilabel, self.batch_size = method, multilabel, batch_size
-        cam_method(method)  # an unknown one is an error here
-        self._targets = _layers(self.model, layer)
+        cam_method(method)  # An unknown name is an error here, not at the first call.
+        self.model = getattr(model, "_orig_mod", model)  # Hooks do not reach through torch.compile's wrapper.
+        self.method = method
+        self.multilabel = multilabel
+        self._targets = _target_layers(self.model, layer)
         self.layers = tuple(self._targets)
-        self._trackers: dict[tuple[int, int], CellTracker] = {}
-        self._points: dict[str, Tensor] = {}
-        self._was_training: dict[nn.Module, bool] = {}
-        self._entered = False
+        self._modes: dict[nn.Module, bool] = {}  # empty outside `with`
 
     def __enter__(self) -> "GradCAM":
-        if self._entered:
-            raise RuntimeError("this GradCAM is already in use: make another one")
-        self._entered = True
-        self._was_training = {module: module.training for module in self.model.modules()}
+        self._modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        self._trackers.clear()
-        for module, training in self._was_training.items():
+    def __exit__(self, *exception: object) -> None:
+        for module, training in self._modes.items():
             module.training = training
+        self._modes = {}
 
     def __call__(self, images: Tensor, classes: Classes = "top") -> CamMaps:
-        """Return the maps of (N, 3, H, W) normalised images.
+        """Return the maps of a batch of images.
 
-        `classes`: "top" (the class with the highest logit), "all", an index for every image, (N,) an index
-        an image, or (N, K). Raises ValueError for another shape, an index out of range or a network whose
-        output is not finite.
+        Args:
+            images: (N, 3, H, W), normalised as the network expects it.
+            classes: "top" (the class with the highest logit), "all", one index for every image, (N,) an index for
+                each image, or (N, K) indices.
+
+        Raises:
+            ValueError: a wrong shape, an index out of range, or a network whose output is not finite.
         """
         return self.by_method([self.method], images, classes)[self.method]
 
     def by_method(
         self, methods: Sequence[str], images: Tensor, classes: Classes = "top"
     ) -> dict[str, CamMaps]:
-        """Return the maps of several methods from one and the same forward pass, by name; see `__call__`."""
+        """Return the maps of several methods, by name, from one forward pass; arguments as for a call."""
         formulas = {name: cam_method(name) for name in methods}
-        if not self._entered:
+        self._check_use(images)
+        try:
+            with _uncompiled(self.model), torch.inference_mode(False), torch.no_grad():
+                run = self._forward(images)
+                chosen = _class_indices(classes, run.logits.detach())
+                raw_maps = {name: self._raw_maps(formula, run, chosen) for name, formula in formulas.items()}
+        finally:
+            # Autocast keeps the weights that it cast without a graph. A later training step would use them.
+            torch.clear_autocast_cache()
+        if not all(raw.isfinite().all() for layers in raw_maps.values() for raw in layers):
+            raise ValueError("the network's gradients are not finite: are its weights damaged?")
+        logits = run.logits.detach().float()
+        return {
+            name: CamMaps(tuple(map(LayerMaps, map(torch.relu, layers), run.grids)), chosen, logits)
+            for name, layers in raw_maps.items()
+        }
+
+    def _check_use(self, images: Tensor) -> None:
+        if not self._modes:
             raise RuntimeError(
                 "use `with GradCAM(model) as cam:`: outside it the network is in no known mode"
             )
@@ -185,202 +127,75 @@ class GradCAM:
             raise RuntimeError(
                 "the network was put into train mode inside `with`: leave it in eval mode there"
             )
-        try:
-            with _eager(self.model), torch.inference_mode(False), torch.no_grad():
-                output = self._forward(images)
-                torch.set_grad_enabled(False)  # the graph's part is done
-                self._check(images, output)
-                logits = self._logits(output)
-                chosen = _chosen_classes(classes, logits.detach())
-                grids = {name: self._grid(images, point) for name, point in self._points.items()}
-                raw = {
-                    name: self._maps(formula, images, output, chosen, grids)
-                    for name, formula in formulas.items()
-                }
-        finally:
-            self._points = {}
-            torch.clear_autocast_cache()  # casts made without a graph would break a later training step
-        if not all(maps.isfinite().all() for by_layer in raw.values() for maps in by_layer.values()):
-            raise ValueError("the network's gradients are not finite: are its weights damaged?")
-        logits = logits.detach().float()
-        return {
-            method: CamMaps(
-                tuple(LayerMaps(by_layer[name].relu(), grids[name]) for name in self.layers), chosen, logits
-            )
-            for method, by_layer in raw.items()
-        }
 
-    def _forward(self, images: Tensor) -> Tensor:
-        """Run the network, cut at the target; return its output, with `_points` the targets' activations."""
-        size = tuple(images.shape[2:])
-        tracker = None
-        if size not in self._trackers:
-            tracker = self._trackers[size] = CellTracker(self.model, *size)
-        # Hooks live for this one pass: whatever else runs the network inside `with` runs it as it is.
-        hooks = [
-            layer.register_forward_hook(lambda _, __, output, name=name: self._cut(name, output))
-            for name, layer in self._targets.items()
-        ]
-        try:
+    def _forward(self, images: Tensor) -> "_ForwardPass":
+        """Run the network once, with a graph from the first target on."""
+        activations: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as hooks:  # Other passes inside `with GradCAM` run without hooks.
+            tracker = hooks.enter_context(CellTracker(self.model, *images.shape[2:]))
+            for name, layer in self._targets.items():
+                hook = partial(_record_and_start_graph, name, activations)
+                hooks.enter_context(layer.register_forward_hook(hook))
             output = self.model(images)
-        except BaseException:
-            self._trackers.pop(size, None)  # it followed a part of the pass only
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if tracker is not None:
-                tracker.stop()
         for name in self.layers:
-            if name not in self._points:
+            if name not in activations:
                 raise ValueError(f"layer {name!r} takes no part in this network's forward pass")
-        return output
-
-    def _check(self, images: Tensor, output: object) -> None:
-        """Say what is wrong with a network that cannot be explained image by image and class by class."""
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in one that does")
-        for name, point in self._points.items():
-            if not len(point) == len(images) == len(output):
-                raise ValueError(
-                    f"{len(images)} images are {len(point)} at layer {name!r} and {len(output)} in the output: "
-                    "a network that cuts or merges images has no map of one"
-                )
-            height, width = images.shape[2:]
-            first, second, third = point.shape[1:]
-            # The first two axes have the image's proportions and the last two have not: (N, h, w, K).
-            if first * width == second * height and second * width != third * height:
-                raise ValueError(
-                    f"layer {name!r} gives {tuple(point.shape)}, channels last, and not (N, K, h, w): choose a "
-                    "later layer, behind which the channels come second (of torchvision's Swin 'permute')"
-                )
-        if not all(tensor.isfinite().all() for tensor in (output, *self._points.values())):
-            raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
-
-    def _cut(self, name: str, output: Tensor) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            raise ValueError(f"layer {name!r} gives no (N, K, h, w) activation: choose a convolution or ReLU")
-        if name in self._points:
-            raise ValueError(f"layer {name!r} runs more than once a forward pass: choose another one")
-        # The first target starts the graph; one behind it is a point of that graph.
-        point = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
-        self._points[name] = point
-        torch.set_grad_enabled(True)  # from here to the logits
-        return point.clone()  # what follows may work in place; the point must not change
+        _check_output(images, activations, output)
+        logits = self._logits(output)
+        torch.set_grad_enabled(False)  # The graph is complete.
+        activations = {name: activations[name] for name in self.layers}
+        grids = [tracker.grid(*activation.shape[2:]) for activation in activations.values()]
+        return _ForwardPass(images, activations, grids, logits)
 
     def _logits(self, output: Tensor) -> Tensor:
         return output if self.multilabel else class_logits(output)
 
-    def _grid(self, images: Tensor, point: Tensor) -> Grid:
-        return self._trackers[tuple(images.shape[2:])].grid(*point.shape[2:])
-
-    def _maps(
-        self, formula: Method, images: Tensor, output: Tensor, chosen: Tensor, grids: dict[str, Grid]
-    ) -> dict[str, Tensor]:
-        """Return (N, K, h, w) maps by layer, not yet rectified."""
+    def _raw_maps(self, formula: Method, run: "_ForwardPass", chosen: Tensor) -> list[Tensor]:
+        """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
         if formula.needs == "gradient":
-            return self._maps_from_gradients(formula, output, chosen)
-        activations = {name: point.detach().float() for name, point in self._points.items()}
+            return _maps_from_gradients(formula, run, chosen)
+        activations = [activation.detach().float() for activation in run.activations.values()]
         if formula.needs == "activation":
-            return {
-                name: eigen_cam_maps(activation)[:, None].expand(-1, chosen.shape[1], -1, -1)
-                for name, activation in activations.items()
-            }
-        return {
-            name: weighted_maps(activation, self._channel_weights(images, activation, grids[name], chosen))
-            for name, activation in activations.items()
-        }
-
-    def _maps_from_gradients(self, formula: Method, output: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        maps = {}
-        for name, point in self._points.items():
-            head = _pooled_linear_head(output, point)
-            if head is not None:
-                # An index for all images: one row of weights serves them all.
-                rows = chosen[:1] if chosen.stride(0) == 0 else chosen
-                gradient = self._logits(head.float()).T[rows] / (point.shape[2] * point.shape[3])
-                maps[name] = _weighted(formula, point, gradient[..., None, None])
-        others = {name: point for name, point in self._points.items() if name not in maps}
-        if others:
-            parts = [
-                [_weighted(formula, point, g) for point, g in zip(others.values(), gradients, strict=True)]
-                for gradients in self._gradients(output, list(others.values()), chosen)
-            ]
-            maps |= {
-                name: torch.cat(found, dim=1)
-                for name, found in zip(others, zip(*parts, strict=True), strict=True)
-            }
-        return maps
-
-    def _gradients(self, output: Tensor, points: list[Tensor], chosen: Tensor) -> Iterator[list[Tensor]]:
-        """Yield (N, k, K, h, w) gradients at each point, for a part of the chosen classes after the other."""
-        with torch.enable_grad():
-            logits = self._logits(output)
-        one_hot = functional.one_hot(chosen, logits.shape[1]).to(logits.dtype).transpose(0, 1).contiguous()
-        if not logits.requires_grad:
-            raise ValueError(self._unreached)
-        at_once = max(1, GRADIENT_BYTES // sum(point.nbytes for point in points))
-        for part in one_hot.split(at_once):
-            # Images of a batch do not meet in eval mode: each gradient is of its own image's logit.
-            found = _batched_gradients(logits, points, part)
-            if any(gradients is None for gradients in found):
-                raise ValueError(self._unreached)
-            yield [gradients.transpose(0, 1) for gradients in found]
-
-    @property
-    def _unreached(self) -> str:
-        return (
-            f"no gradient comes from the output to {', '.join(map(repr, self.layers))}: "
-            "does the network's forward() detach it, use no_grad, or not use the layer?"
-        )
+            return [eigen_cam_maps(a)[:, None].expand(-1, chosen.shape[1], -1, -1) for a in activations]
+        return [
+            weighted_maps(activation, self._channel_weights(run.images, activation, grid, chosen))
+            for activation, grid in zip(activations, run.grids, strict=True)
+        ]
 
     def _channel_weights(self, images: Tensor, activation: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
         """Return Score-CAM's (N, K, channels, 1, 1) weights: the network sees each image through each channel."""
         weights = []
-        for image, channels, wanted in zip(images, activation, chosen, strict=True):
+        for image, channels, indices in zip(images, activation, chosen, strict=True):
             logits = []
-            for part in channels.split(self.batch_size):
-                seen = grid.upsampled(part[:, None], tuple(image.shape[1:]))
-                low, high = seen.amin(dim=(2, 3), keepdim=True), seen.amax(dim=(2, 3), keepdim=True)
-                masks = (seen - low) / (high - low).clamp_min(torch.finfo(seen.dtype).tiny)
+            for part in channels.split(MASKED_IMAGES):
+                masks = grid.upsampled(part[:, None], tuple(image.shape[1:]))
+                low, high = masks.amin(dim=(2, 3), keepdim=True), masks.amax(dim=(2, 3), keepdim=True)
+                masks = (masks - low) / (high - low).clamp_min(torch.finfo(masks.dtype).tiny)
                 logits.append(self._logits(self.model((masks * image).to(image.dtype))).float())
-            weights.append(score_cam_weights(torch.cat(logits).T[wanted]))
+            weights.append(score_cam_weights(torch.cat(logits).T[indices]))
         return torch.stack(weights)[..., None, None]
 
 
-def _weighted(formula: Method, point: Tensor, gradient: Tensor) -> Tensor:
-    activation = point.detach().float()
-    return weighted_maps(activation, formula.weights(activation, gradient.float()))
+class _ForwardPass(NamedTuple):
+    """What a forward pass leaves. The graph leads from the first target's activation to the logits.
 
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Run a network whose modules were compiled in place (`module.compile()`) as it is written: compiled code
-    calls no hooks that came after it.
+    Attributes:
+        images: (N, 3, H, W).
+        activations: by layer, (N, channels, h, w).
+        grids: where the cells of each layer lie.
+        logits: (N, C).
     """
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+
+    images: Tensor
+    activations: dict[str, Tensor]
+    grids: list[Grid]
+    logits: Tensor
 
 
-def _batched_gradients(logits: Tensor, points: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
-    """Return (K, N, …) gradients at each point for (K, N, C) cotangents of the logits, in one call."""
-    options = {"retain_graph": True, "allow_unused": True}
-    try:
-        return list(torch.autograd.grad(logits, points, cotangents, is_grads_batched=True, **options))
-    except (RuntimeError, NotImplementedError):
-        # An operation whose backward pass cannot be batched: one call a class.
-        each = [torch.autograd.grad(logits, points, one, **options) for one in cotangents]
-        return [None if found[0] is None else torch.stack(found) for found in zip(*each, strict=True)]
-
-
-def _layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """Return the target modules by name."""
-    usual = getattr(model, "cam_layer", None)
-    names = layer if layer is not None else usual
+    default = getattr(model, "cam_layer", None)
+    names = layer if layer is not None else default
     if not names:
         raise ValueError("this network does not say which layer to use: give GradCAM(model, layer=NAME)")
     if isinstance(names, nn.Module):
@@ -390,58 +205,99 @@ def _layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn
     for name in names:
         if name not in modules or not name:
             spatial = [key for key, module in modules.items() if isinstance(module, nn.Conv2d | nn.ReLU)]
-            tips = ", ".join(dict.fromkeys([usual] * bool(usual) + spatial[-6:]))
+            tips = ", ".join(dict.fromkeys([default] * bool(default) + spatial[-6:]))
             raise ValueError(f"no layer {name!r} in this network: try one of {tips}")
     return {name: modules[name] for name in names}
 
 
-# What a graph may hold between pooling and a linear layer that changes neither values nor their order.
-_RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias", "ToCopy", "Clone")
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Return a context in which modules that `module.compile()` compiled run as written.
 
-
-def _pooled_linear_head(output: Tensor, point: Tensor) -> Tensor | None:
-    """Return the (K, outputs) weights where the network's (N, outputs) output is the mean of the (N, K, h, w) `point`
-    over its places, times these weights, plus a bias; None where anything else was done, by the graph.
+    Compiled code does not call hooks that were registered after its compilation.
     """
-    linear = _behind_reshapes(output.grad_fn)
-    if not _is(linear, "Addmm", "Mm") or getattr(linear, "_saved_alpha", 1) != 1:
-        return None
-    *bias, _, weight = [node for node, _ in linear.next_functions]
-    if not all(_is_constant(node, point) for node in (*bias, weight)):
-        return None
-    pooling = _behind_reshapes(linear.next_functions[-2][0])  # of (bias,) input, weights
-    if not _is(pooling, "Mean") or tuple(getattr(pooling, "_saved_self_sym_sizes", ())) != tuple(point.shape):
-        return None
-    # Axes are kept as unsigned numbers of 64 bits, negative ones too.
-    axes = {axis % 2**64 % 4 for axis in getattr(pooling, "_saved_dim", None) or ()}
-    start = _behind_reshapes(pooling.next_functions[0][0], until=get_gradient_edge(point).node)
-    if axes != {2, 3} or start != get_gradient_edge(point).node:
-        return None
-    weights = linear._saved_mat2.detach()
-    # The mean may have been cut into other rows than images.
-    return weights if weights.shape == (point.shape[1], output.shape[1]) else None
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def _is_constant(node: Node | None, point: Tensor) -> bool:
-    """Tell whether what a node made is a parameter or a constant, and so not made of `point`."""
-    node = _behind_reshapes(node, kinds=(*_RESHAPES, "T", "Transpose", "Permute"))
-    return node is None or (_is(node, "torch::autograd::AccumulateGrad") and node.variable is not point)
+def _record_and_start_graph(
+    name: str, activations: dict[str, Tensor], layer: nn.Module, inputs: object, output: object
+) -> Tensor:
+    """Record a target's output and return a copy of it: a forward hook once the first two arguments are bound."""
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        raise ValueError(f"layer {name!r} gives no (N, K, h, w) activation: choose a convolution or ReLU")
+    if name in activations:
+        raise ValueError(f"layer {name!r} runs more than once a forward pass: choose another one")
+    # The first target's output is the leaf of the graph. A later target already belongs to this graph.
+    activation = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
+    activations[name] = activation
+    torch.set_grad_enabled(True)  # from here to the logits
+    return activation.clone()  # In-place operations that follow change this copy only.
 
 
-def _behind_reshapes(
-    node: Node | None, *, until: Node | None = None, kinds: Sequence[str] = _RESHAPES
-) -> Node | None:
-    while node is not None and node != until and _is(node, *kinds):
-        node = node.next_functions[0][0]
-    return node
+def _check_output(images: Tensor, activations: dict[str, Tensor], output: object) -> None:
+    """Raise ValueError for a network that cannot be explained image by image and class by class."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in one that does")
+    for name, activation in activations.items():
+        if not len(activation) == len(images) == len(output):
+            raise ValueError(
+                f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output: "
+                "a network that cuts or merges images has no map of one"
+            )
+        height, width = images.shape[2:]
+        first, second, third = activation.shape[1:]
+        # In (N, h, w, K) the first two axes have the image's proportions and the last two have not.
+        if first * width == second * height and second * width != third * height:
+            raise ValueError(
+                f"layer {name!r} gives {tuple(activation.shape)}, channels last, and not (N, K, h, w): choose a "
+                "later layer, behind which the channels come second (of torchvision's Swin 'permute')"
+            )
+    if not all(tensor.isfinite().all() for tensor in (output, *activations.values())):
+        raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
 
 
-def _is(node: Node | None, *kinds: str) -> bool:
-    """Tell whether a node of a graph is of one of these kinds; its name is that, "Backward" and a number."""
-    return node is not None and node.name().split("Backward")[0] in kinds
+def _maps_from_gradients(formula: Method, run: _ForwardPass, chosen: Tensor) -> list[Tensor]:
+    """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
+    one_hot = functional.one_hot(chosen, run.logits.shape[1]).to(run.logits.dtype)
+    classes_at_once = max(1, GRADIENT_BYTES // sum(a.nbytes for a in run.activations.values()))
+    parts = []
+    for cotangents in one_hot.transpose(0, 1).contiguous().split(classes_at_once):
+        maps = []
+        for point, gradients in zip(run.activations.values(), _gradients(run, cotangents), strict=True):
+            activation = point.detach().float()
+            weights = formula.weights(activation, gradients.transpose(0, 1).float())
+            maps.append(weighted_maps(activation, weights))
+        parts.append(maps)
+    return [torch.cat(maps, dim=1) for maps in zip(*parts, strict=True)]
 
 
-def _chosen_classes(classes: Classes, logits: Tensor) -> Tensor:
+def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
+    """Return (K, N, channels, h, w) gradients at each layer for (K, N, C) cotangents of the logits.
+
+    In eval mode the images of a batch do not influence each other, so each gradient is of its own image's logit.
+    """
+    points = list(run.activations.values())
+    differentiate = partial(torch.autograd.grad, run.logits, points, retain_graph=True, allow_unused=True)
+    gradients: Sequence[Tensor | None] = [None]
+    if run.logits.requires_grad:
+        try:
+            gradients = differentiate(cotangents, is_grads_batched=True)
+        except (RuntimeError, NotImplementedError):
+            # The backward pass of some operation cannot be batched: one call for each class.
+            by_class = [differentiate(cotangent) for cotangent in cotangents]
+            gradients = [
+                None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)
+            ]
+    if any(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"no gradient comes from the output to {', '.join(map(repr, run.activations))}: "
+            "does the network's forward() detach it, use no_grad, or not use the layer?"
+        )
+    return list(gradients)
+
+
+def _class_indices(classes: Classes, logits: Tensor) -> Tensor:
     """Return the (N, K) class indices that `classes` means for (N, C) logits."""
     number, num_classes = logits.shape
     if isinstance(classes, str):
@@ -450,19 +306,17 @@ def _chosen_classes(classes: Classes, logits: Tensor) -> Tensor:
         if classes == "all":
             return torch.arange(num_classes, device=logits.device).expand(number, num_classes)
         raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
-    # A copy of what is no tensor: a table's column may be read-only, which torch does not like.
-    chosen = (classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))).to(
-        logits.device
-    )
-    if chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise ValueError(f"class indices must be whole numbers, not {chosen.dtype}")
-    chosen = chosen.long()
-    if chosen.ndim == 0:
-        chosen = chosen.expand(number)
-    if chosen.ndim == 1:
-        chosen = chosen[:, None]
-    if chosen.ndim != 2 or len(chosen) != number or chosen.shape[1] == 0:
-        raise ValueError(f"{tuple(chosen.shape)} class indices for {number} images: give (N,) or (N, K)")
-    if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < num_classes):
+    # np.array copies: torch warns of arrays that cannot be written to, such as a table's column.
+    indices = classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"class indices must be whole numbers, not {indices.dtype}")
+    indices = indices.to(logits.device).long()
+    if indices.ndim == 0:
+        indices = indices.expand(number)
+    if indices.ndim == 1:
+        indices = indices[:, None]
+    if indices.ndim != 2 or len(indices) != number or indices.shape[1] == 0:
+        raise ValueError(f"{tuple(indices.shape)} class indices for {number} images: give (N,) or (N, K)")
+    if not (int(indices.min()) >= 0 and int(indices.max()) < num_classes):
         raise ValueError(f"class index out of range: this network has classes 0 to {num_classes - 1}")
-    return chosen
+    return indices

@@ -1,7 +1,7 @@
 """From a map to a picture and to boxes.
 
-Pictures are (H, W, 3) uint8 RGB. Boxes are (B, 4) rows of x, y (upper left corner), width and height as
-fractions of the image, as in `XrayTable.boxes`, so that resolution never matters.
+Pictures are (H, W, 3) uint8 RGB. Boxes are (B, 4) rows of x, y (upper left corner), width and height as fractions of
+the image, as in `XrayTable.boxes`, so they fit the image at any resolution.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,19 @@ COLORMAPS = {
 def overlay(
     xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma"
 ) -> np.ndarray:
-    """Return an (H, W) uint8 X-ray under an (H, W) map of 0–1 as (H, W, 3) uint8 RGB.
+    """Return an X-ray with a map laid over it in colour: (H, W, 3) uint8 RGB.
 
-    A pixel's colour is mixed in with weight alpha · map, so where the map is 0 the X-ray is untouched and
-    colour always means evidence. `colormap` is a name of `COLORMAPS` (OpenCV's). Raises ValueError where
-    the shapes differ or the map leaves 0–1.
+    The colour of a pixel is mixed in with the weight alpha · map. So the X-ray is unchanged where the map is 0, and
+    colour always means evidence.
+
+    Args:
+        xray: (H, W) uint8.
+        map_: (H, W), from 0 to 1.
+        alpha: weight of the colour where the map is 1, from 0 to 1.
+        colormap: a name in `COLORMAPS` (OpenCV's).
+
+    Raises:
+        ValueError: the shapes differ, the map is not from 0 to 1, or an argument is of another type.
     """
     if xray.dtype != np.uint8:
         raise ValueError(f"the X-ray must be uint8, 0 to 255, not {xray.dtype}")
@@ -40,11 +48,13 @@ def overlay(
 
 
 def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
-    """Return (B, 4) boxes around the regions where an (H, W) map is at least `threshold` · its maximum.
+    """Return (B, 4) boxes around the regions where an (H, W) map is at least `threshold` times its maximum.
 
-    A region is an 8-connected component, the one of most pixels comes first; its box covers its pixels
-    wholly. A map that is zero everywhere has none: (0, 4). Raises ValueError for a threshold outside (0, 1]
-    and for a map that is not finite or not (H, W).
+    A region is an 8-connected component; the region of most pixels comes first. A box covers the pixels of its region
+    completely. A map of zeros has no box: (0, 4).
+
+    Raises:
+        ValueError: the threshold is not in (0, 1], or the map is not finite or not (H, W).
     """
     map_ = np.asarray(map_)
     if not 0 < threshold <= 1:
@@ -56,20 +66,18 @@ def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
         return np.zeros((0, 4))
     above = (map_ >= threshold * top).astype(np.uint8)
     _, _, regions, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
-    regions = regions[1:]  # the first is what lies below the threshold
+    regions = regions[1:]  # The first component is the background.
     regions = regions[np.argsort(-regions[:, cv2.CC_STAT_AREA], kind="stable")]
     corners_and_sides = [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]
     height, width = map_.shape
     return regions[:, corners_and_sides] / np.array([width, height, width, height], dtype=np.float64)
 
 
-def draw_boxes(
-    picture: np.ndarray, boxes: np.ndarray | Sequence, *, colour: tuple[int, int, int] = (255, 255, 255)
-) -> np.ndarray:
-    """Return a copy of the picture with (B, 4) boxes outlined in an RGB colour.
+def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
+    """Return a copy of an (H, W, 3) picture with (B, 4) boxes outlined in white.
 
-    The line lies inside the box's edge, so that it encloses a box at the image's border too, and is 1/250 of
-    the image's shorter side wide, at least a pixel.
+    The line lies inside the box, so a box at the image's border is seen whole. Its width is 1/250 of the image's
+    shorter side, at least one pixel.
     """
     drawn = picture.copy()
     height, width = picture.shape[:2]
@@ -77,17 +85,15 @@ def draw_boxes(
     for x, y, box_width, box_height in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
         left, right = _pixels(x, box_width, width)
         top, bottom = _pixels(y, box_height, height)
-        drawn[top : top + line, left:right] = colour
-        drawn[max(top, bottom - line) : bottom, left:right] = colour
-        drawn[top:bottom, left : min(left + line, right)] = colour
-        drawn[top:bottom, max(left, right - line) : right] = colour
+        inside = np.s_[top + line : max(bottom - line, 0), left + line : max(right - line, 0)]
+        content = drawn[inside].copy()
+        drawn[top:bottom, left:right] = 255
+        drawn[inside] = content
     return drawn
 
 
 def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
-    """Return the first pixel of a box along one axis and the one behind its last: one pixel at least, all of
-    them in the image.
-    """
+    """Return where a box starts and ends (exclusive) along one axis, in pixels: at least one, all in the image."""
     first = min(max(round(start * size), 0), size - 1)
     return first, min(max(round((start + extent) * size), first + 1), size)
 
@@ -95,22 +101,30 @@ def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
 def with_colour_bar(
     picture: np.ndarray, *, peak: float | None = None, alpha: float = 0.65, colormap: str = "plasma"
 ) -> np.ndarray:
-    """Return the picture, its pixels as they are, with a colour bar on a black ground to its right.
+    """Return an (H, W, 3) picture with a colour bar on black to its right.
 
-    The bar shows what `overlay`, with the same `alpha` and `colormap`, makes of the values 0 (at the bottom)
-    to 1 on mid-grey: the colours as they look on an X-ray. Its numbers are 0, the half and the whole of
-    `peak`, the raw map's maximum; 0, 0.5 and 1 where that is None, and just 0 where it is 0. Raises
-    ValueError for a peak that is negative or not finite.
+    The bar shows the colours as they look on an X-ray: what `overlay` makes of the values 0 (at the bottom) to 1 on
+    mid-grey.
+
+    Args:
+        picture: (H, W, 3) uint8; its pixels stay the same.
+        peak: maximum of the raw map. The bar's numbers are 0, half of it and it; only 0 if it is 0. None means 1.
+        alpha: as for `overlay`.
+        colormap: as for `overlay`.
+
+    Raises:
+        ValueError: the peak is negative or not finite.
     """
-    if peak is not None and not (np.isfinite(peak) and peak >= 0):
+    peak = 1.0 if peak is None else peak
+    if not (np.isfinite(peak) and peak >= 0):
         raise ValueError(f"peak {peak} must be finite and not negative: pass the raw map's maximum or None")
     height = picture.shape[0]
-    text = max(1, round(min(max(10, height / 28), height / 4)))  # the height of the numbers in pixels
-    values = (0.0, 0.5, 1.0) if peak is None or peak > 0 else (0.0,)
-    numbers = [_inked(f"{value * (1 if peak is None else peak):.3g}", text) for value in values]
+    text = max(1, round(min(max(10, height / 28), height / 4)))  # height of the numbers in pixels
+    values = (0.0, 0.5, 1.0) if peak > 0 else (0.0,)
+    numbers = [_drawn_text(f"{value * peak:.3g}", text) for value in values]
     longest = max(number.shape[1] for number in numbers)
 
-    # A number's height is free above and below the bar: the first and the last stand half beyond it.
+    # The first and the last number extend beyond the bar by half their height, so space is left above and below it.
     levels = np.linspace(1, 0, max(1, height - 2 * text))
     left, right = text, text + max(4, 3 * text // 2)
     strip = np.zeros((height, right + text + longest + text, 3), dtype=np.uint8)
@@ -128,10 +142,10 @@ def with_colour_bar(
     return np.concatenate([picture, strip], axis=1)
 
 
-def _inked(text: str, height: int) -> np.ndarray:
-    """Return (h, w) uint8 white text on black, about `height` pixels high, cropped to its ink.
+def _drawn_text(text: str, height: int) -> np.ndarray:
+    """Return (h, w) uint8 white text on black, about `height` pixels high, cropped to its white pixels.
 
-    Cropped, because OpenCV 4 and 5 have different fonts and neither's `getTextSize` is what is drawn.
+    `cv2.getTextSize` is not used: OpenCV 4 and 5 have different fonts, and it matches neither.
     """
     line = max(1, round(height / 10))
     scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height, line)

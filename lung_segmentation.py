@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import segmentation
-from utils import read_xray, write_whole
+from utils import read_xray, resolve_device, write_whole
 
 MASK_SOFTWARE = "xraycam lung mask"  # the PNG field "Software" of a mask: no other file is replaced
 SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1e-3}
@@ -28,7 +28,6 @@ SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1
 def fit(arguments: argparse.Namespace) -> int:
     """Train a lung model, score it on the pairs that are held out, and save it."""
     import lung_model  # with accelerate and pandas: `predict` needs neither
-    from networks import resolve_device
     from studies import Training
 
     common = {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}

@@ -54,8 +54,8 @@ from answers import MapOptions, answer, check_layers, lung_finder, lung_folder, 
 from batches import Share
 from cam_methods import METHODS, cam_method
 from heatmaps import COLORMAPS
-from networks import resolve_device
 from trained_networks import ModelCard, TrainedNetwork, ensemble_card, load_network, read_card, run_folder
+from utils import resolve_device
 from xray_files import (
     TABLE,
     Job,

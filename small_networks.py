@@ -4,94 +4,112 @@ All take (N, 3, H, W) images of 32 px and more and return (N, outputs) logits.
 """
 
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 
-class LeNet5(nn.Module):
-    """LeNet-5 (LeCun et al. 1998, Proc. IEEE 86, section II-B) in today's dress.
+def named_sequence(**modules: nn.Module) -> nn.Sequential:
+    """Return the modules as a sequence, by name."""
+    return nn.Sequential(OrderedDict(modules))
 
-    Its layers and widths are the paper's: 6 maps of 5 × 5, pooling, 16 of 5 × 5, pooling, 120, 84, outputs.
-    Where the paper has scaled tanh, trainable sub-sampling, a partial table of connections and radial basis
-    functions, this has what is usual since: ReLU, maximum pooling, full connections and a linear layer. At
-    the paper's 32 px the pooling to 5 × 5 is the identity; it makes the linear layers fit any larger size.
+
+def lenet5(outputs: int = 1000) -> nn.Sequential:
+    """Return LeNet-5 (LeCun et al. 1998, Proc. IEEE 86, section II-B) in modern form.
+
+    Its layers and widths are the paper's: 6 maps of 5 × 5, pooling, 16 of 5 × 5, pooling, 120, 84, outputs. The
+    paper's scaled tanh, trainable sub-sampling, partial table of connections and radial basis functions are replaced
+    by what is usual today: ReLU, maximum pooling, full connections and a linear layer. Pooling to 5 × 5 makes the
+    linear layers fit images of any size. At the paper's 32 px it changes nothing.
     """
-
-    def __init__(self, outputs: int = 1000) -> None:
-        features = {
-            "conv1": nn.Conv2d(3, 6, 5),
-            "relu1": nn.ReLU(inplace=True),
-            "pool1": nn.MaxPool2d(2),
-            "conv2": nn.Conv2d(6, 16, 5),
-            "relu2": nn.ReLU(inplace=True),
-            "pool2": nn.MaxPool2d(2),
-        }
-        classifier = {
-            "fc1": nn.Linear(16 * 5 * 5, 120),
-            "relu1": nn.ReLU(inplace=True),
-            "fc2": nn.Linear(120, 84),
-            "relu2": nn.ReLU(inplace=True),
-            "fc3": nn.Linear(84, outputs),
-        }
-        super().__init__()
-        self.features = nn.Sequential(OrderedDict(features))
-        self.pool = nn.AdaptiveAvgPool2d(5)
-        self.classifier = nn.Sequential(OrderedDict(classifier))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (N, outputs) logits for (N, 3, H, W) images."""
-        return self.classifier(self.pool(self.features(images)).flatten(1))
+    return named_sequence(
+        features=named_sequence(
+            conv1=nn.Conv2d(3, 6, 5),
+            relu1=nn.ReLU(inplace=True),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5),
+            relu2=nn.ReLU(inplace=True),
+            pool2=nn.MaxPool2d(2),
+        ),
+        pool=nn.AdaptiveAvgPool2d(5),
+        flatten=nn.Flatten(),
+        classifier=named_sequence(
+            fc1=nn.Linear(16 * 5 * 5, 120),
+            relu1=nn.ReLU(inplace=True),
+            fc2=nn.Linear(120, 84),
+            relu2=nn.ReLU(inplace=True),
+            fc3=nn.Linear(84, outputs),
+        ),
+    )
 
 
-class SmallCNN(nn.Module):
-    """Five blocks of 3 × 3 convolution, 2 × 2 maximum pooling, batch normalisation, ReLU (the last without
-    pooling), then global average pooling, dropout and one linear layer. 0.88 million parameters.
+def small_cnn(outputs: int = 1000) -> nn.Sequential:
+    """Return a network of 0.88 million parameters that learns from X-rays of about 128 px without a GPU.
 
-    Made to learn from X-rays of about 128 px without a GPU: in fp32, in batches of 32 in channels_last, it
-    trains on about 150 images a second on two idle cores of a Xeon at 2.8 GHz. The last activation, and so the
-    map of Grad-CAM, has 8 × 8 cells at 128 px.
+    It has five blocks of 3 × 3 convolution, 2 × 2 maximum pooling (not in the last block), batch normalisation and
+    ReLU. Global average pooling, dropout and one linear layer follow. In fp32, in batches of 32 in channels_last, it
+    trains on about 150 images a second on two idle cores of a Xeon at 2.8 GHz. Its maps have 8 × 8 cells at 128 px.
     """
-
-    def __init__(
-        self, outputs: int = 1000, *, widths: tuple[int, ...] = (24, 48, 96, 192, 384), dropout: float = 0.2
-    ) -> None:
-        befores = (3, *widths[:-1])
-        last = len(widths) - 1
-        blocks = [
-            _conv_block(before, width, pooled=number < last)
-            for number, (before, width) in enumerate(zip(befores, widths, strict=True))
-        ]
-        classifier = {"dropout": nn.Dropout(dropout), "fc": nn.Linear(widths[-1], outputs)}
-        super().__init__()
-        self.features = nn.Sequential(*blocks)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(OrderedDict(classifier))
-        _kaiming(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (N, outputs) logits for (N, 3, H, W) images."""
-        return self.classifier(self.pool(self.features(images)).flatten(1))
+    widths = (3, 24, 48, 96, 192, 384)
+    blocks = [_conv_block(before, after, pooled=after != widths[-1]) for before, after in pairwise(widths)]
+    network = named_sequence(
+        features=nn.Sequential(*blocks),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        classifier=named_sequence(dropout=nn.Dropout(0.2), fc=nn.Linear(widths[-1], outputs)),
+    )
+    return _with_kaiming_weights(network)
 
 
-def _conv_block(before: int, width: int, *, pooled: bool) -> nn.Sequential:
-    # No bias before a batch normalisation, which would take it out again. Pooling comes first, for then the
-    # rest of the block has a quarter of the pixels to do: a third more images a second, measured.
-    parts = {
-        "conv": nn.Conv2d(before, width, 3, padding=1, bias=False),
-        **({"pool": nn.MaxPool2d(2)} if pooled else {}),
-        "bn": nn.BatchNorm2d(width),
-        "relu": nn.ReLU(inplace=True),
-    }
-    return nn.Sequential(OrderedDict(parts))
+def _conv_block(before: int, after: int, *, pooled: bool) -> nn.Sequential:
+    # The convolution has no bias, because the batch normalisation would take it out again. Pooling comes first, so
+    # the rest of the block has a quarter of the pixels to process: measured, a third more images a second.
+    pooling = {"pool": nn.MaxPool2d(2)} if pooled else {}
+    return named_sequence(
+        conv=nn.Conv2d(before, after, 3, padding=1, bias=False),
+        **pooling,
+        bn=nn.BatchNorm2d(after),
+        relu=nn.ReLU(inplace=True),
+    )
+
+
+def resnet_v2(outputs: int = 1000, *, n: int = 6) -> nn.Sequential:
+    """Return a pre-activation ResNet of depth 9n + 2 with bottlenecks, the CIFAR form of He et al. 2016 ("Identity
+    mappings in deep residual networks", ECCV, arXiv:1603.05027).
+
+    It has three stages of `n` blocks with 64, 128 and 256 maps (a quarter of that inside the bottlenecks), then
+    normalisation, ReLU, global average pooling and one linear layer. n = 6 is depth 56.
+
+    The first convolution has stride 2, for X-rays of 100 to 224 px. The paper's has stride 1, for images of 32 px: at
+    224 px that would cost four times the time and memory, and the 28 × 28 cells of the last stage are already finer
+    than those of the ImageNet networks.
+    """
+    blocks = {}
+    before = 16
+    for stage, after in enumerate((64, 128, 256), 1):
+        for block in range(1, n + 1):
+            stride = 2 if stage > 1 and block == 1 else 1
+            blocks[f"stage{stage}_{block}"] = _PreActivation(before, after // 4, after, stride)
+            before = after
+    network = named_sequence(
+        stem=nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
+        blocks=named_sequence(**blocks),
+        bn=nn.BatchNorm2d(before),
+        relu=nn.ReLU(inplace=True),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        classifier=nn.Linear(before, outputs),
+    )
+    return _with_kaiming_weights(network)
 
 
 class _PreActivation(nn.Module):
     """A bottleneck of He et al. 2016, figure 4 (e): normalisation and ReLU come before each convolution, and
-    nothing but addition stands on the way from one block's input to the next.
+    nothing but addition stands between one block's input and the next block's.
 
-    Where the shape changes, the shortcut is a 1 × 1 convolution of the activated input, as in the authors'
-    code: it sees what the block's first convolution sees.
+    Where the shape changes, the shortcut is a 1 × 1 convolution of the activated input, as in the authors' code:
+    it has the same input as the block's first convolution.
     """
 
     def __init__(self, before: int, inner: int, after: int, stride: int) -> None:
@@ -114,42 +132,9 @@ class _PreActivation(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(active))
 
 
-class ResNetV2(nn.Module):
-    """Pre-activation ResNet of depth 9n + 2 with bottlenecks, the CIFAR form of He et al. 2016 ("Identity
-    mappings in deep residual networks", ECCV, arXiv:1603.05027): three stages of `n` blocks, 64, 128 and 256
-    maps wide (inside the bottlenecks a quarter), then normalisation, ReLU, global average pooling, one
-    linear layer. n = 6 is depth 56.
-
-    `stem_stride` is 1 in the paper, whose images have 32 px. The default of 2 is for X-rays of 100–224 px:
-    a first stage at 224 × 224 would cost four times the time and memory, and the last stage's 28 × 28 cells
-    are finer than those of the ImageNet networks as it is.
-    """
-
-    def __init__(self, outputs: int = 1000, *, n: int = 6, stem_stride: int = 2) -> None:
-        blocks: OrderedDict[str, nn.Module] = OrderedDict()
-        before = 16
-        for stage, after in enumerate((64, 128, 256), 1):
-            for block in range(n):
-                stride = 2 if stage > 1 and block == 0 else 1
-                blocks[f"stage{stage}_{block + 1}"] = _PreActivation(before, after // 4, after, stride)
-                before = after
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, stride=stem_stride, padding=1, bias=False)
-        self.blocks = nn.Sequential(blocks)
-        self.bn = nn.BatchNorm2d(before)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(before, outputs)
-        _kaiming(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (N, outputs) logits for (N, 3, H, W) images."""
-        features = self.relu(self.bn(self.blocks(self.stem(images))))
-        return self.classifier(self.pool(features).flatten(1))
-
-
-def _kaiming(network: nn.Module) -> None:
-    """Draw weights of convolutions with variance 2 / fan-out (He et al. 2015, arXiv:1502.01852)."""
+def _with_kaiming_weights(network: nn.Sequential) -> nn.Sequential:
+    """Draw the convolutions' weights with variance 2 / fan-out (He et al. 2015, arXiv:1502.01852)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network

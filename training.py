@@ -16,11 +16,12 @@ from batches import Batches
 from checkpoints import Checkpoints, NotSaved, StopRequests, TrainingState
 from compute import CHANNELS_LAST, autocast_options, in_order
 from frozen_features import can_be_cached, feature_batches
-from networks import resolve_device, set_training_mode
+from networks import set_training_mode
 from objectives import SINGLE_LABEL, Objective
 from optimisation import Optimisation, Setup
 from processes import Processes, SharedRows, synchronise_batch_norms
 from studies import Phase, Training
+from utils import resolve_device
 
 # After how many batches several processes agree on whether to stop or to save: to ask a GPU is to wait for it.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}

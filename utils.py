@@ -356,3 +356,21 @@ def flush(path: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """Return the device of that name; "auto" is the first CUDA GPU, else Apple's GPU, else the CPU.
+
+    Raises ValueError for a device that is unknown or not there.
+    """
+    if device == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        named = torch.device(device)
+        if named.type in ("cpu", "cuda", "mps"):
+            torch.empty(0, device=named)
+            return named
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass  # torch raises another type for each reason why a device is not there.
+    raise ValueError(f"no device {device!r} on this machine: try --device cpu")

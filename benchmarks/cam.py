@@ -1,13 +1,12 @@
-"""What Grad-CAM costs, ours and three libraries', in forward passes of the same network.
+"""What Grad-CAM costs in forward passes of the same network: ours and that of three libraries.
 
     python benchmarks/cam.py [--networks vgg16,resnet18,densenet121] [--batch 16] [--rounds 10]
 
-The libraries (`pip install grad-cam torchcam captum`) compute maps at the layer that ours takes, for one class
-and for all 14, each in the way its documentation shows; one that is not there or cannot do it is reported as
-such. Networks have random weights and see noise. Each time is divided by that of an inference forward pass
-right before it, in the same process, with everything else taking its turn in every round; medians of these
-ratios are printed, and written with the seconds to `--output` after each row. Memory is what the maps need
-above the peak of a forward pass.
+The libraries (`pip install grad-cam torchcam captum`) compute maps at the same layer as ours, for one class and for all
+14, in the way that their documentation shows. A library that is missing or fails is reported. The networks have random
+weights, the images are noise. Each time is divided by the time of an inference forward pass right before it in the same
+process. All methods take turns in every round. The table shows the medians of these ratios; `--output` gets them
+with the seconds after each row. Memory is what the maps need above the peak of a forward pass.
 """
 
 import argparse
@@ -29,7 +28,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grad_cam import GradCAM
-from networks import build_network, resolve_device
+from networks import build_network
+from utils import resolve_device
 
 CLASSES = 14
 Maps = Callable[
@@ -39,7 +39,7 @@ Maps = Callable[
 
 @contextmanager
 def ours(network: nn.Module) -> Iterator[Maps]:
-    """Ours: one forward pass, whatever the number of classes."""
+    """Ours: one forward pass and one batched gradient for all classes."""
     with GradCAM(network) as cam:
         yield lambda images, number: cam(images, 0 if number == 1 else "all").raw
 
@@ -53,15 +53,15 @@ def grad_cam(network: nn.Module) -> Iterator[Maps]:
     cam = Theirs(model=network, target_layers=[network.get_submodule(network.cam_layer)])
 
     def maps(images: Tensor, number: int) -> Tensor:
-        found = [cam(images, [ClassifierOutputTarget(k)] * len(images)) for k in range(number)]
-        return torch.stack([torch.from_numpy(each) for each in found], dim=1)
+        by_class = [cam(images, [ClassifierOutputTarget(k)] * len(images)) for k in range(number)]
+        return torch.stack([torch.from_numpy(class_maps) for class_maps in by_class], dim=1)
 
     try:
         yield maps
     finally:
-        # Not its own `with`, which swallows an IndexError.
+        # The package's own `with` would hide an IndexError.
         cam.activations_and_grads.release()
-        network.zero_grad(set_to_none=True)  # its backward pass goes into the weights
+        network.zero_grad(set_to_none=True)  # its backward pass fills the weights' gradients
 
 
 @contextmanager
@@ -73,8 +73,8 @@ def torchcam(network: nn.Module) -> Iterator[Maps]:
 
         def maps(images: Tensor, number: int) -> Tensor:
             scores = network(images)
-            found = [cam(k, scores, normalized=False, retain_graph=k + 1 < number) for k in range(number)]
-            return torch.stack([each for (each,) in found], dim=1)
+            by_class = [cam(k, scores, normalized=False, retain_graph=k + 1 < number) for k in range(number)]
+            return torch.stack([class_maps for (class_maps,) in by_class], dim=1)
 
         yield maps
 
@@ -88,8 +88,8 @@ def captum(network: nn.Module) -> Iterator[Maps]:
 
     def maps(images: Tensor, number: int) -> Tensor:
         # Detached one by one: each holds the graph of a whole pass.
-        found = [cam.attribute(images, target=k, relu_attributions=True).detach() for k in range(number)]
-        return torch.cat(found, dim=1)
+        by_class = [cam.attribute(images, target=k, relu_attributions=True).detach() for k in range(number)]
+        return torch.cat(by_class, dim=1)
 
     yield maps
 
@@ -121,18 +121,18 @@ class Case(NamedTuple):
         return torch.autocast(self.images.device.type, torch.bfloat16, enabled=enabled)
 
 
-def make_case(name: str, given: argparse.Namespace) -> Case:
+def make_case(name: str, options: argparse.Namespace) -> Case:
     """Return what is measured: the same for each process that asks."""
     torch.manual_seed(0)
-    device = given.device
+    device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(device)
     network = build_network(name, CLASSES).eval().to(device)
-    images = torch.randn(given.batch, 3, given.image_size, given.image_size).to(device)
-    if device.type == "cuda" and given.precision == "bf16":  # the layout that its bf16 convolutions want
+    images = torch.randn(options.batch, 3, options.image_size, options.image_size).to(device)
+    if device.type == "cuda" and options.precision == "bf16":  # the fast layout for bf16 convolutions
         network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))
-    return Case(name, network, images, given.precision)
+    return Case(name, network, images, options.precision)
 
 
 def min_max(maps: Tensor) -> Tensor:
@@ -151,13 +151,13 @@ def disagreements(case: Case, libraries: list[str]) -> list[str]:
         for library in libraries:
             try:
                 with LIBRARIES[library](few.network) as method:
-                    found = few.maps(method, number).cpu()
+                    theirs = few.maps(method, number).cpu()
             except Exception as error:  # a library's refusal, of whatever type, is a result
                 lines.append(f"{case.name}, {library}: {first_line(error)}")
                 continue
-            # Scaled before it is enlarged, too: rounding would make a picture of a map that is even.
-            same_size = functional.interpolate(min_max(expected), size=found.shape[2:], mode="bilinear")
-            worst = float((min_max(found) - min_max(same_size)).abs().max())
+            # Scaled before it is enlarged too: scaling alone would turn the rounding of a uniform map into a picture.
+            same_size = functional.interpolate(min_max(expected), size=theirs.shape[2:], mode="bilinear")
+            worst = float((min_max(theirs) - min_max(same_size)).abs().max())
             if not worst <= 1e-4:
                 lines.append(f"{case.name}, {library}: of {number} classes, a map is {worst:.1e} from ours")
     return lines
@@ -227,8 +227,7 @@ def peak_bytes(device: torch.device) -> int:
     """Return the most memory that was in use at a time: of a GPU since the last reset, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: its ru_maxrss begins with that of the process that started this one (Linux carries it
-    # over fork and exec), which has long needed more.
+    # Not getrusage: on Linux its ru_maxrss starts at the peak of the parent process, which is higher.
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
@@ -253,25 +252,25 @@ def map_memory(case: Case, name: str, number: int) -> float:
         return (peak_bytes(device) - least) / 1e6 / len(case.images)
 
 
-def map_memory_apart(case: Case, name: str, number: int, given: argparse.Namespace) -> float:
+def map_memory_apart(case: Case, name: str, number: int, options: argparse.Namespace) -> float:
     """Return `map_memory`, on a CPU of a fresh process. Raises RuntimeError where that process fails."""
     if case.images.device.type == "cuda":
         return map_memory(case, name, number)
-    options = ["--networks", case.name, "--batch", str(given.batch), "--image-size", str(given.image_size)]
-    options += ["--device", "cpu", "--precision", given.precision]
-    command = [sys.executable, __file__, *options, "--memory-of", name, "--classes", str(number)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise RuntimeError(next(iter(found.stderr.splitlines()[::-1]), f"status {found.returncode}"))
-    return float(found.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--networks", case.name, "--batch", str(options.batch)]
+    command += ["--image-size", str(options.image_size), "--device", "cpu", "--precision", options.precision]
+    command += ["--memory-of", name, "--classes", str(number)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(next(iter(process.stderr.splitlines()[::-1]), f"status {process.returncode}"))
+    return float(process.stdout.splitlines()[-1])
 
 
-def library_rounds(number: int, given: argparse.Namespace) -> int:
+def library_rounds(number: int, options: argparse.Namespace) -> int:
     """Return how often libraries are timed: fewer times, if asked, where they loop over all classes."""
-    return given.rounds if number == 1 else given.library_rounds
+    return options.rounds if number == 1 else options.library_rounds
 
 
-def record_of(case: Case, number: int, times: Timings, given: argparse.Namespace) -> dict[str, object]:
+def record_of(case: Case, number: int, times: Timings, options: argparse.Namespace) -> dict[str, object]:
     """Return a row without its memory: medians of seconds and of ratios, None for a library that failed."""
     device = case.images.device
     record: dict[str, object] = {
@@ -285,29 +284,29 @@ def record_of(case: Case, number: int, times: Timings, given: argparse.Namespace
         if device.type == "cuda" and record[name]:
             record[f"{prefix}maps_per_second"] = number * len(case.images) / record[name]
     return record | {
-        "rounds": given.rounds,
-        "library_rounds": library_rounds(number, given) if given.libraries else 0,
-        "batch": given.batch,
-        "image_size": given.image_size,
+        "rounds": options.rounds,
+        "library_rounds": library_rounds(number, options) if options.libraries else 0,
+        "batch": options.batch,
+        "image_size": options.image_size,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "precision": given.precision,
+        "precision": options.precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def measured_row(case: Case, number: int, given: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
+def measured_row(case: Case, number: int, options: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
     """Return the record of a row, and a line for each thing that could not be measured."""
-    rounds = {"ours": given.rounds} | dict.fromkeys(given.libraries, library_rounds(number, given))
+    rounds = {"ours": options.rounds} | dict.fromkeys(options.libraries, library_rounds(number, options))
     times = timings(case, number, rounds)
-    record = record_of(case, number, times, given)
+    record = record_of(case, number, times, options)
     notes = [f"{case.name}, {name}: {error}" for name, error in times.failed.items()]
     for name in [name for name in rounds if name == "ours" or number == 1]:
         key = "memory_mb_per_image" if name == "ours" else f"{name} memory_mb_per_image"
         record[key] = None
         if name not in times.failed:
             try:
-                record[key] = map_memory_apart(case, name, number, given)
+                record[key] = map_memory_apart(case, name, number, options)
             except RuntimeError as error:
                 notes.append(f"{record['name']}, memory of {name}: {first_line(error)}")
     return record, notes
@@ -333,8 +332,8 @@ def write_records(records: list[dict[str, object]], path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def arguments() -> argparse.Namespace:
-    """Return the command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Time Grad-CAM in forward passes of the same network.")
     parser.add_argument("--networks", default="vgg16,resnet18,densenet121")
     parser.add_argument("--batch", type=int, default=16)
@@ -350,30 +349,30 @@ def arguments() -> argparse.Namespace:
     # For the processes that measure memory.
     parser.add_argument("--memory-of", choices=tuple(METHODS), help=argparse.SUPPRESS)
     parser.add_argument("--classes", type=int, default=1, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    given.library_rounds = given.rounds if given.library_rounds is None else given.library_rounds
-    if min(given.rounds, given.library_rounds, given.batch) < 1:
+    options = parser.parse_args()
+    options.library_rounds = options.rounds if options.library_rounds is None else options.library_rounds
+    if min(options.rounds, options.library_rounds, options.batch) < 1:
         parser.error("rounds and batch must be at least 1; for ours alone give --no-libraries")
-    given.libraries = [] if given.no_libraries else list(LIBRARIES)
-    return given
+    options.libraries = [] if options.no_libraries else list(LIBRARIES)
+    return options
 
 
 def main() -> None:
     """Measure, print and write."""
-    given = arguments()
-    if given.memory_of:
-        print(map_memory(make_case(given.networks, given), given.memory_of, given.classes))
+    options = parse_arguments()
+    if options.memory_of:
+        print(map_memory(make_case(options.networks, options), options.memory_of, options.classes))
         return
     records, notes = [], []
     print(table_line({}))
-    for name in given.networks.split(","):
-        case = make_case(name, given)
-        notes += disagreements(case, given.libraries)
+    for name in options.networks.split(","):
+        case = make_case(name, options)
+        notes += disagreements(case, options.libraries)
         for number in (1, CLASSES):
-            record, more = measured_row(case, number, given)
+            record, more = measured_row(case, number, options)
             notes += more
             records.append(record)
-            write_records(records, given.output)
+            write_records(records, options.output)
             print(table_line(record), flush=True)
     for note in dict.fromkeys(notes):
         print(f"note: {note}")

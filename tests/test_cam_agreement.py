@@ -11,11 +11,11 @@ import pytorch_grad_cam
 import torch
 import torchcam.methods
 from captum.attr import LayerGradCam, LayerGradientXActivation
+from narrow_vgg import eval_network
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from grad_cam import GradCAM
-from networks import build_network
 
 SIZE = 64
 NETWORKS = ("resnet18", "vgg16", "densenet121")
@@ -35,8 +35,7 @@ TORCHCAM = {
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
-    torch.manual_seed(0)
-    return build_network(request.param, 4).eval()
+    return eval_network(request.param, 4)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +51,11 @@ def min_max(maps):
     maps = np.asarray(maps, dtype=np.float64)
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     return (maps - low) / (high - low)
+
+
+def evenly_spread(maps):
+    """Return (N, K, SIZE, SIZE) maps, as the libraries enlarge them: the cells spread evenly over the image."""
+    return nn.functional.interpolate(maps, (SIZE, SIZE), mode="bilinear")
 
 
 def ours(network, images, method, classes=None):
@@ -80,17 +84,17 @@ def from_torchcam(network, images, kind, classes):
 def scaled_head(network, factor):
     """Return a copy of the network with logits `factor` times as high."""
     larger = copy.deepcopy(network)
-    head = larger.get_submodule(network.head_name)
+    last = [module for module in larger.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
-        head.weight.mul_(factor)
-        head.bias.mul_(factor)
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
     return larger
 
 
-@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam", "xgradcam"])
+@pytest.mark.parametrize("method", ["hirescam", "layercam", "xgradcam"])  # Grad-CAM itself: test_grad_cam.py
 def test_maps_agree_with_the_grad_cam_package(network, images, method):
     maps, classes = ours(network, images, method)
-    upsampled = maps.upsampled((SIZE, SIZE), aligned=False)[:, 0].numpy()
+    upsampled = evenly_spread(maps.raw)[:, 0].numpy()
     theirs = from_grad_cam_package(network, images, GRAD_CAM_PACKAGE[method], classes)
     assert np.abs(min_max(upsampled) - min_max(theirs)).max() < 1e-5
 
@@ -143,7 +147,7 @@ def test_grad_cam_plus_plus_follows_its_formula_where_an_epsilon_would_not(netwo
     # With logits so high that the epsilon is nothing beside them, grad-cam agrees.
     larger = scaled_head(network, 1e5)
     maps, classes = ours(larger, images, "gradcam++")
-    upsampled = maps.upsampled((SIZE, SIZE), aligned=False)[:, 0].numpy()
+    upsampled = evenly_spread(maps.raw)[:, 0].numpy()
     theirs = from_grad_cam_package(larger, images, GRAD_CAM_PACKAGE["gradcam++"], classes)
     assert np.abs(min_max(upsampled) - min_max(theirs)).max() < 1e-5
 
@@ -201,14 +205,15 @@ def test_score_cam_agrees_with_both_libraries_where_nothing_is_interpolated():
 
 
 def test_layers_are_fused_as_torchcam_fuses_them(images):
-    torch.manual_seed(0)
-    network = build_network("vgg16", 4).eval()
+    network = eval_network("vgg16", 4)
     layers = ["features.22", "features.29"]
     with GradCAM(network, layers, "layercam") as cam:
-        fused = cam(images, 1).upsampled((SIZE, SIZE), aligned=False)[:, 0]
+        fused = cam(images, 1).upsampled((SIZE, SIZE))[
+            :, 0
+        ]  # a VGG's cells are evenly spread (test_grad_cam.py)
     with torchcam.methods.LayerCAM(network, layers) as cam:
         scores = network(images.clone().requires_grad_())
         each = cam(1, scores, normalized=False)
-    each = [nn.functional.interpolate(one[:, None], (SIZE, SIZE), mode="bilinear")[:, 0] for one in each]
+    each = [evenly_spread(one[:, None])[:, 0] for one in each]
     expected = torch.maximum(*[one / one.amax((1, 2), keepdim=True) for one in each])
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)

@@ -60,7 +60,7 @@ def tiny_network():
 @pytest.fixture(scope="module", autouse=True)
 def tiny_is_an_architecture():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, "tiny", Architecture("Tiny", tiny_network, None, "17", "17", "14"))
+        patch.setitem(ARCHITECTURES, "tiny", Architecture("Tiny", tiny_network, "17", "14", classifier="17"))
         yield
 
 

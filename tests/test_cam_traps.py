@@ -1,4 +1,6 @@
-"""Where class activation maps go wrong in silence: in-place operations, compiled and autocast networks, odd heads."""
+"""Where class activation maps can be wrong without an error: in-place operations, compiled and autocast networks,
+unusual heads.
+"""
 
 import copy
 import resource
@@ -35,7 +37,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def narrow():
-    """A network of few channels, for Score-CAM runs it once a channel."""
+    """A network of few channels, because Score-CAM runs it once for each channel."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3), nn.ReLU(),
@@ -46,8 +48,9 @@ def narrow():
 
 
 def plain_maps(model, layer, images, method="gradcam"):
-    """Return (N, C, h, w) maps from a whole graph and one gradient a class, the activation kept before anything
-    that works in place can reach it.
+    """Return (N, C, h, w) maps from the graph of the whole network and one gradient for each class.
+
+    The activation is copied before an in-place operation can change it.
     """
     kept = {}
     hook = model.get_submodule(layer).register_forward_hook(
@@ -65,20 +68,27 @@ def plain_maps(model, layer, images, method="gradcam"):
     return torch.stack(maps, 1)
 
 
+def torchvision_model(name):
+    model = models.get_model(name, weights=None, num_classes=4).eval()
+    if name == "vgg11":  # its own head has 120 million weights to draw
+        model.classifier = nn.Linear(512 * 7 * 7, 4)
+    return model
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("densenet121", "features"),  # torchvision rectifies its output in place, in forward()
-        ("vgg16", "features.28"),  # a convolution in front of an in-place ReLU
+        ("densenet121", "features"),  # torchvision's forward() rectifies its output in place
+        ("vgg11", "features.18"),  # a convolution in front of an in-place ReLU
         ("resnet18", "layer4.1.bn2"),  # += shortcut, then an in-place ReLU
-        ("resnet18", "layer3"),  # ahead of a whole block
+        ("resnet18", "layer3"),  # before a whole block
         ("resnet18", "relu"),
     ],
 )
 @pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_activation_and_gradient_are_of_one_point_whatever_works_in_place(name, layer, method, images):
+def test_activation_and_gradient_are_of_one_point_despite_in_place_operations(name, layer, method, images):
     torch.manual_seed(0)
-    model = models.get_model(name, weights=None, num_classes=4).eval()
+    model = torchvision_model(name)
     expected = plain_maps(model, layer, images, method)
     with GradCAM(model, layer, method) as cam:
         found = cam(images, "all").raw
@@ -98,52 +108,25 @@ class Head(nn.Module):
         return self.head(self, self.trunk(x))
 
 
-POOLED = {
+HEADS = {
     "mean and linear": Head(lambda m, a: m.parts[0](a.mean((2, 3))), nn.Linear(4, 3)),
-    "mean, kept axes, no bias": Head(
-        lambda m, a: m.parts[0](a.mean((-1, -2), keepdim=True).flatten(1)), nn.Linear(4, 3, bias=False)
-    ),
-    "adaptive pooling, dropout": Head(
-        lambda m, a: m.parts[1](m.parts[0](nn.functional.adaptive_avg_pool2d(a, 1).flatten(1))),
-        nn.Dropout(0.5),
-        nn.Linear(4, 3),
-    ),
     "one output": Head(lambda m, a: m.parts[0](a.mean((2, 3))), nn.Linear(4, 1)),
-}
-OTHERS = {
     "rectifier": Head(lambda m, a: m.parts[0](a.relu().mean((2, 3))), nn.Linear(4, 3)),
-    "square root": Head(lambda m, a: m.parts[0](a.mean((2, 3)).abs().sqrt()), nn.Linear(4, 3)),
     "two layers": Head(lambda m, a: m.parts[1](m.parts[0](a.mean((2, 3)))), nn.Linear(4, 4), nn.Linear(4, 3)),
-    "scaled output": Head(lambda m, a: 3 * m.parts[0](a.mean((2, 3))), nn.Linear(4, 3)),
-    "wrong axes": Head(lambda m, a: m.parts[0](a[:, :, :4, :4].mean((1, 2))), nn.Linear(4, 3)),
     "part of the places": Head(lambda m, a: m.parts[0](a[:, :, 2:].mean((2, 3))), nn.Linear(4, 3)),
-    "channels in another order": Head(lambda m, a: m.parts[0](a.flip(1).mean((2, 3))), nn.Linear(4, 3)),
-    "flipped after pooling": Head(lambda m, a: m.parts[0](a.mean((2, 3)).flip(1)), nn.Linear(4, 3)),
     "maximum": Head(lambda m, a: m.parts[0](a.amax((2, 3))), nn.Linear(4, 3)),
-    "subtracted": Head(
-        lambda m, a: torch.addmm(m.parts[0].bias, a.mean((2, 3)), m.parts[0].weight.T, alpha=-1),
-        nn.Linear(4, 3),
-    ),
-    "bias from the image": Head(
-        lambda m, a: torch.addmm(a.amax((2, 3))[:, :3], a.mean((2, 3)), m.parts[0].weight.T), nn.Linear(4, 3)
-    ),
     "each channel on its own": Head(
         lambda m, a: m.parts[0](a.mean((2, 3)).view(-1, 1)).view(len(a), -1), nn.Linear(1, 3)
     ),
-    "used twice": Head(lambda m, a: m.parts[0](a.mean((2, 3))) * a.mean(), nn.Linear(4, 3)),
-    "added": Head(lambda m, a: m.parts[0](a.mean((2, 3)) + a.amax((2, 3))), nn.Linear(4, 3)),
-    "weights from the image": Head(
-        lambda m, a: torch.mm(a.mean((2, 3)), a[0].flatten(1)[:, :3] + m.parts[0].weight[:1, :3]),
-        nn.Linear(4, 3),
-    ),
+    "used twice": Head(lambda m, a: m.parts[0](a.mean((2, 3))) * a.mean((1, 2, 3))[:, None], nn.Linear(4, 3)),
 }
 
 
-@pytest.mark.parametrize("head", [*POOLED, *OTHERS])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("method", WITH_GRADIENTS)
 def test_maps_are_those_of_the_plain_gradient_whatever_the_head(head, method):
     torch.manual_seed(0)
-    model = (POOLED | OTHERS)[head].eval()
+    model = HEADS[head].eval()
     images = torch.randn(2, 3, 6, 5)
     expected = plain_maps(model, "trunk", images, method)
     if head == "one output":  # z is half of the pair (-z/2, z/2)'s difference; Grad-CAM++ is not linear in it
@@ -156,26 +139,15 @@ def test_maps_are_those_of_the_plain_gradient_whatever_the_head(head, method):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "calls"), [(POOLED, 0), (OTHERS, 1)])
-def test_no_gradient_is_computed_behind_pooling_and_one_batched_call_elsewhere(heads, calls, monkeypatch):
-    counted = []
+def test_gradients_of_all_classes_take_one_batched_call(monkeypatch):
+    calls = []
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: counted.append(1) or grad(*a, **k))
-    for name, model in heads.items():
-        counted.clear()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    for name, model in HEADS.items():
+        calls.clear()
         with GradCAM(model.eval(), "trunk") as cam:
             cam(torch.randn(2, 3, 6, 5), "all")
-        assert len(counted) == calls, name
-
-
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vgg16"])
-def test_the_three_networks_take_the_short_way(name, images, monkeypatch):
-    counted = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: counted.append(1) or grad(*a, **k))
-    with GradCAM(build_network(name, 14)) as cam:
-        assert cam(images, "all").raw.shape[:2] == (2, 14)
-    assert len(counted) == (1 if name == "vgg16" else 0)
+        assert len(calls) == 1, name
 
 
 def test_many_gradients_are_taken_in_parts_with_the_same_result(small, images, monkeypatch):
@@ -186,7 +158,7 @@ def test_many_gradients_are_taken_in_parts_with_the_same_result(small, images, m
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("network", ["resnet", "narrow"])  # in closed form and by a gradient
+@pytest.mark.parametrize("network", ["resnet", "narrow"])
 def test_autocast_gives_the_same_maps_in_float32_but_for_rounding(network, dtype, images, request):
     model = request.getfixturevalue(network)
     with GradCAM(model) as cam:
@@ -199,7 +171,7 @@ def test_autocast_gives_the_same_maps_in_float32_but_for_rounding(network, dtype
 
 
 def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
-    # Autocast keeps the weights it has cast; those of a pass without a graph would have no gradient.
+    # Autocast keeps the weights that it has cast. Weights cast in a pass without a graph have no gradient.
     torch.manual_seed(0)
     model = build_network("small_cnn", 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -210,6 +182,7 @@ def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_networks_have_the_maps_of_the_network_that_was_compiled(in_place, images):
     torch.manual_seed(0)
@@ -231,13 +204,14 @@ def test_compiled_networks_have_the_maps_of_the_network_that_was_compiled(in_pla
         torch.testing.assert_close(compiled(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_is_flat_over_200_calls(method):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 2)
     )
-    images = torch.randn(4, 3, 48, 48)  # one activation a call kept would be 59 MB in the end
+    images = torch.randn(4, 3, 48, 48)  # If each call kept one activation, it would be 59 MB in the end.
     with GradCAM(model, "1", method) as cam:
         for _ in range(20):
             cam(images, "all")
@@ -248,7 +222,7 @@ def test_memory_is_flat_over_200_calls(method):
 
 
 def peak_megabytes():
-    """Return the greatest memory that this process ever had."""
+    """Return the most memory that this process has had so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -347,7 +321,7 @@ def test_score_cam_of_a_network_in_half_precision(narrow, images):
     assert (found - expected).abs().max() < 0.05 * expected.max()
 
 
-def test_damaged_weights_are_said_to_be_for_every_method(narrow, images):
+def test_damaged_weights_are_an_error_for_every_method(narrow, images):
     damaged = copy.deepcopy(narrow)
     with torch.no_grad():
         damaged[0].weight.fill_(torch.nan)
@@ -356,7 +330,7 @@ def test_damaged_weights_are_said_to_be_for_every_method(narrow, images):
             cam(images)
 
 
-def test_unpadded_cells_lie_where_arithmetic_says_however_that_is_written():
+def test_cells_without_padding_lie_where_arithmetic_says_for_both_ways_to_write_it():
     for padding in (0, "valid"):
         model = nn.Sequential(
             nn.Conv2d(3, 2, 9, padding=padding),
@@ -370,7 +344,7 @@ def test_unpadded_cells_lie_where_arithmetic_says_however_that_is_written():
 
 
 def test_eigen_cam_of_signed_activations_has_the_sign_of_its_sum():
-    # One channel, positive with one deep negative place: by its sum it is positive, by its largest entry it is not.
+    # One channel: its sum is positive, its entry of the largest magnitude is negative.
     activation = torch.ones(1, 1, 3, 3)
     activation[0, 0, 1, 1] = -6.0
     found = eigen_cam_maps(activation)
@@ -422,6 +396,7 @@ def test_a_layer_whose_channels_come_last_is_refused_and_the_one_behind_is_not(s
         assert cam(images, "all").raw.shape == (2, 3, rows, columns)
 
 
+@pytest.mark.slow
 def test_a_swin_transformer_is_explained_behind_its_permutation():
     torch.manual_seed(0)
     network, images = models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64)
@@ -506,7 +481,7 @@ def test_score_cam_weighs_channels_by_what_the_network_says_behind_each():
             activation = self.layer(torch.cat([left, 1 - left], 1) * x[:, :1])
             return activation.mean((2, 3)) @ self.weight
 
-    with GradCAM(Halves(), "layer", "scorecam", batch_size=1) as cam:
+    with GradCAM(Halves(), "layer", "scorecam") as cam:
         maps = cam(torch.ones(1, 3, 4, 8), "all").raw[0]
     softmax = torch.tensor([20.0, 0.0]).softmax(0)  # the mean of half an image of ones, times 40
     for map_, inside in zip(maps, (maps[0, :, :4], maps[1, :, 4:]), strict=True):

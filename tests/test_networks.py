@@ -1,4 +1,4 @@
-"""Networks: built right, started right, saved and loaded without a change."""
+"""Networks are built right, start from the right weights, and are saved and loaded without a change."""
 
 import json
 import shutil
@@ -6,25 +6,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from narrow_vgg import eval_network
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from torchvision import models
 
+from batch_norm_folding import add_batch_norm, fold_batch_norm
 from grad_cam import GradCAM
 from networks import (
     ARCHITECTURES,
-    add_batch_norm,
     build_network,
     class_logits,
     embeddings,
-    fold_batch_norm,
     parameter_count,
-    resolve_device,
     set_training_mode,
     trunk_features,
 )
-from small_networks import LeNet5, ResNetV2
+from small_networks import lenet5, resnet_v2
 from trained_networks import (
     ModelCard,
     TrainedNetwork,
@@ -112,10 +111,11 @@ def single_logit(request, tmp_path_factory):
     shutil.rmtree(folder)  # hundreds of megabytes that pytest would keep
 
 
+@pytest.mark.slow
 def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(single_logit):
     name, network, folder = single_logit
     kind = ARCHITECTURES[name]
-    images = torch.randn(4, 3, max(kind.smallest, 64), max(kind.smallest, 64))
+    images = torch.randn(4, 3, 64, 64)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     set_training_mode(network, trainable="head")
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -144,14 +144,14 @@ def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(s
 
 def test_lenet5_has_the_parameters_of_the_paper_and_at_32_px_pools_nothing_more():
     # 61,706 of the usual form with one channel and 10 classes; two more channels are 2 · 6 · 25 weights.
-    network = LeNet5(10)
+    network = lenet5(10)
     assert parameter_count(network) == 61_706 + 300
     assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 5, 5)
 
 
 def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
     # He et al. 2016, table 4: ResNet-164 has 1.7 million parameters.
-    network = ResNetV2(10, n=18, stem_stride=1)
+    network = resnet_v2(10, n=18)
     weighted = [
         m
         for key, m in network.named_modules()
@@ -162,7 +162,7 @@ def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
 
 
 def test_identity_mapping_carries_a_pre_activation_block_whose_last_convolution_is_zero():
-    network = ResNetV2(10, n=2).eval()
+    network = resnet_v2(10, n=2).eval()
     block = network.blocks.stage3_2
     nn.init.zeros_(block.conv3.weight)
     x = torch.randn(2, 256, 4, 4)
@@ -221,33 +221,31 @@ def test_single_logit_as_a_pair_has_sigmoids_probabilities_and_loss():
     assert class_logits(pair) is pair
 
 
-def moved_statistics(network):
-    """Which batch normalisations a pass in the network's present mode moves."""
+def changed_statistics(network):
+    """Return the names of the batch normalisations whose statistics change in a pass in the network's present mode."""
     layers = {key: m for key, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = {key: layer.running_mean.clone() for key, layer in layers.items()}
     network(torch.randn(4, 3, 64, 64) + 1)
     return {key for key, layer in layers.items() if not torch.equal(before[key], layer.running_mean)}
 
 
-def test_training_modes_move_what_they_say():
+def test_training_modes_change_only_the_statistics_and_parameters_that_they_name():
     torch.manual_seed(0)
     network = build_network("small_cnn", 2)
     every = {f"features.{block}.bn" for block in range(5)}
     set_training_mode(network, trainable="head", frozen_batch_norm=False)
-    assert moved_statistics(network) == set()
+    assert changed_statistics(network) == set()
     assert {key for key, p in network.named_parameters() if p.requires_grad} == {
         "classifier.fc.weight",
         "classifier.fc.bias",
     }
     assert not network.classifier.dropout.training  # it stands before the head, `classifier.fc`
     set_training_mode(network, trainable="all", frozen_batch_norm=True)
-    assert moved_statistics(network) == set()
+    assert changed_statistics(network) == set()
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert network.classifier.dropout.training
     set_training_mode(network, trainable="all", frozen_batch_norm=False)
-    assert moved_statistics(network) == every
-    with pytest.raises(ValueError, match="'all' or 'head', not 'trunk'"):
-        set_training_mode(network, trainable="trunk")
+    assert changed_statistics(network) == every
 
 
 @pytest.fixture
@@ -332,18 +330,18 @@ def test_weights_file_gives_the_trunk_under_a_new_head_and_its_head_where_the_or
     tmp_path, suffix
 ):
     torch.manual_seed(0)
-    source = build_network("resnet18", 3)
+    source = build_network("small_cnn", 3)
     path = saved(source, tmp_path / f"w{suffix}")
-    same = build_network("resnet18", 3, weights=path, head_order=(0, 1, 2))
+    same = build_network("small_cnn", 3, weights=path, head_order=(0, 1, 2))
     assert all(
         torch.equal(a, b)
         for a, b in zip(source.state_dict().values(), same.state_dict().values(), strict=True)
     )
     for outputs in (3, 5):
-        other = build_network("resnet18", outputs, weights=path)
-        assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
-        assert other.fc.out_features == outputs
-        assert not torch.equal(other.fc.weight[:3], source.fc.weight)
+        other = build_network("small_cnn", outputs, weights=path)
+        assert torch.equal(other.features[4].conv.weight, source.features[4].conv.weight)
+        assert other.classifier.fc.out_features == outputs
+        assert not torch.equal(other.classifier.fc.weight[:3], source.classifier.fc.weight)
 
 
 @pytest.mark.parametrize(
@@ -373,15 +371,17 @@ def test_two_classes_exchanged_turn_the_sign_of_a_single_output(tmp_path):
 def test_weights_file_fits_under_any_head_and_a_head_of_another_form_is_not_taken_for_one(tmp_path):
     torch.manual_seed(0)
     heads = {"plain": {}, "hidden": {"hidden_units": (8,)}, "wide": {"hidden_units": (9,)}}
-    networks = {key: build_network("resnet18", 3, **head) for key, head in heads.items()}
+    networks = {key: build_network("small_cnn", 3, **head) for key, head in heads.items()}
     for source, network in networks.items():
         path = saved(network, tmp_path / f"{source}.safetensors")
         for target, head in heads.items():
-            built = build_network("resnet18", 3, weights=path, **head).state_dict()
-            assert torch.equal(built["layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
+            built = build_network("small_cnn", 3, weights=path, **head).state_dict()
+            assert torch.equal(
+                built["features.1.conv.weight"], network.state_dict()["features.1.conv.weight"]
+            )
             if source != target:
-                with pytest.raises(ValueError, match="are not of a ResNet-18"):
-                    build_network("resnet18", 3, weights=path, head_order=(0, 1, 2), **head)
+                with pytest.raises(ValueError, match="are not of a Small CNN"):
+                    build_network("small_cnn", 3, weights=path, head_order=(0, 1, 2), **head)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
@@ -396,8 +396,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def test_folded_batch_norm_leaves_an_ordinary_vgg16_with_the_same_outputs():
-    torch.manual_seed(0)
-    network = build_network("vgg16", 3, dropout=0)
+    network = eval_network("vgg16", 3)
     names = list(network.state_dict())
     add_batch_norm(network)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 13
@@ -543,6 +542,7 @@ def test_network_for_masked_lungs_never_sees_whole_images_unasked():
     assert resized[:, 17:].max() == 0
 
 
+@pytest.mark.slow
 def test_run_with_masked_lungs_comes_back_with_its_segmenter(tmp_path):
     from segmentation import LungSegmenter, save_segmenter, unet
 
@@ -592,10 +592,3 @@ def test_run_folder_is_found_by_study_and_network(tmp_path):
     assert run_folder(folder) == folder
     with pytest.raises(FileNotFoundError, match="there are demo/resnet18"):
         run_folder("demo/vgg16", tmp_path)
-
-
-def test_unknown_device_is_refused():
-    assert resolve_device("cpu") == torch.device("cpu")
-    for name in ("cuda:99", "gpu"):
-        with pytest.raises(ValueError, match="try --device cpu"):
-            resolve_device(name)

@@ -18,6 +18,7 @@ from utils import (
     derived_generator,
     read_mask,
     read_xray,
+    resolve_device,
 )
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
@@ -375,3 +376,10 @@ def test_each_use_of_a_seed_at_each_epoch_and_batch_draws_other_numbers():
     first = {tuple(torch.rand(4, generator=derived_generator(*which)).tolist()) for which in asked}
     assert len(first) == len(asked)
     assert torch.equal(*(torch.rand(4, generator=derived_generator(1, "order", 2)) for _ in range(2)))
+
+
+def test_unknown_device_is_refused():
+    assert resolve_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(ValueError, match="try --device cpu"):
+            resolve_device(name)
