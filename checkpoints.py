@@ -91,9 +91,8 @@ class Checkpoints:
             if new:
                 write_whole(file, partial(save_file, state["best_state"]))
             write_whole(self.folder / SETTINGS, json.dumps(self.settings))
-            write_whole(
-                self.folder / STATE, {key: value for key, value in state.items() if key != "best_state"}
-            )
+            rest = {key: value for key, value in state.items() if key != "best_state"}
+            write_whole(self.folder / STATE, partial(_save_state, rest))
         except (OSError, RuntimeError, SafetensorError) as error:
             if new:
                 file.unlink(missing_ok=True)
@@ -108,6 +107,11 @@ class Checkpoints:
         self._best_saved = best
         for old in set(self.folder.glob("best_*.safetensors")) - {file}:
             old.unlink(missing_ok=True)
+
+
+def _save_state(state: Mapping[str, object], path: Path) -> None:
+    with path.open("wb") as stream:  # given a path, torch's own writer hides why a disk refuses
+        torch.save(state, stream)
 
 
 def _reason(error: BaseException | None) -> str | None:
