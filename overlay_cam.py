@@ -43,7 +43,6 @@ import json
 import os
 import re
 import sys
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -226,21 +225,10 @@ def _announce(work: Work, *, as_json: bool) -> None:
     if work.table is not None and work.table.set_aside is not None:
         name = work.table.set_aside.name
         inform(f"{work.table.path} is begun anew: its settings differ; the old table is kept as {name}")
-    done = work.number - len(work.jobs)
-    if done == work.number > 0:
-        inform(f"all {done} images are done already, see {work.table.path}")
-    elif done:
+    if done := work.number - len(work.jobs):
         inform(f"skips {done} of {work.number} images: they are in {work.table.path}")
     if len(work.question.members) > 1 and not as_json:
         print(f"mean of {len(work.question.members)} networks")
-
-
-def _print_record(record: dict[str, object], *, as_json: bool, first: bool) -> None:
-    if as_json:
-        start = "[\n" if first else ",\n"
-        print(start + textwrap.indent(json.dumps(record, indent=2), "  "), end="", flush=True)
-    elif "error" not in record:
-        print(text_of(record), flush=True)
 
 
 def _attempt(work: Work, job: Job) -> dict[str, object]:
@@ -264,25 +252,27 @@ def _attempt(work: Work, job: Job) -> dict[str, object]:
 
 
 def _answer_all(work: Work, *, as_json: bool) -> int:
-    """Do the remaining jobs and print their records; return the exit status."""
-    answered = failed = status = 0
-    reason = ""
+    """Do the remaining jobs and print what they give; return the exit status."""
+    records, finished, failed = [], work.number - len(work.jobs), 0
+    status, reason = 0, ""
     try:
         for job in work.jobs:
             record = _attempt(work, job)
-            _print_record(record, as_json=as_json, first=answered == 0)
-            answered, failed = answered + 1, failed + ("error" in record)
+            finished, failed = finished + 1, failed + ("error" in record)
+            if as_json:
+                records.append(record)
+            elif "error" not in record:
+                print(text_of(record), flush=True)
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
         status, reason = 2, f"{error}: "
     if as_json:
         with contextlib.suppress(BrokenPipeError):
-            print("\n]" if answered else "[]", flush=True)
+            print(json.dumps(records, indent=2), flush=True)
     if failed and work.number > 1:
         _complain(f"{failed} of {work.number} images could not be done")
     if status:
-        finished = work.number - len(work.jobs) + answered
         remedy = "; the same command goes on from there" if work.table is not None else ""
         _complain(f"{reason}stopped after {finished} of {work.number} images{remedy}")
     if status or not failed or work.share.of > 1:
@@ -291,6 +281,7 @@ def _answer_all(work: Work, *, as_json: bool) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments ask for; return the exit status."""
     try:
         work = _prepare(arguments)
     except KeyboardInterrupt:
@@ -306,10 +297,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
-    parsed = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _complain(f"WARNING {message}")
-        return _run(parsed)
+        return _run(_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ class Job(NamedTuple):
 
     def source(self) -> list[str]:
         """Return the size and the time of change of the X-ray, by which a later run knows whether it is the same."""
-        try:
-            status = self.image.stat()
-        except OSError:
+        if not os.path.exists(self.image):
             return ["", ""]
+        status = self.image.stat()
         return [str(status.st_size), datetime.fromtimestamp(status.st_mtime, UTC).isoformat()]
 
     def written(self) -> list[str]:
@@ -88,12 +87,14 @@ def write_overlay(path: Path, picture: np.ndarray, image: Path) -> None:
         image: The X-ray's file.
 
     Raises:
-        ValueError: A file that is no overlay has this name.
+        ValueError: A file that is no overlay has this name, or the format cannot hold the picture.
         OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-    text = MARK + xray_id(image)
+    encoded, pixels = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not encoded:  # JPEG files have at most 65,500 pixels a side
+        raise ValueError(f"cannot write {path}")
+    content, text = pixels.tobytes(), MARK + xray_id(image)
     if path.suffix.lower() == ".png":
         place, chunk = PLACE_IN_PNG, b"tEXt" + text
         comment = struct.pack(">I", len(text)) + chunk + struct.pack(">I", zlib.crc32(chunk))

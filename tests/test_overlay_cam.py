@@ -20,7 +20,7 @@ from cam_methods import METHODS
 from explanations import explain
 from grad_cam import GradCAM
 from heatmaps import boxes_from_map, overlay, with_colour_bar
-from lung_segmentation import LungSegmenter, save_segmenter, unet
+from lung_segmentation import LungSegmenter, load_segmenter, save_segmenter, unet
 from networks import build_network
 from overlay_cam import chosen_labels, main, suffixes
 from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
@@ -63,9 +63,9 @@ def test_probabilities_are_the_models_own(capsys, xray, trained_run, tmp_path):
     with torch.no_grad():
         expected = card.probabilities(network(trained.preprocessing(read_xray(xray))[None]))[0]
     _, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
-    found = json.loads(out)[0]["probabilities"]
-    assert list(found) == list(card.classes)
-    np.testing.assert_allclose(list(found.values()), expected.numpy(), atol=1e-4)
+    probabilities = json.loads(out)[0]["probabilities"]
+    assert list(probabilities) == list(card.classes)
+    np.testing.assert_allclose(list(probabilities.values()), expected.numpy(), atol=1e-4)
 
 
 def test_a_tiff_of_several_pages_is_answered_by_its_first_and_a_line_says_so(
@@ -98,24 +98,21 @@ def test_all_labels_give_a_map_each(capsys, xray, trained_run, tmp_path):
     assert all((tmp_path / name).is_file() for name in written)
 
 
-def test_xray_is_untouched_where_the_map_is_zero(capsys, xray, trained_run, tmp_path):
-    call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "o.png", "--alpha", "0.8")
-    grey, trained = read_xray(xray), load_network(trained_run)
-    with GradCAM(trained.network) as cam:
-        maps = cam(trained.preprocessing(grey)[None], 2).upsampled(grey.shape)
-    zero = maps[0, 0].numpy() == 0
-    assert 0 < maps.numpy()[0, 0].min() < 0.9 or zero.any()  # the map says something about places
-    picture = np.asarray(Image.open(tmp_path / "o.png"))
-    np.testing.assert_array_equal(picture[zero], np.repeat(grey[..., None], 3, 2)[zero])
-    expected = overlay(grey, maps[0, 0].numpy(), alpha=0.8)
-    assert np.abs(picture.astype(int) - expected).max() <= 1
-    call(capsys, "-i", xray, "-m", trained_run, "-l", "normal", "-o", tmp_path / "z.png", "--alpha", "0")
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(tmp_path / "z.png")), np.repeat(grey[..., None], 3, 2)
-    )
+def test_xray_is_untouched_where_the_map_is_zero(capsys, noise, small_run, tmp_path):
+    common = "-i", noise, "-m", small_run, "-l", "yes", "-o"
+    call(capsys, *common, tmp_path / "o.png", "--alpha", "0.8")
+    call(capsys, *common, tmp_path / "transparent.png", "--alpha", "0")
+    grey = read_xray(noise)
+    (map_,) = explain(load_network(small_run), grey, 1).maps
+    zero = map_ == 0
+    assert 0 < zero.mean() < 1
+    picture, xray = pixels(tmp_path / "o.png"), np.repeat(grey[..., None], 3, 2)
+    np.testing.assert_array_equal(picture[zero], xray[zero])
+    assert np.abs(picture - overlay(grey, map_, alpha=0.8)).max() <= 1
+    np.testing.assert_array_equal(pixels(tmp_path / "transparent.png"), xray)
 
 
-def test_good_files_of_a_folder_are_done_and_the_others_named(capsys, xray, trained_run, tmp_path):
+def test_good_files_of_a_folder_are_answered_and_the_others_are_named(capsys, xray, trained_run, tmp_path):
     (xray.parent / "broken.png").write_bytes(b"no image")
     for name in ("scan.dcm", "a.txt", "b.txt", "c.txt"):
         (xray.parent / name).write_text("not looked at")
@@ -149,7 +146,7 @@ def test_an_overlay_is_no_xray(capsys, xray, trained_run, tmp_path):
     )
     assert [record["image"] for record in json.loads(out)] == [str(xray)]
     assert "3 skipped, overlays of this program" in err
-    # The mark does not harm the files.
+    # The files can be read in spite of the mark.
     pictures = [pixels(path) for path in overlays]
     assert np.abs(pictures[0] - pictures[1]).mean() < 8
     np.testing.assert_array_equal(pictures[1], pictures[2])
@@ -202,9 +199,9 @@ def test_nothing_but_an_overlay_is_replaced(capsys, noise, small_run, tmp_path, 
         f"overlay_cam.py: {victim} is there and is no overlay of this program: move it, or give another -o\n"
     )
     after = {path: path.lstat() for path in tmp_path.rglob("*")}
-    kept = ("st_ino", "st_size", "st_mtime_ns")
-    assert [[getattr(s, k) for k in kept] for s in after.values()] == [
-        [getattr(s, k) for k in kept] for s in before.values()
+    fields = ("st_ino", "st_size", "st_mtime_ns")
+    assert [[getattr(s, k) for k in fields] for s in after.values()] == [
+        [getattr(s, k) for k in fields] for s in before.values()
     ]
     assert list(after) == list(before)
     assert noise.read_bytes() == original
@@ -366,17 +363,19 @@ def test_findings_are_those_from_their_thresholds_on(capsys, noise, tmp_path):
     names = ("Mass", "Edema", "Hernia")
     trained = untrained(2, names, head="sigmoid", multilabel=True)
     with torch.no_grad():
-        said = trained.card.probabilities(trained.network(trained.preprocessing(read_xray(noise))[None]))[0]
-    thresholds = tuple(float(p) + shift for p, shift in zip(said, (-0.01, 0.01, -0.01), strict=True))
+        probabilities = trained.card.probabilities(
+            trained.network(trained.preprocessing(read_xray(noise))[None])
+        )[0]
+    thresholds = tuple(float(p) + shift for p, shift in zip(probabilities, (-0.01, 0.01, -0.01), strict=True))
     run = run_of(
         tmp_path / "run",
         trained._replace(card=untrained(2, names, multilabel=True, thresholds=thresholds).card),
     )
     record = json.loads(call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "--json")[1])[0]
-    np.testing.assert_allclose(list(record["probabilities"].values()), said, atol=1e-4)
+    np.testing.assert_allclose(list(record["probabilities"].values()), probabilities, atol=1e-4)
     assert record["findings"] == ["Mass", "Hernia"]
     assert "predicted" not in record
-    assert record["maps"][0]["label"] == names[int(said.argmax())]
+    assert record["maps"][0]["label"] == names[int(probabilities.argmax())]
     status, out, _ = call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "-l", "all")
     assert status == 0
     assert "Findings: Mass, Hernia" in out
@@ -398,7 +397,7 @@ def always(folder, probabilities, thresholds=None, *, multilabel=False):
 
 def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise, tmp_path):
     run = always(tmp_path / "run", (0.69, 0.31), (None, 0.24))
-    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["predicted"] == "Edema"
     assert record["thresholds"] == {"Mass": None, "Edema": 0.24}
     assert text.splitlines()[1:] == [
@@ -416,11 +415,11 @@ def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise,
 def test_class_without_a_threshold_is_predicted_where_the_other_does_not_reach_its(
     capsys, noise, tmp_path, thresholds
 ):
-    said_of = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
+    shown = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
     run = always(tmp_path / "run", (0.69, 0.31), thresholds)
-    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["predicted"] == ("Edema" if thresholds[1] is None else "Mass")
-    name, probability = said_of
+    name, probability = shown
     line = f"({name}'s probability {probability:.3f} is below its decision threshold 0.700)"
     assert f"  Predicted: {record['predicted']} {line}\n" in text
 
@@ -431,7 +430,7 @@ def test_findings_that_were_not_learnt_or_have_no_threshold_are_no_numbers_and_n
     run = always(tmp_path / "run", (0.6, 0.9, 0.8), (0.5, None, None), multilabel=True)
     card = json.loads((run / "model.json").read_text())
     (run / "model.json").write_text(json.dumps(card | {"unreported": ["Edema"]}))
-    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["findings"] == ["Mass"]
     assert record["probabilities"] == {"Mass": 0.6, "Edema": None, "Hernia": 0.8}
     assert record["thresholds"] == {"Mass": 0.5, "Edema": None, "Hernia": None}
@@ -454,7 +453,7 @@ def test_finding_that_is_not_reported_has_no_map(capsys, noise, tmp_path):
     assert (status, len(err.splitlines())) == (2, 1)
     assert "no map of Edema: not reported, as all of the training images have it, or none" in err
     assert not out.exists()
-    record, _ = said(capsys, "-i", noise, "-m", run, "-o", out, "-l", "all")
+    record, _ = answered(capsys, "-i", noise, "-m", run, "-o", out, "-l", "all")
     assert [entry["label"] for entry in record["maps"]] == ["Mass", "Hernia"]
     assert {path.name for path in out.iterdir()} == {"noise_cam_mass.png", "noise_cam_hernia.png"}
     call(capsys, "-i", noise, "-m", run, "-o", tmp_path / "hernia.png", "-l", "Hernia")
@@ -463,7 +462,7 @@ def test_finding_that_is_not_reported_has_no_map(capsys, noise, tmp_path):
 
 def test_finding_is_shown_beside_its_threshold(capsys, noise, tmp_path):
     run = always(tmp_path / "run", (0.3, 0.25, 0.1), (0.2, 0.5, 0.5), multilabel=True)
-    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["findings"] == ["Mass"]
     assert record["thresholds"] == {"Mass": 0.2, "Edema": 0.5, "Hernia": 0.5}
     assert "  Mass    0.300  (decision threshold 0.200)\n" in text
@@ -484,7 +483,7 @@ def test_probability_is_told_apart_from_its_threshold_also_when_they_are_close(
     capsys, noise, tmp_path, probability, threshold, compared, shown
 ):
     run = always(tmp_path / "run", (1 - probability, probability), (None, threshold))
-    record, text = said(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
+    record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
     assert record["predicted"] == ("Edema" if compared == "reaches" else "Mass")
     assert record["thresholds"]["Edema"] == threshold
     assert (record["probabilities"]["Edema"] >= threshold) == (compared == "reaches")
@@ -493,7 +492,7 @@ def test_probability_is_told_apart_from_its_threshold_also_when_they_are_close(
 
 
 def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
-    record, text = said(
+    record, text = answered(
         capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png"
     )
     assert "thresholds" not in record
@@ -530,8 +529,8 @@ def test_record_says_whether_the_lungs_were_masked(noise, tmp_path):
     Image.fromarray(np.full((40, 50), 250, np.uint8)).save(bright)
     options = MapOptions("gradcam", None, 0.5, "plasma", None, False)
     question = Question([masked], "top", options)
-    kept = [answer(question, path, [tmp_path / "o.png"]) for path in (noise, bright)]
-    assert [record["lungs"] for record in kept] == ["masked", "kept whole: no lung found"]
+    records = [answer(question, path, [tmp_path / "o.png"]) for path in (noise, bright)]
+    assert [record["lungs"] for record in records] == ["masked", "kept whole: no lung found"]
     plain = untrained(0, ("no", "yes"))
     assert "lungs" not in answer(Question([plain], "top", options), noise, [tmp_path / "o.png"])
 
@@ -539,14 +538,14 @@ def test_record_says_whether_the_lungs_were_masked(noise, tmp_path):
 # --- method, layer, boxes, bar ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_run(tmp_path):
-    """A network of random weights, in a study's folder."""
-    return run_of(tmp_path / "runs" / "study" / "small_cnn", untrained(0, ("no", "yes")))
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A network of random weights in a study's folder; not to be changed."""
+    return run_of(tmp_path_factory.mktemp("runs") / "study" / "small_cnn", untrained(0, ("no", "yes")))
 
 
-def said(capsys, *arguments):
-    """Return the one record of a call that goes well, and what it says as text."""
+def answered(capsys, *arguments):
+    """Return the record and the text of a call for one image that succeeds."""
     status, out, err = call(capsys, *arguments, "--json")
     assert (status, err) == (0, "")
     (record,) = json.loads(out)
@@ -585,7 +584,9 @@ def test_ctrl_c_before_the_first_image_is_one_line_and_status_130(
 def test_overlay_shows_the_map_of_the_named_method_and_layers(
     capsys, noise, small_run, tmp_path, options, method, layer, name
 ):
-    record, text = said(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "-l", "no", *options)
+    record, text = answered(
+        capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "-l", "no", *options
+    )
     trained, grey = load_network(small_run), read_xray(noise)
     expected = overlay(grey, explain(trained, grey, 0, method=method, layer=layer).maps[0])
     assert np.abs(pixels(tmp_path / "o.png") - expected).max() <= 1
@@ -615,7 +616,7 @@ def test_a_layer_of_one_cell_is_no_map(capsys, noise, trained_run, tmp_path):
 
 def test_eigen_cam_is_of_no_class_and_takes_no_label(capsys, noise, small_run, tmp_path):
     common = "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--method", "EigenCAM"
-    _, text = said(capsys, *common)
+    _, text = answered(capsys, *common)
     assert "Eigen-CAM of no class" in text
     status, out, err = call(capsys, *common, "-l", "all")
     assert (status, out) == (2, "")
@@ -637,10 +638,10 @@ def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_sc
     with GradCAM(trained.network) as cam:
         raw = cam(trained.preprocessing(read_xray(noise))[None], "all").raw[0].amax(dim=(1, 2))
     common = "-i", noise, "-o", tmp_path, "-l", "all", "-m", small_run
-    record, _ = said(capsys, *common)
+    record, _ = answered(capsys, *common)
     np.testing.assert_allclose([entry["peak"] for entry in record["maps"]], raw, rtol=1e-5)
-    two_layers, _ = said(capsys, *common, "--layer", "features.1.relu", "features.4.relu")
-    two_runs, _ = said(capsys, *common, run_of(tmp_path / "other", untrained(1, ("no", "yes"))))
+    two_layers, _ = answered(capsys, *common, "--layer", "features.1.relu", "features.4.relu")
+    two_runs, _ = answered(capsys, *common, run_of(tmp_path / "other", untrained(1, ("no", "yes"))))
     assert [e["peak"] for record in (two_layers, two_runs) for e in record["maps"]] == [None] * 4
 
 
@@ -649,8 +650,8 @@ def test_boxes_are_those_of_the_map_in_white_in_the_picture_and_in_the_record(
 ):
     layer = "features.1.relu"  # of small cells: its map has several regions
     common = "-i", noise, "-m", small_run, "-l", "no", "--layer", layer
-    said(capsys, *common, "-o", tmp_path / "plain.png")
-    record, text = said(capsys, *common, "-o", tmp_path / "boxes.png", "--boxes", "0.8")
+    answered(capsys, *common, "-o", tmp_path / "plain.png")
+    record, text = answered(capsys, *common, "-o", tmp_path / "boxes.png", "--boxes", "0.8")
     (map_,) = explain(load_network(small_run), read_xray(noise), 0, layer=layer).maps
     boxes = boxes_from_map(map_, 0.8)
     assert len(boxes) > 1
@@ -666,16 +667,16 @@ def test_boxes_are_those_of_the_map_in_white_in_the_picture_and_in_the_record(
 
 def test_boxes_without_a_number_are_those_of_half_the_maximum(capsys, noise, small_run, tmp_path):
     common = "-m", small_run, "-o", tmp_path, "-i", noise
-    assert "boxes" not in said(capsys, *common)[0]["maps"][0]
-    half, text = said(capsys, "--boxes", *common)
-    assert half == said(capsys, *common, "--boxes", "0.5")[0]
+    assert "boxes" not in answered(capsys, *common)[0]["maps"][0]
+    half, text = answered(capsys, "--boxes", *common)
+    assert half == answered(capsys, *common, "--boxes", "0.5")[0]
     assert "above 0.5 of its maximum" in text
 
 
 def test_colour_bar_widens_the_picture_and_leaves_its_pixels(capsys, noise, small_run, tmp_path):
     common = "-i", noise, "-m", small_run, "--boxes", "--colormap", "turbo", "--alpha", "0.8"
-    bare, _ = said(capsys, *common, "-o", tmp_path / "bare.png")
-    with_bar, _ = said(capsys, *common, "-o", tmp_path / "bar.png", "--bar")
+    bare, _ = answered(capsys, *common, "-o", tmp_path / "bare.png")
+    with_bar, _ = answered(capsys, *common, "-o", tmp_path / "bar.png", "--bar")
     picture, widened = pixels(tmp_path / "bare.png"), pixels(tmp_path / "bar.png")
     assert picture.shape == (40, 50, 3)
     assert widened.shape[0] == 40
@@ -686,7 +687,7 @@ def test_colour_bar_widens_the_picture_and_leaves_its_pixels(capsys, noise, smal
 
 def test_colour_bar_of_an_ensemble_is_the_one_of_0_to_1(capsys, noise, small_run, tmp_path):
     other = run_of(tmp_path / "other", untrained(1, ("no", "yes")))
-    said(capsys, "-i", noise, "-m", small_run, other, "-o", tmp_path / "o.png", "--bar")
+    answered(capsys, "-i", noise, "-m", small_run, other, "-o", tmp_path / "o.png", "--bar")
     black = np.zeros((40, 50, 3), dtype=np.uint8)
     np.testing.assert_array_equal(pixels(tmp_path / "o.png")[:, 50:], with_colour_bar(black)[:, 50:])
 
@@ -737,7 +738,7 @@ def chest(tmp_path):
 
 def test_share_inside_the_lungs_is_that_of_the_model_beside_the_studies(capsys, chest, lung_runs, tmp_path):
     run = lung_runs / "study" / "small_cnn"
-    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path, "-l", "all")
+    record, text = answered(capsys, "-i", chest, "-m", run, "-o", tmp_path, "-l", "all")
     maps = explain(load_network(run), read_xray(chest), "all").maps
     shares = [map_[LUNGS].sum() / map_.sum() for map_ in maps]
     assert min(shares) > 0.05
@@ -749,7 +750,7 @@ def test_share_inside_the_lungs_is_that_of_the_model_beside_the_studies(capsys, 
 
 def test_lungs_none_says_nothing_of_lungs(capsys, chest, lung_runs, tmp_path):
     run = lung_runs / "study" / "small_cnn"
-    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path, "--lungs", "none")
+    record, text = answered(capsys, "-i", chest, "-m", run, "-o", tmp_path, "--lungs", "none")
     assert "in_lungs" not in record["maps"][0]
     assert "Lungs:" not in text
     assert "inside the lungs" not in text
@@ -757,23 +758,24 @@ def test_lungs_none_says_nothing_of_lungs(capsys, chest, lung_runs, tmp_path):
 
 def test_lung_model_that_is_named_is_used(capsys, chest, small_run, lung_runs, tmp_path):
     common = "-i", chest, "-m", small_run, "-o", tmp_path
-    assert "in_lungs" not in said(capsys, *common)[0]["maps"][0]  # there is none beside this run
-    found, _ = said(capsys, *common, "--lungs", lung_runs / "lungs")
+    assert "in_lungs" not in answered(capsys, *common)[0]["maps"][0]  # there is none beside this run
+    record, _ = answered(capsys, *common, "--lungs", lung_runs / "lungs")
     (map_,) = explain(load_network(small_run), read_xray(chest)).maps
-    assert found["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
+    assert record["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
 
 
 def test_lungs_that_are_not_believed_give_the_reason_and_no_share(capsys, lung_runs, tmp_path):
     plain = tmp_path / "plain.png"  # nothing is darker than the mean
     Image.fromarray(np.full((64, 64), 90, dtype=np.uint8)).save(plain)
-    record, text = said(capsys, "-i", plain, "-m", lung_runs / "study" / "small_cnn", "-o", tmp_path)
+    record, text = answered(capsys, "-i", plain, "-m", lung_runs / "study" / "small_cnn", "-o", tmp_path)
     assert record["maps"][0]["in_lungs"] is None
     assert record["lungs"] == "not found (no lung found)"
     assert "\n  Lungs: not found (no lung found)\n" in text
     assert "inside the lungs" not in text
 
 
-def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, small_run, tmp_path):
+def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, tmp_path):
+    small_run = run_of(tmp_path / "runs" / "study" / "small_cnn", untrained(0, ("no", "yes")))
     beside = small_run.parent.parent / "lungs"
     beside.mkdir()
     (beside / "model.json").write_text("{}")
@@ -790,7 +792,7 @@ def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, small_run
 def test_shares_by_a_lung_model_that_knows_the_phantom_only_are_said_to_be(
     capsys, noise, lung_runs, tmp_path
 ):
-    lungs = dark_is_lung()
+    lungs = load_segmenter(lung_runs / "lungs")
     save_segmenter(tmp_path / "lungs", replace(lungs, origin={"data": "synthetic phantom"}))
     run = lung_runs / "study" / "small_cnn"
     common = ("-i", noise, "-m", run, "-o", tmp_path / "o.png", "--lungs", tmp_path / "lungs")
@@ -802,7 +804,7 @@ def test_shares_by_a_lung_model_that_knows_the_phantom_only_are_said_to_be(
 def test_network_that_masks_lungs_gives_the_share_of_its_own(capsys, chest, lung_runs, tmp_path):
     run = run_of(tmp_path / "runs" / "study" / "masked", untrained(0, ("no", "yes"), lung_masking=True))
     (run / "lungs").symlink_to(lung_runs / "lungs")
-    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path)
+    record, text = answered(capsys, "-i", chest, "-m", run, "-o", tmp_path)
     (map_,) = explain(load_network(run), read_xray(chest)).maps
     assert record["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
     assert text.count("Lungs: masked") == 1 == text.count("Lungs:")
@@ -814,7 +816,7 @@ def test_empty_map_has_no_share_no_boxes_and_a_bar_with_the_number_0(capsys, che
         parameter.data.zero_()
     run = run_of(tmp_path / "zero", trained)
     options = "--boxes", "--bar", "--lungs", lung_runs / "lungs"
-    record, text = said(capsys, "-i", chest, "-m", run, "-o", tmp_path / "o.png", *options)
+    record, text = answered(capsys, "-i", chest, "-m", run, "-o", tmp_path / "o.png", *options)
     (entry,) = record["maps"]
     assert (entry["empty"], entry["peak"], entry["boxes"], entry["in_lungs"]) == (True, 0, [], None)
     assert "Grad-CAM for no (empty: nothing in the image speaks for it): " in text
