@@ -21,25 +21,21 @@ LungFinder = Callable[[np.ndarray], tuple[np.ndarray, str | None]]
 
 
 class MapOptions(NamedTuple):
-    """How maps are made and drawn: `method` and `layer` as `explain` takes them, `alpha` and `colormap` as
-    `overlay` takes them.
-    """
+    """How maps are made and drawn."""
 
-    method: str
+    method: str  # `method` and `layer` as `explain` takes them
     layer: tuple[str, ...] | None
-    alpha: float
+    alpha: float  # `alpha` and `colormap` as `overlay` takes them
     colormap: str
     boxes: float | None  # boxes enclose what is above this share of a map's maximum; None: no boxes
     bar: bool  # whether a colour bar is drawn
 
 
 class Question(NamedTuple):
-    """What is asked about every X-ray: which networks, of which `classes` the maps ("top", "all" or indices), how
-    they are drawn, and what finds the lungs.
-    """
+    """What is asked about every X-ray."""
 
     members: Sequence[TrainedNetwork]
-    classes: str | list[int]
+    classes: str | list[int]  # of the maps: "top", "all" or indices
     options: MapOptions
     lungs: LungFinder | None = None
 
@@ -55,9 +51,7 @@ def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> Non
             with cam_of(member, layer=layer) as cam:
                 maps = cam(torch.zeros(1, 3, size, size, device=device)).layers
             if flat := [name for name, m in zip(cam.layers, maps, strict=True) if m.raw.shape[2:] == (1, 1)]:
-                raise ValueError(
-                    f"layer {flat[0]!r} has one cell, which is no map: take one before the pooling"
-                )
+                raise ValueError(f"layer {flat[0]!r} has one cell, which is no map: take one before pooling")
         except ValueError as error:
             raise ValueError(f"{member.card.architecture}: {error}") from None
 

@@ -17,6 +17,7 @@ from PIL import Image
 import overlay_cam
 from answers import MapOptions, Question, answer
 from cam_methods import METHODS
+from datasets.phantom import CLASSES
 from explanations import explain
 from grad_cam import GradCAM
 from heatmaps import boxes_from_map, overlay, with_colour_bar
@@ -27,6 +28,16 @@ from trained_networks import ModelCard, TrainedNetwork, load_network, save_netwo
 from utils import read_xray
 
 PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def four_class_run(tmp_path_factory):
+    """A ResNet-18 of random weights for the phantom's classes; not to be changed."""
+    torch.manual_seed(0)
+    card = ModelCard("resnet18", CLASSES, 64, (0.5,) * 3, (0.25,) * 3, "layer4")
+    folder = tmp_path_factory.mktemp("runs") / "study" / "resnet18"
+    save_network(folder, build_network("resnet18", 4), card)
+    return folder
 
 
 @pytest.fixture
@@ -46,8 +57,10 @@ def call(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(capsys, xray, trained_run, tmp_path):
-    status, out, err = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path / "out.png", "--json")
+def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(
+    capsys, xray, four_class_run, tmp_path
+):
+    status, out, err = call(capsys, "-i", xray, "-m", four_class_run, "-o", tmp_path / "out.png", "--json")
     assert (status, err) == (0, "")
     (record,) = json.loads(out)
     assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-3)
@@ -57,30 +70,32 @@ def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(capsys, x
     assert picture.shape == (75, 120, 3)
 
 
-def test_probabilities_are_the_models_own(capsys, xray, trained_run, tmp_path):
-    trained = load_network(trained_run)
+def test_probabilities_are_the_models_own(capsys, xray, four_class_run, tmp_path):
+    trained = load_network(four_class_run)
     network, card = trained.network, trained.card
     with torch.no_grad():
         expected = card.probabilities(network(trained.preprocessing(read_xray(xray))[None]))[0]
-    _, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
+    _, out, _ = call(capsys, "-i", xray, "-m", four_class_run, "-o", tmp_path, "--json")
     probabilities = json.loads(out)[0]["probabilities"]
     assert list(probabilities) == list(card.classes)
     np.testing.assert_allclose(list(probabilities.values()), expected.numpy(), atol=1e-4)
 
 
 def test_a_tiff_of_several_pages_is_answered_by_its_first_and_a_line_says_so(
-    capsys, xray, trained_run, tmp_path
+    capsys, xray, four_class_run, tmp_path
 ):
     first = Image.open(xray)
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("L", first.size)])
-    _, plain, _ = call(capsys, "-i", xray, "-m", trained_run, "-o", tmp_path, "--json")
-    status, out, err = call(capsys, "-i", tmp_path / "pages.tif", "-m", trained_run, "-o", tmp_path, "--json")
+    _, plain, _ = call(capsys, "-i", xray, "-m", four_class_run, "-o", tmp_path, "--json")
+    status, out, err = call(
+        capsys, "-i", tmp_path / "pages.tif", "-m", four_class_run, "-o", tmp_path, "--json"
+    )
     assert (status, err) == (0, f"{tmp_path / 'pages.tif'} holds 2 images: the first is read\n")
     assert json.loads(out)[0]["probabilities"] == json.loads(plain)[0]["probabilities"]
 
 
-def test_text_names_every_class_and_the_one_that_the_map_is_for(capsys, xray, trained_run, tmp_path):
-    status, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-l", "lung_opacity", "-o", tmp_path)
+def test_text_names_every_class_and_the_one_that_the_map_is_for(capsys, xray, four_class_run, tmp_path):
+    status, out, _ = call(capsys, "-i", xray, "-m", four_class_run, "-l", "lung_opacity", "-o", tmp_path)
     assert status == 0
     for name in ("COVID-19", "Lung Opacity", "Normal", "Viral Pneumonia"):
         assert name in out
@@ -88,8 +103,8 @@ def test_text_names_every_class_and_the_one_that_the_map_is_for(capsys, xray, tr
     assert (tmp_path / "patient 7_cam.png").is_file()
 
 
-def test_all_labels_give_a_map_each(capsys, xray, trained_run, tmp_path):
-    status, out, _ = call(capsys, "-i", xray, "-m", trained_run, "-l", "all", "-o", tmp_path, "--json")
+def test_all_labels_give_a_map_each(capsys, xray, four_class_run, tmp_path):
+    status, out, _ = call(capsys, "-i", xray, "-m", four_class_run, "-l", "all", "-o", tmp_path, "--json")
     assert status == 0
     written = [Path(entry["overlay"]).name for entry in json.loads(out)[0]["maps"]]
     assert written == [
@@ -112,13 +127,13 @@ def test_xray_is_untouched_where_the_map_is_zero(capsys, noise, small_run, tmp_p
     np.testing.assert_array_equal(pixels(tmp_path / "transparent.png"), xray)
 
 
-def test_good_files_of_a_folder_are_answered_and_the_others_are_named(capsys, xray, trained_run, tmp_path):
+def test_good_files_of_a_folder_are_answered_and_the_others_are_named(capsys, xray, four_class_run, tmp_path):
     (xray.parent / "broken.png").write_bytes(b"no image")
     for name in ("scan.dcm", "a.txt", "b.txt", "c.txt"):
         (xray.parent / name).write_text("not looked at")
     (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an X-ray, whatever its name says
-    call(capsys, "-i", xray, "-m", trained_run, "-o", xray.parent / "any name.png")
-    status, out, err = call(capsys, "-i", xray.parent, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    call(capsys, "-i", xray, "-m", four_class_run, "-o", xray.parent / "any name.png")
+    status, out, err = call(capsys, "-i", xray.parent, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert status == 1
     assert err.splitlines() == [
         "overlay_cam.py: 1 skipped, overlays of this program: any name.png",
@@ -134,15 +149,15 @@ def test_good_files_of_a_folder_are_answered_and_the_others_are_named(capsys, xr
     ]
 
 
-def test_an_overlay_is_no_xray(capsys, xray, trained_run, tmp_path):
+def test_an_overlay_is_no_xray(capsys, xray, four_class_run, tmp_path):
     overlays = [tmp_path / name for name in ("a.png", "b.jpg", "c.jpeg")]
     for path in overlays:
-        assert call(capsys, "-i", xray, "-m", trained_run, "-o", path)[0] == 0
-    status, out, err = call(capsys, "-i", *overlays, "-m", trained_run, "-o", tmp_path / "out")
+        assert call(capsys, "-i", xray, "-m", four_class_run, "-o", path)[0] == 0
+    status, out, err = call(capsys, "-i", *overlays, "-m", four_class_run, "-o", tmp_path / "out")
     assert (status, out) == (2, "")
     assert err == "overlay_cam.py: no X-rays were given, but overlays of this program: a.png, b.jpg, c.jpeg\n"
     status, out, err = call(
-        capsys, "-i", *overlays, xray, "-m", trained_run, "-o", tmp_path / "out", "--json"
+        capsys, "-i", *overlays, xray, "-m", four_class_run, "-o", tmp_path / "out", "--json"
     )
     assert [record["image"] for record in json.loads(out)] == [str(xray)]
     assert "3 skipped, overlays of this program" in err
@@ -152,25 +167,25 @@ def test_an_overlay_is_no_xray(capsys, xray, trained_run, tmp_path):
     np.testing.assert_array_equal(pictures[1], pictures[2])
 
 
-def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, trained_run, tmp_path):
+def test_images_of_one_name_do_not_overwrite_each_other(capsys, xray, four_class_run, tmp_path):
     twin = tmp_path / "other" / xray.name
     twin.parent.mkdir()
     Image.fromarray(255 - read_xray(xray)).save(twin)
-    status, out, _ = call(capsys, "-i", xray, twin, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    status, out, _ = call(capsys, "-i", xray, twin, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert status == 0
     overlays = [record["maps"][0]["overlay"] for record in json.loads(out)]
     assert len(set(overlays)) == 2
     assert all(Path(path).is_file() for path in overlays)
 
 
-def test_numbered_names_do_not_collide_with_real_ones(capsys, xray, trained_run, tmp_path):
+def test_numbered_names_do_not_collide_with_real_ones(capsys, xray, four_class_run, tmp_path):
     inputs = []
     for name in ("a/x.png", "b/x.png", "c/x_2.png"):
         path = tmp_path / name
         path.parent.mkdir()
         path.write_bytes(xray.read_bytes())
         inputs.append(path)
-    _, out, _ = call(capsys, "-i", *inputs, "-m", trained_run, "-o", tmp_path / "out", "--json")
+    _, out, _ = call(capsys, "-i", *inputs, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     overlays = {record["maps"][0]["overlay"] for record in json.loads(out)}
     assert len(overlays) == 3 == len(list((tmp_path / "out").glob("*.png")))
 
@@ -227,16 +242,16 @@ def test_labels_that_differ_in_punctuation_only_are_told_apart():
 
 
 def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no_other(
-    capsys, xray, trained_run, tmp_path
+    capsys, xray, four_class_run, tmp_path
 ):
     bad = [tmp_path / f"{i}.png" for i in range(2)]
     for path in bad:
         path.write_bytes(b"no image")
-    assert call(capsys, "-i", *bad, "-m", trained_run, "-o", tmp_path / "o")[0] == 2
+    assert call(capsys, "-i", *bad, "-m", four_class_run, "-o", tmp_path / "o")[0] == 2
     twin = xray.with_name("other.png")
     twin.write_bytes(xray.read_bytes())
     (tmp_path / "o" / "other_cam.png").mkdir(parents=True)
-    status, out, _ = call(capsys, "-i", xray, twin, "-m", trained_run, "-o", tmp_path / "o", "--json")
+    status, out, _ = call(capsys, "-i", xray, twin, "-m", four_class_run, "-o", tmp_path / "o", "--json")
     assert status == 1
     assert ["error" in record for record in json.loads(out)] == [False, True]
     assert (tmp_path / "o" / "patient 7_cam.png").is_file()
@@ -261,14 +276,14 @@ def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no
     ],
 )
 def test_a_mistake_is_one_line_with_a_remedy_and_status_2(
-    capsys, xray, trained_run, tmp_path, change, message
+    capsys, xray, four_class_run, tmp_path, change, message
 ):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     stand_ins = {"TEXT": tmp_path / "text.png", "EMPTY": tmp_path / "empty", "XRAY": xray}
     change = {option: stand_ins.get(value, value) for option, value in change.items()}
     original = xray.read_bytes()
-    options = {"-i": xray, "-m": trained_run, "-o": tmp_path / "out"} | change
+    options = {"-i": xray, "-m": four_class_run, "-o": tmp_path / "out"} | change
     status, out, err = call(capsys, *[part for option in options.items() for part in option])
     assert status == 2
     assert message in err
@@ -278,23 +293,23 @@ def test_a_mistake_is_one_line_with_a_remedy_and_status_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_method_is_found_before_any_network_is_loaded(capsys, xray, trained_run, tmp_path):
+def test_wrong_method_is_found_before_any_network_is_loaded(capsys, xray, four_class_run, tmp_path):
     run = tmp_path / "damaged"
     run.mkdir()
-    (run / "model.json").write_bytes((trained_run / "model.json").read_bytes())
+    (run / "model.json").write_bytes((four_class_run / "model.json").read_bytes())
     (run / "model.safetensors").write_bytes(b"no weights")
     assert "is damaged" in call(capsys, "-i", xray, "-m", run)[2]
     assert "unknown method 'cam'" in call(capsys, "-i", xray, "-m", run, "--method", "cam")[2]
 
 
-def test_alpha_out_of_range_is_refused(capsys, xray, trained_run):
-    status, _, err = call(capsys, "-i", xray, "-m", trained_run, "--alpha", "2")
+def test_alpha_out_of_range_is_refused(capsys, xray, four_class_run):
+    status, _, err = call(capsys, "-i", xray, "-m", four_class_run, "--alpha", "2")
     assert (status, err) == (2, "overlay_cam.py: --alpha 2 is not between 0 and 1\n")
 
 
 @pytest.mark.parametrize("share", ["0", "-0.5", "1.01", "nan"])
-def test_share_for_boxes_out_of_range_is_refused(capsys, xray, trained_run, share):
-    status, _, err = call(capsys, "-i", xray, "-m", trained_run, "--boxes", share)
+def test_share_for_boxes_out_of_range_is_refused(capsys, xray, four_class_run, share):
+    status, _, err = call(capsys, "-i", xray, "-m", four_class_run, "--boxes", share)
     assert (status, err) == (2, f"overlay_cam.py: --boxes {share} is not above 0 and at most 1\n")
 
 
@@ -597,17 +612,17 @@ def test_overlay_shows_the_map_of_the_named_method_and_layers(
     assert record.get("layers", []) == list(options[options.index("--layer") + 1 :] if layer else [])
 
 
-def test_layer_must_be_in_every_network_of_an_ensemble(capsys, noise, small_run, trained_run, tmp_path):
-    with_same_classes = untrained(1, tuple(load_network(trained_run).card.classes))
-    runs = [trained_run, run_of(tmp_path / "same", with_same_classes)]
+def test_layer_must_be_in_every_network_of_an_ensemble(capsys, noise, small_run, four_class_run, tmp_path):
+    with_same_classes = untrained(1, tuple(load_network(four_class_run).card.classes))
+    runs = [four_class_run, run_of(tmp_path / "same", with_same_classes)]
     status, out, err = call(capsys, "-i", noise, "-m", *runs, "-o", tmp_path / "out", "--layer", "layer4")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "small_cnn: no layer 'layer4'" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_of_one_cell_is_no_map(capsys, noise, trained_run, tmp_path):
-    options = "-i", noise, "-m", trained_run, "-o", tmp_path / "out", "--layer", "avgpool"
+def test_a_layer_of_one_cell_is_no_map(capsys, noise, four_class_run, tmp_path):
+    options = "-i", noise, "-m", four_class_run, "-o", tmp_path / "out", "--layer", "avgpool"
     status, out, err = call(capsys, *options)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "layer 'avgpool' has one cell" in err
