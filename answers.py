@@ -1,10 +1,10 @@
-"""What is said of one X-ray: its record, its text and the overlays that are written."""
+"""What networks answer about one X-ray: a record and the overlays that are written."""
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,47 +16,54 @@ from trained_networks import ModelCard, TrainedNetwork, ensemble_card
 from utils import read_xray
 from xray_files import check_replaceable, write_overlay
 
-if TYPE_CHECKING:
-    from lung_masking import LungMask
-
-    LungFinder = Callable[[np.ndarray], LungMask]
+# From an (H, W) uint8 X-ray to its (H, W) bool lungs and the reason why they are not believed, if any.
+LungFinder = Callable[[np.ndarray], tuple[np.ndarray, str | None]]
 
 
 class MapOptions(NamedTuple):
-    """How maps are made and drawn: `method` and `layer` as `explain` takes them, `alpha` and `colormap` as
-    `overlay`; `boxes` around what is above this share of a map's maximum (None: no boxes); `bar`: a colour bar.
-    """
+    """How maps are made and drawn."""
 
-    method: str
+    method: str  # `method` and `layer` as `explain` takes them
     layer: tuple[str, ...] | None
-    alpha: float
+    alpha: float  # `alpha` and `colormap` as `overlay` takes them
     colormap: str
-    boxes: float | None
-    bar: bool
+    boxes: float | None  # boxes enclose what is above this share of a map's maximum; None: no boxes
+    bar: bool  # whether a colour bar is drawn
+
+
+class Question(NamedTuple):
+    """What is asked about every X-ray."""
+
+    members: Sequence[TrainedNetwork]
+    classes: str | list[int]  # of the maps: "top", "all" or indices
+    options: MapOptions
+    lungs: LungFinder | None = None
 
 
 def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> None:
     """Raise ValueError, naming the network, unless every network can be explained at these layers.
 
-    Each is run once, on a black image: that a layer gives no map, only a forward pass tells.
+    Only a forward pass shows whether a layer gives a map, so each network is run once, on a black image.
     """
     for member in members:
         size, device = member.card.image_size, next(member.network.parameters()).device
         try:
             with cam_of(member, layer=layer) as cam:
-                for name, maps in zip(
-                    cam.layers, cam(torch.zeros(1, 3, size, size, device=device)).layers, strict=True
-                ):
-                    if maps.raw.shape[2:] == (1, 1):
-                        raise ValueError(
-                            f"layer {name!r} has one cell, which is no map: take one before the pooling"
-                        )
+                maps = cam(torch.zeros(1, 3, size, size, device=device)).layers
+            if flat := [name for name, m in zip(cam.layers, maps, strict=True) if m.raw.shape[2:] == (1, 1)]:
+                raise ValueError(f"layer {flat[0]!r} has one cell, which is no map: take one before pooling")
         except ValueError as error:
             raise ValueError(f"{member.card.architecture}: {error}") from None
 
 
+# --- lungs --------------------------------------------------------------------------------------------------
+
+
 def lung_folder(wanted: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
-    """Return the folder of the lung model that `lung_finder` loads; None where it loads none."""
+    """Return the folder of the lung model to load, None where none is to be loaded.
+
+    By default it is `lungs` beside the studies of the run `folder`, unless a network masks lungs itself.
+    """
     if wanted is not None:
         return None if wanted == "none" else Path(wanted)
     place = folder.parent.parent / "lungs"
@@ -64,20 +71,25 @@ def lung_folder(wanted: str | None, cards: Sequence[ModelCard], folder: Path) ->
 
 
 def lung_finder(
-    wanted: str | None, members: Sequence[TrainedNetwork], folder: Path, device: torch.device
-) -> "LungFinder | None":
-    """Return what finds an X-ray's lungs: the model in the folder `wanted`; by default what a network masks
-    its lungs with, else the model in `lungs` beside the studies of the run `folder`, else None; None for "none".
+    wanted: str | None, place: Path | None, members: Sequence[TrainedNetwork], device: torch.device
+) -> LungFinder | None:
+    """Return the function that finds an X-ray's lungs; None where there is none.
 
-    Raises ValueError or OSError where the model in `wanted` cannot be loaded. Of another one, that costs no
-    more than the shares, a line on stderr says so, and one says so of a model that has seen no real X-ray.
+    A line on stderr says where the model knows the synthetic phantom only.
+
+    Args:
+        wanted: The option `--lungs`.
+        place: What `lung_folder` returns: the model to load. None: the model that a network masks its lungs with.
+        members: The networks.
+        device: Where the lung model runs.
+
+    Raises:
+        ValueError: The model that `wanted` names cannot be loaded. Of the default model, a line on stderr says so.
+        OSError: It cannot be read.
     """
-    if wanted == "none":
-        return None
-    place = lung_folder(wanted, [member.card for member in members], folder)
     if place is None:
-        return next(iter(_own_finders(members)), None)
-    # Imported here: they take a second, and nobody without a lung model has a use for them.
+        return None if wanted == "none" else next(iter(_own_finders(members)), None)
+    # Imported here: these modules take a second, and most runs have no lung model.
     from lung_masking import LungMasking
     from segmentation import load_segmenter
 
@@ -93,56 +105,66 @@ def lung_finder(
     return LungMasking(segmenter).mask_of
 
 
-def _own_finders(members: Sequence[TrainedNetwork]) -> "list[LungFinder]":
-    return [member.lungs.mask_of for member in members if hasattr(member.lungs, "mask_of")]
+def _own_finders(members: Sequence[TrainedNetwork]) -> list[LungFinder]:
+    """Return what the networks that were trained on masked lungs find them with."""
+    return [member.lungs.mask_of for member in members if member.lungs is not None]
 
 
-def answer(
-    members: Sequence[TrainedNetwork],
-    image: Path,
-    wanted: str | list[int],
-    outputs: Sequence[Path],
-    *,
-    options: MapOptions,
-    lungs: "LungFinder | None" = None,
-) -> dict[str, object]:
-    """Write an image's overlays and return its record: probabilities, what they amount to ("predicted", or of
-    a multi-label network "findings"), the decision "thresholds" where there are some, and of each map the label,
-    the file, the raw maximum ("peak", None where several networks or layers have no scale in common), the "boxes"
-    that were asked for and, where there is a lung model, the share inside the lungs ("in_lungs", None where they
-    were not found).
+# --- the record ---------------------------------------------------------------------------------------------
 
-    Raises ValueError or OSError where the image cannot be read or an overlay not be written, and before the first
-    is written where one would replace a file that is no overlay.
+
+def answer(question: Question, image: Path, overlays: Sequence[Path]) -> dict[str, object]:
+    """Write an image's overlays and return its record.
+
+    Args:
+        question: What is asked.
+        image: The X-ray's file.
+        overlays: The files to write, one for each map.
+
+    Returns:
+        What does not apply is left out:
+
+        - "image": the file
+        - "networks": how many, of an ensemble
+        - "lungs": what is said of them
+        - "predicted": a class; or "findings": a list, of a multi-label network
+        - "probabilities", "thresholds": by class
+        - "method", "layers", "boxes_above": the options
+        - "maps": of each map "label", "overlay" (the file), "empty", "peak" (the raw maximum; None where several
+          networks or layers have no common scale), "boxes", "in_lungs" (the share inside the lungs; None where they
+          were not found)
+
+    Raises:
+        ValueError: The image cannot be read, or an overlay would replace a file that is no overlay. Nothing is
+            written then.
+        OSError: The image cannot be read, or an overlay cannot be written.
     """
-    for path in outputs:
+    for path in overlays:
         check_replaceable(path)
+    members, classes, options, lungs = question
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
-    classes = wanted if isinstance(wanted, str) else [wanted]  # a row of indices for the one image
-    said = explain(members, xray, classes, method=options.method, layer=options.layer)
-    found = lungs(xray) if lungs else None
-    colours = {"alpha": options.alpha, "colormap": options.colormap}
+    classes = classes if isinstance(classes, str) else [classes]  # one row of indices for the one image
+    explanation = explain(members, xray, classes, method=options.method, layer=options.layer)
+    found_lungs = lungs(xray) if lungs else None
+    maps = zip(explanation.classes, explanation.maps, explanation.peaks.tolist(), overlays, strict=True)
     entries = []
-    for index, map_, peak, path in zip(said.classes, said.maps, said.peaks.tolist(), outputs, strict=True):
-        peak = peak if np.isfinite(peak) else None
-        label = card.classes[index] if _knows_classes(options.method) else None
-        entry = {"label": label, "overlay": str(path), "empty": not map_.any()}
-        entry["peak"] = None if peak is None else float(f"{peak:.6g}")
-        picture = overlay(xray, map_, **colours)
-        if options.boxes is not None:
-            boxes = boxes_from_map(map_, options.boxes)
-            picture, entry["boxes"] = draw_boxes(picture, boxes), boxes.round(4).tolist()
-        if found is not None:
-            entry["in_lungs"] = _share_inside(map_, found)
-        picture = with_colour_bar(picture, peak=peak, **colours) if options.bar else picture
-        write_overlay(path, picture, image)
+    for index, map_, peak, path in maps:
+        peak = peak if math.isfinite(peak) else None
+        entry = {"label": card.classes[index] if METHODS[options.method].needs != "activation" else None}
+        entry |= {"overlay": str(path), "empty": not map_.any(), "peak": peak and float(f"{peak:.6g}")}
+        boxes = None if options.boxes is None else boxes_from_map(map_, options.boxes)
+        if boxes is not None:
+            entry["boxes"] = boxes.round(4).tolist()
+        if found_lungs is not None:
+            entry["in_lungs"] = _share_inside(map_, *found_lungs)
+        write_overlay(path, _picture(xray, map_, boxes, peak, options), image)
         entries.append(entry)
     record = {
         "image": str(image),
         "networks": len(members) if len(members) > 1 else None,
-        "lungs": _lungs(members, xray, None if lungs in _own_finders(members) else found),
-        **_decision(card, said.probabilities),
-        "probabilities": _probabilities(card, said.probabilities.tolist()),
+        "lungs": _lungs(question, xray, found_lungs),
+        **_decision(card, explanation.probabilities),
+        "probabilities": _probabilities(card, explanation.probabilities.tolist()),
         "thresholds": card.thresholds and dict(zip(card.classes, card.thresholds, strict=True)),
         "method": options.method,
         "layers": options.layer,
@@ -152,125 +174,54 @@ def answer(
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _share_inside(map_: np.ndarray, lungs: "LungMask") -> float | None:
-    if lungs.reason is not None or not map_.any():
+def _picture(
+    xray: np.ndarray, map_: np.ndarray, boxes: np.ndarray | None, peak: float | None, options: MapOptions
+) -> np.ndarray:
+    """Return the (H, W, 3) overlay of an X-ray, wider where a colour bar is drawn."""
+    colours = {"alpha": options.alpha, "colormap": options.colormap}
+    picture = overlay(xray, map_, **colours)
+    if boxes is not None:
+        picture = draw_boxes(picture, boxes)
+    return with_colour_bar(picture, peak=peak, **colours) if options.bar else picture
+
+
+def _share_inside(map_: np.ndarray, lungs: np.ndarray, reason: str | None) -> float | None:
+    if reason is not None or not map_.any():
         return None
-    return round(float(map_[lungs.mask].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
+    return round(float(map_[lungs].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
+
+
+def _lungs(
+    question: Question, xray: np.ndarray, found_lungs: tuple[np.ndarray, str | None] | None
+) -> str | None:
+    """Return what the networks that mask lungs did with the X-ray, and why the lungs that another model found
+    are not believed; None where there is nothing to say.
+    """
+    own_finders = _own_finders(question.members)
+    reasons = [find_lungs(xray)[1] for find_lungs in own_finders]
+    remarks = ["masked" if reason is None else f"kept whole: {reason}" for reason in reasons]
+    if question.lungs not in own_finders and found_lungs is not None and found_lungs[1] is not None:
+        remarks.append(f"not found ({found_lungs[1]})")
+    return "; ".join(dict.fromkeys(remarks)) or None
+
+
+def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
+    decisions = card.decide(torch.from_numpy(probabilities)[None])[0]
+    if card.multilabel:
+        return {"findings": [name for name, found in zip(card.classes, decisions, strict=True) if found]}
+    return {"predicted": card.classes[int(decisions)]}
 
 
 def _probabilities(card: ModelCard, probabilities: Sequence[float]) -> dict[str, float | None]:
-    """Return the probabilities by class; None instead of NaN, which JSON does not have. They have four digits, or as
-    many more as it takes to stay on the same side of the decision threshold.
-    """
+    """Return the rounded probabilities by class; None instead of NaN, which JSON does not have."""
     thresholds = card.thresholds or [None] * len(card.classes)
     named = zip(card.classes, probabilities, thresholds, strict=True)
     return {name: None if math.isnan(p) else _rounded(p, threshold) for name, p, threshold in named}
 
 
 def _rounded(probability: float, threshold: float | None) -> float:
+    """Return a probability with four digits, or as many more as keep it on its side of its decision threshold."""
     if threshold is None:
         return round(probability, 4)
-    numbers = [*(round(probability, digits) for digits in range(4, 18)), probability]
-    return next(number for number in numbers if (number >= threshold) == (probability >= threshold))
-
-
-def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
-    decided = card.decide(torch.from_numpy(probabilities)[None])[0]
-    if card.multilabel:
-        return {"findings": [name for name, there in zip(card.classes, decided, strict=True) if there]}
-    return {"predicted": card.classes[int(decided)]}
-
-
-def _lungs(members: Sequence[TrainedNetwork], xray: np.ndarray, other: "LungMask | None") -> str | None:
-    """Return whether an X-ray's lungs were masked or why it was kept whole, where a network masks them, and
-    why those that another model found, if it did, are not believed.
-    """
-    own = [mask_of(xray).reason for mask_of in _own_finders(members)]
-    said = ["masked" if reason is None else f"kept whole: {reason}" for reason in own]
-    if other is not None and other.reason is not None:
-        said.append(f"not found ({other.reason})")
-    return "; ".join(dict.fromkeys(said)) or None
-
-
-def text_of(record: dict[str, object]) -> str:
-    """Return what is printed of a record of `answer`: classes from the most probable one on, with the thresholds
-    that they are compared with, what is predicted, remarks, maps.
-    """
-    width = max(len(name) for name in record["probabilities"])
-    thresholds = record.get("thresholds", {})
-    lines = [record["image"]]
-    lines += [f"  {name:<{width}}  {_beside_threshold(name, record)}" for name in _ranked(record)]
-    if "findings" in record:
-        found = ", ".join(record["findings"]) or "none"
-        by = "their thresholds" if thresholds else "probabilities of at least 0.5"
-        lines.append(f"  Findings: {found} (by {by}; these probabilities are not calibrated)")
-    elif thresholds:
-        lines.append(f"  Predicted: {record['predicted']} ({_reason(record)})")
-    if "lungs" in record:
-        lines.append(f"  Lungs: {record['lungs']}")
-    title = METHODS[record["method"]].title
-    title += f" ({' + '.join(record['layers'])})" if "layers" in record else ""
-    for entry in record["maps"]:
-        of = f"for {entry['label']}" if _knows_classes(record["method"]) else "of no class"
-        lines.append(f"  {title} {of}{_notes(entry, record)}: {entry['overlay']}")
-    return "\n".join(lines)
-
-
-def _ranked(record: dict[str, object]) -> list[str]:
-    """Return the names of the classes from the most probable one on, last those without a probability."""
-    probabilities = record["probabilities"]
-    return sorted(probabilities, key=lambda n: math.inf if probabilities[n] is None else -probabilities[n])
-
-
-def _beside_threshold(name: str, record: dict[str, object]) -> str:
-    """Return a class's probability and its decision threshold, or why there is none."""
-    probability, thresholds = record["probabilities"][name], record.get("thresholds")
-    if probability is None:
-        return "–      (not reported: all of the training images have it, or none)"
-    if thresholds is None or ("predicted" in record and thresholds[name] is None):
-        return f"{probability:.3f}"
-    if thresholds[name] is None:
-        return f"{probability:.3f}  (no decision: all of the validation images have it, or none)"
-    probability, threshold = _told_apart(probability, thresholds[name])
-    return f"{probability}  (decision threshold {threshold})"
-
-
-def _reason(record: dict[str, object]) -> str:
-    """Return why the thresholds decide on what is predicted, see `decisions.decide`."""
-    thresholds = record["thresholds"]
-    name = [other for other, threshold in thresholds.items() if threshold is not None][-1]
-    probability, threshold = _told_apart(record["probabilities"][name], thresholds[name])
-    compared = "reaches" if name == record["predicted"] else "is below"
-    return f"{name}'s probability {probability} {compared} its decision threshold {threshold}"
-
-
-def _told_apart(probability: float, threshold: float) -> tuple[str, str]:
-    """Return both to three digits, or to as many more as it takes where they differ."""
-    forms = [*(f".{digits}f" for digits in range(3, 18)), ""]
-    pairs = [(format(probability, form), format(threshold, form)) for form in forms]
-    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
-
-
-def _knows_classes(method: str) -> bool:
-    return METHODS[method].needs != "activation"
-
-
-def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
-    if entry["empty"]:
-        by = "; it is predicted because its decision threshold is low" if _by_threshold(entry, record) else ""
-        return f" (empty: nothing in the image speaks for it{by})"
-    notes = ""
-    if entry.get("in_lungs") is not None:
-        notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
-    if "boxes" in entry:
-        number = len(entry["boxes"])
-        notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
-    return notes
-
-
-def _by_threshold(entry: dict[str, object], record: dict[str, object]) -> bool:
-    """Return whether a map's class is predicted though the network itself holds it for unlikely."""
-    label = entry["label"]
-    if "findings" in record:
-        return label in record["findings"] and record["probabilities"][label] < 0.5
-    return label == record["predicted"] != _ranked(record)[0]
+    values = (round(probability, digits) for digits in range(4, 30))
+    return next((v for v in values if (v >= threshold) == (probability >= threshold)), probability)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +92,8 @@ class Checkpoints:
         started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            write_whole(self.folder / STATE, {**state, "settings": json.dumps(self.settings)})
+            whole = {**state, "settings": json.dumps(self.settings)}
+            write_whole(self.folder / STATE, partial(_save_state, whole))
         except (OSError, RuntimeError) as error:
             reason = error  # torch's writer wraps the system's error in a RuntimeError
             while reason is not None and not isinstance(reason, OSError):
@@ -104,6 +106,11 @@ class Checkpoints:
                 "the same again"
             ) from None
         self._saved_at, self._saving_took = time.perf_counter(), time.perf_counter() - started
+
+
+def _save_state(state: Mapping[str, object], path: Path) -> None:
+    with path.open("wb") as stream:  # given a path, torch's own writer hides why a disk refuses
+        torch.save(state, stream)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What trained networks say of an X-ray, and where in it they look."""
+"""What trained networks say about an X-ray, and where in it they look."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,19 +9,18 @@ from torch import Tensor
 
 from grad_cam import Classes, GradCAM
 from maps import scaled
-from trained_networks import TrainedNetwork, ensemble_card
+from trained_networks import ModelCard, TrainedNetwork, ensemble_card
 
 
 class Explanation(NamedTuple):
-    """What a trained network, or an ensemble, says of one (H, W) X-ray: (C,) probabilities, the (K,) classes
-    that were asked for and their (K, H, W) maps, each scaled to 0–1 or all zero. `peaks`: (K,) the maps' maxima
-    before they were scaled; NaN of several networks or layers, which have no scale in common.
-    """
+    """What a trained network, or an ensemble, says about one (H, W) X-ray."""
 
-    probabilities: np.ndarray
-    classes: np.ndarray
-    maps: np.ndarray
-    peaks: np.ndarray
+    probabilities: np.ndarray  # (C,)
+    classes: np.ndarray  # (K,) indices of the classes that the maps are of
+    maps: np.ndarray  # (K, H, W), each 0 to 1, or all zero
+    peaks: (
+        np.ndarray
+    )  # (K,) the raw maps' maxima; NaN for several networks or layers: they have no common scale
 
 
 def explain(
@@ -32,43 +31,54 @@ def explain(
     method: str = "gradcam",
     layer: str | Sequence[str] | None = None,
 ) -> Explanation:
-    """Return probabilities and maps, at the X-ray's own size, for one (H, W) uint8 X-ray.
+    """Return the probabilities and the maps, at the X-ray's own size.
 
-    `method` and `layer` as `GradCAM` takes them; by default the layer of the model card.
-    "top" is the class that is decided on: the most probable one that is reported, or the one by the model card's
-    thresholds. Of several networks the probabilities are the means, and a map is the mean of the networks' maps,
-    each scaled to 0–1, scaled again: each has the same say, however high its raw maps are. Raises ValueError where
-    their classes differ, or for a method or layer that is not there.
+    The probabilities of several networks are averaged. Their maps are each scaled to 0–1, averaged and scaled again:
+    each network has the same influence, however high its raw maps are.
+
+    Args:
+        trained: A network, or several with the same classes.
+        xray: (H, W) uint8.
+        classes: As `GradCAM` takes them; "top" is the class that the model card's thresholds decide on, or else the
+            most probable reported one.
+        method: As `GradCAM` takes it.
+        layer: As `GradCAM` takes it (default: the model card's layer).
+
+    Raises:
+        ValueError: The networks' classes differ, or the method or layer does not exist.
     """
     members = [trained] if isinstance(trained, TrainedNetwork) else list(trained)
     card = ensemble_card([member.card for member in members])
-    inputs = [_input(member, xray) for member in members]
-    not_by_logits = bool(card.unreported) if card.multilabel else card.thresholds is not None
-    if (len(members) > 1 or not_by_logits) and isinstance(classes, str) and classes == "top":
-        with torch.inference_mode():
-            said = [m.card.probabilities(m.network(x)).cpu() for m, x in zip(members, inputs, strict=True)]
-        mean = torch.stack(said).mean(dim=0)
-        classes = int(mean.nan_to_num(-1).argmax() if card.multilabel else card.decide(mean))
+    inputs = [(member, _input(member, xray)) for member in members]
+    if isinstance(classes, str) and classes == "top":
+        classes = _decided_class(card, inputs)
     probabilities, maps = [], []
-    for member, images in zip(members, inputs, strict=True):
+    for member, images in inputs:
         with cam_of(member, method, layer) as cam:
-            found = cam(images, classes)
-        probabilities.append(member.card.probabilities(found.logits)[0].cpu())
-        maps.append(found.upsampled(xray.shape)[0].cpu())
-    single = len(members) == 1 and len(found.layers) == 1
-    peaks = found.raw[0].amax(dim=(1, 2)).cpu() if single else torch.full((len(maps[0]),), torch.nan)
-    return Explanation(
-        torch.stack(probabilities).mean(dim=0).numpy(),
-        found.classes[0].cpu().numpy(),
-        scaled(torch.stack(maps).mean(dim=0)).numpy(),
-        peaks.numpy(),
-    )
+            result = cam(images, classes)
+        probabilities.append(member.card.probabilities(result.logits)[0].cpu())
+        maps.append(result.upsampled(xray.shape)[0].cpu())
+    one_scale = len(members) == 1 and len(result.layers) == 1
+    peaks = result.raw[0].amax(dim=(1, 2)).cpu() if one_scale else torch.full((len(maps[0]),), torch.nan)
+    mean_probabilities, mean_maps = (torch.stack(values).mean(dim=0) for values in (probabilities, maps))
+    indices = result.classes[0].cpu()
+    return Explanation(*(t.numpy() for t in (mean_probabilities, indices, scaled(mean_maps), peaks)))
+
+
+def _decided_class(card: ModelCard, inputs: Sequence[tuple[TrainedNetwork, Tensor]]) -> int | str:
+    """Return the class that is decided on; "top" for one network whose highest logit decides: no extra pass then."""
+    if len(inputs) == 1 and not (card.unreported if card.multilabel else card.thresholds):
+        return "top"
+    with torch.inference_mode():
+        probabilities = [member.card.probabilities(member.network(images)).cpu() for member, images in inputs]
+    mean = torch.stack(probabilities).mean(dim=0)
+    return int(mean.nan_to_num(-1).argmax() if card.multilabel else card.decide(mean))
 
 
 def cam_of(
     trained: TrainedNetwork, method: str = "gradcam", layer: str | Sequence[str] | None = None
 ) -> GradCAM:
-    """Return the `GradCAM` of a trained network, at the layer of its card unless another is given."""
+    """Return the `GradCAM` of a trained network, by default at the layer of its card."""
     card = trained.card
     return GradCAM(trained.network, layer or card.cam_layer, method, multilabel=card.multilabel)
 

@@ -14,10 +14,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from metrics import MACRO, bootstrap_scores
-from utils import FORMATS
+from utils import FORMATS, read_xray
 
 NEAR_CHANCE = (0.4, 0.6)  # ROC-AUC: a probe whose whole interval lies outside has found a shortcut
 BINS = 10  # of sizes: more would fit noise in a few hundred files
+
+
+def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
+    """Return (N, size, size) uint8 small versions of the X-rays; each pixel is the mean of the area it covers."""
+    return np.stack(
+        [cv2.resize(read_xray(path), (size, size), interpolation=cv2.INTER_AREA) for path in paths]
+    )
 
 
 def border_pixels(thumbnails: np.ndarray, *, rim: int = 2) -> np.ndarray:

@@ -3,7 +3,7 @@
     python benchmarks/overlay.py -m demo/resnet18 [-i IMAGE] [-n 7]
 
 The least: a Python that imports torch and torchvision, plus one forward pass of the same network at the same
-size (timed inside that process). Runs alternate; medians and their ratio (ours / least) are given.
+size (timed inside that process). Runs alternate; medians and their ratio (ours / least) are arguments.
 """
 
 import argparse
@@ -45,31 +45,21 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="demo/resnet18")
     parser.add_argument("-i", "--image", default="assets/phantom.png")
     parser.add_argument("-n", "--rounds", type=int, default=7)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     ours, imports, forwards = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        answer = [
-            "overlay_cam.py",
-            "-i",
-            given.image,
-            "-m",
-            given.model,
-            "-o",
-            f"{folder}/o.png",
-            "--device",
-            "cpu",
-        ]
-        for _ in range(given.rounds + 1):
-            ours.append(seconds([sys.executable, *answer]))
+        options = ["-i", arguments.image, "-m", arguments.model, "-o", f"{folder}/o.png", "--device", "cpu"]
+        for _ in range(arguments.rounds + 1):
+            ours.append(seconds([sys.executable, "overlay_cam.py", *options]))
             imports.append(seconds([sys.executable, "-c", "import torch, torchvision"]))
-            code = FORWARD.format(project=str(PROJECT), model=given.model)
+            code = FORWARD.format(project=str(PROJECT), model=arguments.model)
             command = [sys.executable, "-c", code]
-            found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT)
-            forwards.append(float(found.stdout))
+            result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT)
+            forwards.append(float(result.stdout))
     # The first round fills the file cache and does not count.
     ours, imports, forwards = (statistics.median(times[1:]) for times in (ours, imports, forwards))
     least = imports + forwards
-    row = {"name": f"one X-ray, {given.model}", "ours": ours, "plain": least, "ratio": ours / least}
+    row = {"name": f"one X-ray, {arguments.model}", "ours": ours, "plain": least, "ratio": ours / least}
     report("overlay", [{**row, "imports": imports, "forward": forwards}])
 
 

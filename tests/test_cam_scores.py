@@ -79,7 +79,7 @@ def card(**fields):
 def trained_on(marker):
     """Return a network that has learnt normal from ill phantoms, the ill with a marker or without."""
     drawn, labels = chests(240, 0, marker=marker)
-    preprocessing = card().preprocessing
+    preprocessing = TrainedNetwork(None, card()).preprocessing
     images = torch.stack([preprocessing(image) for image in drawn.images])
     torch.manual_seed(0)
     network, epochs = tiny_network(), 8
@@ -214,7 +214,7 @@ def test_the_network_is_asked_what_faithfulness_asks_it(honest, marked_cases):
 
 def test_no_random_network_is_the_one_that_the_training_started_from(marked_cases):
     cases = marked_cases[0][:4]  # all are asked
-    images = torch.stack([card().preprocessing(read_xray(case.path)) for case in cases])
+    images = torch.stack([TrainedNetwork(None, card()).preprocessing(read_xray(case.path)) for case in cases])
     start = random_network(card(), images, seed=3)
     scores = score_maps(
         TrainedNetwork(start, card()), cases, methods=["eigencam"], faithful=4, steps=1, seed=3

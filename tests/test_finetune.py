@@ -70,7 +70,10 @@ def test_saved_predictions_are_what_the_saved_model_says(trained_run, tiny_study
     network, card, _ = load_network(trained_run)
     predictions = pd.read_csv(trained_run / "predictions_test.csv")
     images = torch.stack(
-        [card.preprocessing(read_xray(tiny_study.data.root / path)) for path in predictions["path"]]
+        [
+            TrainedNetwork(None, card).preprocessing(read_xray(tiny_study.data.root / path))
+            for path in predictions["path"]
+        ]
     )
     with torch.no_grad():
         probabilities = card.probabilities(network(images)).numpy()
@@ -122,7 +125,7 @@ def test_temperature_is_fitted_on_the_validation_images(train_small, small_study
     network, card, _ = load_network(train_small())
     ((logits, targets),) = calls
     rows = load_table(small_study).subset("val")
-    images = torch.stack([card.preprocessing(read_xray(path)) for path in rows["path"]])
+    images = torch.stack([TrainedNetwork(None, card).preprocessing(read_xray(path)) for path in rows["path"]])
     with torch.no_grad():
         np.testing.assert_allclose(logits, network(images).numpy(), atol=1e-4)
     np.testing.assert_array_equal(targets, rows["label"])

@@ -129,7 +129,7 @@ def test_floating_point_tiff_spans_its_own_range(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
-def test_what_is_no_value_is_black_and_does_not_change_the_other_pixels(tmp_path, value):
+def test_pixels_without_a_value_are_black_and_do_not_change_the_others(tmp_path, value):
     values = np.linspace(-3, 7, 256, dtype=np.float32)[None].repeat(16, 0)
     values[4:9, 100:200] = value
     read = read_xray(save(tmp_path, Image.fromarray(values), "x.tif"))
@@ -183,11 +183,11 @@ def test_mask_of_another_size_is_laid_over_its_xray(tmp_path):
 
 @pytest.mark.parametrize(("side", "other"), [(512, 64), (512, 256), (300, 100), (256, 299), (100, 250)])
 def test_mask_stays_in_place_when_it_is_resized(tmp_path, side, other):
-    at = np.arange(side) + 0.5
+    centres = np.arange(side) + 0.5
     moved = []
     for k in range(12):  # discs at many places: their outlines meet the new pixels in every way
         centre, radius = side * (0.35 + 0.021 * k), side * (0.28 - 0.013 * k)
-        disc = (at[:, None] - side / 2) ** 2 + (at - centre) ** 2 <= radius**2
+        disc = (centres[:, None] - side / 2) ** 2 + (centres - centre) ** 2 <= radius**2
         read = read_mask(save(tmp_path, Image.fromarray(disc.astype(np.uint8) * 255)), (other, other))
         _, columns = np.nonzero(read)
         moved.append(columns.mean() + 0.5 - centre * other / side)
@@ -230,7 +230,7 @@ def test_tiffs_of_every_orientation_come_upright(tmp_path, orientation, compress
         np.testing.assert_array_equal(read_xray(path), TURNED[orientation](stored), err_msg=name)
 
 
-def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, capfd):
+def test_the_first_of_several_pages_is_read_and_one_line_says_so(tmp_path, capfd):
     other = Image.fromarray(255 - RAMP)
     path = save(tmp_path, Image.fromarray(RAMP), "x.tif", save_all=True, append_images=[other, other])
     for _ in range(3):
