@@ -513,7 +513,7 @@ def phantom_segmenter(
 
 
 def _fit(given: argparse.Namespace) -> int:
-    from metrics import bootstrap_mean
+    from intervals import bootstrap_mean
     from networks import resolve_device
 
     settings = {"image_size": given.image_size, "seed": given.seed, "device": resolve_device(given.device)}
