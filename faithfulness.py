@@ -46,15 +46,15 @@ class DeletionInsertion(NamedTuple):
 
 
 class MaskedConfidence(NamedTuple):
-    """Confidence in the class for whole images, and what is lost where only the map's part is kept.
+    """Confidence in the class for whole images, and its change when each image is masked by its map.
 
     A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). Read drop and
     increase beside a score that punishes large maps, such as the deletion area.
 
     Attributes:
         probability: (N,) float64, of the whole image.
-        drop: (N,) max(0, whole - kept) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop.
-        increase: (N,) 1.0 where kept > whole, else 0.0; its mean is the Increase in Confidence.
+        drop: (N,) max(0, whole - masked) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop.
+        increase: (N,) 1.0 where masked > whole, else 0.0; its mean is the Increase in Confidence.
     """
 
     probability: np.ndarray
@@ -107,16 +107,16 @@ def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> MaskedConfiden
     """
     images, baseline, classes = subject.images, subject.baseline, subject.classes
 
-    def masked(jobs: Tensor) -> Tensor:
+    def masked_images(jobs: Tensor) -> Tensor:
         weight = maps[jobs, None].to(images.dtype)
         return images[jobs] * weight + baseline[jobs] * (1 - weight)
 
     with torch.inference_mode():
         whole = _confidence(subject, lambda jobs: images[jobs], classes)
-        kept = _confidence(subject, masked, classes)
-    lost = np.maximum(whole - kept, 0)
+        masked = _confidence(subject, masked_images, classes)
+    lost = np.maximum(whole - masked, 0)
     drop = np.divide(lost, whole, out=np.zeros_like(lost), where=whole > 0)
-    return MaskedConfidence(whole, drop, (kept > whole).astype(np.float64))
+    return MaskedConfidence(whole, drop, (masked > whole).astype(np.float64))
 
 
 def _confidence(subject: ClassifiedImages, inputs: Callable[[Tensor], Tensor], classes: Tensor) -> np.ndarray:

@@ -70,10 +70,10 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         index=kinds,
     )
     estimates = table.map(lambda cell: cell.estimate)
-    known = estimates.notna().any()
-    known["empty"] = estimates["empty"].any()
+    informative = estimates.notna().any()
+    informative["empty"] = estimates["empty"].any()
     verdicts = [verdict(head[kind], all_random[kind]) if kind in head else "" for kind in kinds]
-    return table.loc[:, known].assign(verdict=verdicts)
+    return table.loc[:, informative].assign(verdict=verdicts)
 
 
 def _by_kind(
@@ -115,11 +115,11 @@ def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.
         patients: (N,) patient ids.
         rng: draws the resamples.
     """
-    known = ~np.isnan(agreement).all(axis=0)
-    agreement, patients = agreement[:, known], np.asarray(patients)[known]
+    defined = ~np.isnan(agreement).all(axis=0)
+    agreement, patients = agreement[:, defined], np.asarray(patients)[defined]
     fewer = min(len(agreement), len(np.unique(patients)))
     if fewer < 2:
-        return Interval(agreement.mean() if known.any() else np.nan)
+        return Interval(agreement.mean() if defined.any() else np.nan)
     networks, images = (
         np.concatenate(list(patient_weights(drawn, rng=rng)))
         for drawn in (np.arange(len(agreement)), patients)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from sklearn.manifold import TSNE
 from sklearn.metrics import (
     auc,
@@ -290,24 +289,6 @@ def weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
     below = np.cumsum(negatives, axis=1) - negatives / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
-
-
-def mean_auc(targets: np.ndarray, probabilities: np.ndarray) -> float:
-    """Return the mean over the classes of the area under the ROC curve, each class against the rest.
-
-    This is the macro roc_auc of `classification_scores` without its checks, fast enough for every epoch. Classes
-    of all or none of the images, or with a NaN probability, are left out; NaN if all are.
-    """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    targets = np.asarray(targets)
-    truth = targets == 1 if targets.ndim == 2 else targets[:, None] == np.arange(probabilities.shape[1])
-    positives = truth.sum(axis=0)
-    # Mann-Whitney U of the positives from their ranks, ties at their mean rank.
-    ranks = np.where(truth, stats.rankdata(probabilities, axis=0), 0).sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        areas = (ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
-        finite = np.isfinite(areas)
-        return float(areas[finite].sum() / finite.sum())
 
 
 def silhouette(embeddings: np.ndarray, labels: np.ndarray) -> float:

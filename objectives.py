@@ -3,26 +3,34 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional
 
-from metrics import mean_auc
 from networks import class_logits
 
 
 def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of (N, C) logits, or of one logit z a row, for (N,) class indices; `weights`
-    (C,) weigh the classes.
+    """Return the cross-entropy of one class an image.
 
-    For one logit it is the binary cross-entropy of sigmoid(z), as a softmax of (-z/2, z/2).
+    Args:
+        outputs: (N, C) logits, or (N, 1) logits z: for these it is the binary cross-entropy of sigmoid(z), as a
+            softmax of (-z/2, z/2).
+        targets: (N,) class indices.
+        weights: (C,) weights of the classes.
     """
     return functional.cross_entropy(class_logits(outputs), targets, weight=weights)
 
 
 def multi_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean binary cross-entropy of (N, C) logits for (N, C) of 0 and 1; `weights` (2, C) weigh each
-    label's negatives (row 0) and positives (row 1), see `utils.label_weights`.
+    """Return the mean binary cross-entropy of several labels an image.
+
+    Args:
+        outputs: (N, C) logits.
+        targets: (N, C) of 0 and 1.
+        weights: (2, C) weights of each label's negatives (row 0) and positives (row 1), see `utils.label_weights`.
     """
     weight = None if weights is None else torch.where(targets > 0.5, weights[1], weights[0])
     return functional.binary_cross_entropy_with_logits(outputs, targets, weight=weight)
@@ -34,41 +42,46 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 
 def macro_auc(outputs: Tensor, targets: Tensor) -> float:
-    """Return the mean over labels of the area under the ROC curve."""
-    return mean_auc(targets.numpy(), outputs.numpy())
+    """Return the mean over labels of the area under the ROC curve.
+
+    Labels that all or none of the images have, and labels with a NaN output, are left out; NaN if all are.
+
+    Args:
+        outputs: (N, C) logits or probabilities, on the CPU.
+        targets: (N, C) of 0 and 1.
+    """
+    truth = targets.numpy() == 1
+    positives = truth.sum(axis=0)
+    # The Mann-Whitney U of the positives from their ranks, ties at their mean rank.
+    ranks = np.where(truth, rankdata(outputs.double().numpy(), axis=0), 0).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        areas = (ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
+        defined = np.isfinite(areas)
+        return float(areas[defined].sum() / defined.sum())
 
 
 def single_label_size(targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return what the cross-entropy of a batch is divided by: the sum of its images' weights."""
-    return weights[targets].sum() if weights is not None else torch.tensor(float(len(targets)))
+    return weights[targets].sum() if weights is not None else image_count(targets)
 
 
-def multi_label_size(targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def image_count(targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return what the loss of several labels is divided by, apart from their number: the images."""
     return torch.tensor(float(len(targets)))
 
 
-def uninformed_loss(objective: "Objective", shares: Tensor, targets: Tensor, weights: Tensor | None) -> float:
-    """Return the validation loss of giving each of the images with these `targets` one and the same answer: the
-    (C,) `shares` as probabilities. A network that knows how frequent the classes are, and nothing else, has it.
-    """
-    likely = shares.double().clamp(1e-6, 1 - 1e-6)
-    several = targets.ndim == 2
-    logits = likely.logit() if several else likely.log()
-    outputs = logits.float().expand(len(targets), -1)
-    used = weights if objective.weighted_validation else None
-    return float(objective.loss(outputs, targets.float() if several else targets, used))
-
-
 @dataclass(frozen=True)
 class Objective:
-    """What a network is trained for: a loss of (outputs, targets, weights) and the score shown beside it.
+    """What a network is trained for.
 
-    `size` of (targets, weights): what the loss, a mean, is divided by, so that the means of parts of a batch make
-    the mean of the whole.
-
-    `weighted_validation`: whether the validation loss has the weights too. Without them the loss of several rare
-    labels is another quantity, several times as large; of one class an image it is the usual cross-entropy.
+    Attributes:
+        loss: the loss of (outputs, targets, weights), a mean.
+        size: what the mean of (targets, weights) is divided by. With it the losses of parts of a batch make the loss
+            of the whole batch.
+        score: the score of (outputs, targets), shown beside the loss.
+        score_name: its name in the history.
+        weighted_validation: whether the validation loss has the weights too. Without them the loss of several rare
+            labels is another quantity, several times as large; of one class an image it is the usual cross-entropy.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -81,4 +94,21 @@ class Objective:
 SINGLE_LABEL = Objective(
     single_label_loss, single_label_size, accuracy, "accuracy", weighted_validation=False
 )
-MULTI_LABEL = Objective(multi_label_loss, multi_label_size, macro_auc, "auc", weighted_validation=True)
+MULTI_LABEL = Objective(multi_label_loss, image_count, macro_auc, "auc", weighted_validation=True)
+
+
+def uninformed_loss(objective: Objective, shares: Tensor, targets: Tensor, weights: Tensor | None) -> float:
+    """Return the validation loss of a network that knows how frequent the classes are, and nothing else.
+
+    Args:
+        objective: what the network is trained for.
+        shares: (C,) frequencies, which it answers as probabilities for every image.
+        targets: (N,) class indices or (N, C) of 0 and 1.
+        weights: the loss weights; used where the objective weighs the validation loss.
+    """
+    probabilities = shares.double().clamp(1e-6, 1 - 1e-6)
+    multilabel = targets.ndim == 2
+    logits = probabilities.logit() if multilabel else probabilities.log()
+    outputs = logits.float().expand(len(targets), -1)
+    used_weights = weights if objective.weighted_validation else None
+    return float(objective.loss(outputs, targets.float() if multilabel else targets, used_weights))

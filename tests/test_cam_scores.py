@@ -1,4 +1,4 @@
-"""Scores of maps on the phantom, where the answers are known, and what the tables make of them."""
+"""Scores of maps on the phantom, where the answers are known, and the tables of these scores."""
 
 import copy
 
@@ -128,9 +128,7 @@ def probability(trained, xrays):
     return trained.card.probabilities(logits)[:, 1].numpy()
 
 
-def test_a_network_that_learnt_the_marker_is_found_out_and_one_that_did_not_is_not_accused(
-    cheat, honest, marked_cases
-):
+def test_scores_tell_a_network_that_learnt_the_marker_from_one_that_did_not(cheat, honest, marked_cases):
     cases, xrays, markers = marked_cases
     share, lost = {}, {}
     for name, trained in (("cheat", cheat), ("honest", honest)):
@@ -176,7 +174,7 @@ def test_scores_are_those_of_the_maps_computed_by_hand(honest, marked_cases):
     assert scores.faithful["path"].nunique() == 3
 
 
-def test_the_network_is_asked_what_faithfulness_asks_it(honest, marked_cases):
+def test_scores_of_faithfulness_are_those_of_its_functions(honest, marked_cases):
     cases = marked_cases[0][:4]  # all are asked
     scores = score_maps(honest, cases, methods=["layercam"], faithful=4, steps=4, seed=0)
     images = torch.stack([honest.preprocessing(read_xray(case.path)) for case in cases])
@@ -188,21 +186,21 @@ def test_the_network_is_asked_what_faithfulness_asks_it(honest, marked_cases):
     )
     maps = trained_maps.upsampled((SIZE, SIZE))[:, 0]
     areas, confidence = deletion_insertion(subject, maps, steps=4, seed=0), masked_confidence(subject, maps)
-    own = scores.faithful[scores.faithful["map"] == "LayerCAM"]
+    layercam = scores.faithful[scores.faithful["map"] == "LayerCAM"]
     for name, values in (areas._asdict() | confidence._asdict()).items():
-        np.testing.assert_allclose(own[name], values, atol=1e-6)
+        np.testing.assert_allclose(layercam[name], values, atol=1e-6)
     assert np.abs(areas.deletion - areas.insertion).min() > 1e-3
-    own = scores.randomised[scores.randomised["stage"] == 0]
-    assert own.groupby("network").size().tolist() == [4] * 2
+    after_head = scores.randomised[scores.randomised["stage"] == 0]
+    assert after_head.groupby("network").size().tolist() == [4] * 2
     seeds = np.random.SeedSequence(0).generate_state(2)
     for number in (0, 1):
         fresh = random_network(honest.card, images, seed=int(seeds[number]))
         _, head_random = next(randomised(honest.network, fresh, images[:1]))
         with cam_of(honest._replace(network=head_random), "layercam") as cam:
             expected = rank_correlation(cam(images, 1).raw[:, 0], trained_maps.raw[:, 0])
-        found = own[own["network"] == number]
-        np.testing.assert_allclose(found["correlation"], expected, atol=1e-6)
-        np.testing.assert_allclose(found["agreement"], np.abs(expected), atol=1e-6)
+        rows = after_head[after_head["network"] == number]
+        np.testing.assert_allclose(rows["correlation"], expected, atol=1e-6)
+        np.testing.assert_allclose(rows["agreement"], np.abs(expected), atol=1e-6)
 
 
 def test_no_random_network_is_the_one_that_the_training_started_from(marked_cases):
@@ -242,7 +240,7 @@ def test_the_interval_of_agreement_covers_other_random_networks_and_patients():
     assert covered[1] < 0.6
 
 
-def test_verdicts_do_not_hang_on_which_networks_were_drawn():
+def test_verdicts_do_not_depend_on_the_drawn_networks():
     rng = np.random.default_rng(0)
     low = mean_agreement(agreements(rng, mean=0.2), range(8), rng=rng)
 
@@ -252,7 +250,7 @@ def test_verdicts_do_not_hang_on_which_networks_were_drawn():
     def over_both(agreement, rng):
         return mean_agreement(agreement, range(8), rng=rng)
 
-    # At the limit nothing can be said; where only patients are resampled, chance says one thing or the other.
+    # At the limit there is no verdict. If only patients are resampled, chance gives one verdict or the other.
     assert share("undecided", 0.7, over_both) >= 0.9
     assert share("undecided", 0.7, over_patients_alone) <= 0.6
     assert share(CHANGES, 0.5, over_both) >= 0.9
@@ -263,15 +261,15 @@ def test_images_of_one_patient_are_drawn_together_and_one_patient_has_no_interva
     agreement = np.tile([0.2, 0.2, 0.8, 0.8], (10, 1))
     together = mean_agreement(agreement, list("aabb"), rng=np.random.default_rng(0))
     assert together == (0.5, pytest.approx(0.2), pytest.approx(0.8))
-    unknown = np.column_stack([agreement, np.full(10, np.nan)])
+    with_undefined = np.column_stack([agreement, np.full(10, np.nan)])
     np.testing.assert_array_equal(
-        mean_agreement(unknown, list("aabbc"), rng=np.random.default_rng(0)), together
+        mean_agreement(with_undefined, list("aabbc"), rng=np.random.default_rng(0)), together
     )
     alone = mean_agreement(agreement, ["a"] * 4, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(alone, [0.5, np.nan, np.nan])
 
 
-def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
+def test_the_summary_holds_the_means_of_the_columns_that_it_names(honest, marked_cases):
     scores = score_maps(honest, marked_cases[0][:6], methods=["gradcam"], faithful=5, steps=4, seed=0)
     table = summary(scores, rng=np.random.default_rng(0))
     names = {
@@ -286,8 +284,8 @@ def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
     }
     for column, field in names.items():
         frame = scores.located if field in scores.located else scores.faithful
-        for kind, own in frame.groupby("map"):
-            assert table.loc[kind, column].estimate == pytest.approx(own[field].mean())
+        for kind, rows in frame.groupby("map"):
+            assert table.loc[kind, column].estimate == pytest.approx(rows[field].mean())
     for column, stage in (
         ("agreement, head random", 0),
         ("agreement, all random", scores.randomised["stage"].max()),
@@ -295,8 +293,10 @@ def test_the_summary_is_of_the_columns_that_it_names(honest, marked_cases):
         expected = scores.randomised.loc[scores.randomised["stage"] == stage, "agreement"].mean()
         assert table.loc["Grad-CAM", column].estimate == pytest.approx(expected)
     assert "empty" not in table  # as none is
-    own, theirs = (scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's"))
-    paired = (own["in_lesion"].to_numpy() - theirs["in_lesion"].to_numpy()).mean()
+    grad_cam, another = (
+        scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's")
+    )
+    paired = (grad_cam["in_lesion"].to_numpy() - another["in_lesion"].to_numpy()).mean()
     assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)
     expected = "6 cases, 6 with a lesion or box, 6 with lungs; the network was asked of 5"
     assert case_counts(scores) == expected
@@ -314,16 +314,16 @@ def test_another_patients_map_is_of_another_patient_and_the_same_class():
     assert cam_scores._partners(cases[:2], 0) is None
 
 
-def test_empty_maps_are_counted_and_say_nothing_of_the_lungs_or_the_network(honest, marked_cases):
+def test_empty_maps_are_counted_and_have_no_score_for_lungs_or_faithfulness(honest, marked_cases):
     silent = copy.deepcopy(honest.network)
     with torch.no_grad():
         silent[-1].weight[1] = -1.0  # all that there is speaks against the class
     trained = honest._replace(network=silent)
     scores = score_maps(trained, marked_cases[0][:3], methods=["gradcam"], faithful=2, steps=2, seed=0)
-    own = scores.located[scores.located["map"] == "Grad-CAM"]
-    assert (own["empty"] == 1).all()
-    assert own["in_lungs"].isna().all()
-    assert (own[["peak", "in_lesion"]] == 0).all(axis=None)
+    located = scores.located[scores.located["map"] == "Grad-CAM"]
+    assert (located["empty"] == 1).all()
+    assert located["in_lungs"].isna().all()
+    assert (located[["peak", "in_lesion"]] == 0).all(axis=None)
     assert scores.faithful[scores.faithful["map"] == "Grad-CAM"]["deletion"].isna().all()
     assert scores.randomised["correlation"].isna().all()
     table = summary(scores, rng=np.random.default_rng(0))
@@ -367,14 +367,14 @@ def test_x_rays_of_other_shapes_are_scored_at_their_own(honest, marked_cases, tm
     scores = score_maps(honest, cases, methods=["gradcam"], faithful=1, steps=1, seed=0)
     uniform = scores.located[scores.located["map"] == "uniform"].iloc[0]
     assert uniform[["in_lungs", "in_lesion", "iou", "iobb"]].to_list() == pytest.approx([0.5] * 4)
-    own = scores.located.iloc[0]
+    grad_cam = scores.located.iloc[0]
     with cam_of(honest) as cam:
         map_ = cam(honest.preprocessing(read_xray(wide.path))[None], 1).upsampled((96, 192))[0, 0].numpy()
-    assert own["in_lungs"] == pytest.approx(map_[:, :96].sum() / map_.sum(), rel=1e-4)
-    assert own[["iou", "iobb", "detected"]].to_list() == pytest.approx(list(best_overlap(map_, boxes)))
+    assert grad_cam["in_lungs"] == pytest.approx(map_[:, :96].sum() / map_.sum(), rel=1e-4)
+    assert grad_cam[["iou", "iobb", "detected"]].to_list() == pytest.approx(list(best_overlap(map_, boxes)))
 
 
-def test_eigen_cam_is_said_not_to_explain_and_grad_cam_is_not(honest, marked_cases, monkeypatch):
+def test_the_verdict_is_that_eigen_cam_does_not_explain_and_grad_cam_may(honest, marked_cases, monkeypatch):
     monkeypatch.setattr(cam_scores, "NETWORKS", 10)
     scores = score_maps(honest, marked_cases[0], methods=["gradcam", "eigencam"], faithful=8, steps=2, seed=0)
     table = summary(scores, rng=np.random.default_rng(0))
@@ -387,7 +387,7 @@ def test_eigen_cam_is_said_not_to_explain_and_grad_cam_is_not(honest, marked_cas
     assert text.loc["Eigen-CAM", "agreement, head random"] == "1.00 (1.00–1.00)"
 
 
-def test_lungs_are_those_that_a_model_finds_where_the_data_has_none(honest, marked_cases):
+def test_a_model_finds_the_lungs_where_the_data_has_none(honest, marked_cases):
     cases = [case._replace(lung=None, lesion=None) for case in marked_cases[0][:2]]
     left = np.zeros((SIZE, SIZE), bool)
     left[:, : SIZE // 2] = True
@@ -429,16 +429,16 @@ def test_cases_of_one_label_are_the_test_images_that_were_right(tmp_path):
     table = table_of(tmp_path, [(f"{i}.png", f"p{i}", i % 2) for i in range(6)])
     probabilities = np.eye(2)[[0, 0, 0, 1, 1, 1]]  # images 1 and 4 are wrong
     names = np.array([f"{i}.png" for i in range(6)])
-    said = Predictions(np.arange(6) % 2, probabilities, np.array([f"p{i}" for i in range(6)]), names)
-    cases = map_cases(table, said, most=10, seed=0)
+    predictions = Predictions(np.arange(6) % 2, probabilities, np.array([f"p{i}" for i in range(6)]), names)
+    cases = map_cases(table, predictions, most=10, seed=0)
     assert [(case.path.rsplit("/")[-1], case.class_index, case.label) for case in cases] == [
         ("0.png", 0, "Normal"),
         ("2.png", 0, "Normal"),
         ("3.png", 1, ILL),
         ("5.png", 1, ILL),
     ]
-    assert len(map_cases(table, said, most=2, seed=0)) == 2
-    drawn = [[case.path for case in map_cases(table, said, most=3, seed=1)] for _ in range(2)]
+    assert len(map_cases(table, predictions, most=2, seed=0)) == 2
+    drawn = [[case.path for case in map_cases(table, predictions, most=3, seed=1)] for _ in range(2)]
     assert drawn[0] == drawn[1]
 
 
@@ -446,16 +446,20 @@ def test_cases_of_several_findings_are_those_with_a_box_or_else_those_that_are_t
     findings = ("Mass", "Edema")
     rows = [("a.png", "p", 0, 1, 1), ("b.png", "q", 2, 0, 0), ("c.png", "r", 1, 0, 1)]
     paths = np.array([row[0] for row in rows])
-    said = Predictions(np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), paths)
-    plain = map_cases(table_of(tmp_path, rows, findings=findings), said, most=10, seed=0)
+    predictions = Predictions(
+        np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), paths
+    )
+    plain = map_cases(table_of(tmp_path, rows, findings=findings), predictions, most=10, seed=0)
     assert [(case.path[-5], case.label) for case in plain] == [("a", "Mass"), ("a", "Edema"), ("c", "Edema")]
     box = {"x": 0.1, "y": 0.2, "width": 0.3, "height": 0.4}
     boxes = pd.DataFrame([{"path": str(tmp_path / "c.png"), "label": 1} | box])
-    (boxed,) = map_cases(table_of(tmp_path, rows, findings=findings, boxes=boxes), said, most=10, seed=0)
+    (boxed,) = map_cases(
+        table_of(tmp_path, rows, findings=findings, boxes=boxes), predictions, most=10, seed=0
+    )
     assert (boxed.path[-5], boxed.label, boxed.boxes.tolist()) == ("c", "Edema", [[0.1, 0.2, 0.3, 0.4]])
 
 
-def test_boxes_are_the_place_to_look_at_where_there_are_some(honest, marked_cases):
+def test_boxes_are_the_target_where_there_is_no_lesion_mask(honest, marked_cases):
     whole = np.array([[0.0, 0.0, 1.0, 1.0]])
     cases = [case._replace(boxes=whole, lesion=None) for case in marked_cases[0][:3]]
     scores = score_maps(honest, cases, methods=["gradcam"], faithful=1, steps=1, seed=0)
@@ -465,7 +469,7 @@ def test_boxes_are_the_place_to_look_at_where_there_are_some(honest, marked_case
     assert table.index.get_level_values("finding").unique().to_list() == [ILL, "all"]
 
 
-def test_no_case_is_an_error_that_says_why(honest):
+def test_scoring_without_cases_is_an_error_with_the_reason(honest):
     with pytest.raises(ValueError, match="none was classified correctly"):
         score_maps(honest, [], methods=["gradcam"], faithful=1, steps=1, seed=0)
 

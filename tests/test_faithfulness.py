@@ -145,7 +145,7 @@ def test_ties_go_in_whole_blocks_in_a_random_order_that_is_each_images_own():
     assert np.abs(swept).max() < 4 / np.sqrt(195)
 
 
-def test_the_order_of_ties_is_the_same_for_every_map_and_hangs_on_the_seed():
+def test_the_order_of_ties_is_the_same_for_every_map_and_depends_on_the_seed():
     uniform = deleted_one_by_one(torch.ones(2, SIDE, SIDE))
     np.testing.assert_array_equal(uniform, deleted_one_by_one(torch.zeros(2, SIDE, SIDE)))
     np.testing.assert_array_equal(uniform, deleted_one_by_one(torch.ones(5, SIDE, SIDE))[:2])
@@ -183,12 +183,12 @@ def test_insertion_starts_from_a_gaussian_of_a_tenth_of_the_side_and_ends_with_t
 
 def test_the_batch_size_changes_nothing(monkeypatch):
     images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    given = (conv_network(), images, noise(5, SIDE, SIDE), torch.tensor([0, 1, 2, 0, 1]))
-    areas, confidence = deletion_insertion(*given), masked_confidence(*given)
+    arguments = (conv_network(), images, noise(5, SIDE, SIDE), torch.tensor([0, 1, 2, 0, 1]))
+    areas, confidence = deletion_insertion(*arguments), masked_confidence(*arguments)
     for batch in (1, 7):
         monkeypatch.setattr(faithfulness, "BATCH", batch)
-        np.testing.assert_allclose(deletion_insertion(*given), areas, atol=1e-6)
-        np.testing.assert_allclose(masked_confidence(*given), confidence, atol=1e-6)
+        np.testing.assert_allclose(deletion_insertion(*arguments), areas, atol=1e-6)
+        np.testing.assert_allclose(masked_confidence(*arguments), confidence, atol=1e-6)
 
 
 def test_a_network_that_works_in_place_spoils_neither_images_nor_maps():
@@ -260,13 +260,13 @@ def test_a_random_network_of_any_architecture_sees_its_image(name):
     assert maps.logits.isfinite().all()
     assert maps.logits.std(dim=0).min() > 1e-3
     assert not maps.empty.any()
-    # Much of the activation is each image's own, not what all have in common; and so of the map.
+    # Much of the activation, and of the map, differs from image to image.
     assert activation.std(dim=0, correction=0).square().sum() > 0.4 * activation.square().mean(dim=0).sum()
     correlations = np.corrcoef(maps.raw[:, 0].flatten(1).numpy())
     assert correlations[np.triu_indices(len(images), 1)].mean() < 0.9
 
 
-def test_a_random_network_hangs_on_its_seed_alone_and_leaves_the_global_random_state():
+def test_a_random_network_depends_on_its_seed_alone_and_leaves_the_global_random_state():
     images, before = smooth_images(2), torch.random.get_rng_state()
     first, again, other = (state(random_network(card_of("small_cnn"), images, seed=s)) for s in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)

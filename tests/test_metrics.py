@@ -1,4 +1,4 @@
-"""Claims about metrics.py, with answers from scikit-learn, closed forms and plain loops."""
+"""Scores, intervals, decisions and predictions against scikit-learn, SciPy, closed forms and plain loops."""
 
 import math
 
@@ -266,8 +266,8 @@ def test_proportions_of_none_and_all_have_scipys_exact_interval_over_patients(ri
         rng=np.random.default_rng(0),
     ).set_index(["class", "metric"])
     called = {"a": 9, "b": 4} if right else {"a": 4, "b": 9}
-    for name, own, other in (("a", 9, 4), ("b", 4, 9)):
-        trials = {"accuracy": 13, "recall": own, "specificity": other, "precision": called[name]}
+    for name, positives, negatives in (("a", 9, 4), ("b", 4, 9)):
+        trials = {"accuracy": 13, "recall": positives, "specificity": negatives, "precision": called[name]}
         for metric, number in trials.items():
             estimate, *ends = table.loc[(name, metric)]
             assert estimate == right
@@ -351,7 +351,7 @@ def test_a_few_undefined_resamples_are_left_out_of_the_interval():
     assert (interval.low, interval.high) == pytest.approx(np.quantile(np.arange(99), [0.025, 0.975]))
 
 
-def test_networks_that_decide_alike_differ_by_zero_without_an_interval():
+def test_networks_with_the_same_decisions_differ_by_zero_without_an_interval():
     targets, probabilities = skewed()
     interval = intervals.paired_difference(
         targets, probabilities, probabilities, np.arange(300), CLASSES, rng=np.random.default_rng(0)
@@ -557,12 +557,12 @@ def test_the_decisions_by_the_chosen_threshold_are_the_best_of_all_cuts(rule, ki
         best = max(BY_RULE[rule](truth, p >= cut) for cut in [*p, 2.0])
         assert BY_RULE[rule](truth, called) == pytest.approx(best, abs=1e-12)
         of_label = predictions.choose_thresholds(truth[:, None].astype(int), p[:, None], rule)
-        found = predictions.decide(p[:, None], of_label, multilabel=True)[:, 0]
-        assert np.array_equal(found, called)
+        label_predicted = predictions.decide(p[:, None], of_label, multilabel=True)[:, 0]
+        assert np.array_equal(label_predicted, called)
 
 
 def test_single_precision_scores_keep_their_decisions_in_a_file(tmp_path):
-    """A file has the shortest decimals that stand for a float32, which are other numbers than its own."""
+    """A file holds the shortest decimals of a float32. As float64, these are other numbers than the float32."""
     rng = np.random.default_rng(0)
     for scale in (1, 30):
         p = softmax(rng.normal(scale=scale, size=(60, 2))).astype(np.float32)
@@ -738,8 +738,10 @@ def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no
     )
     assert table.loc["Edema", list(metrics.METRICS)].isna().all()
     assert table.loc["Hernia", decided_by].isna().all()
-    known = multilabel_scores(targets[:, :2], probabilities[:, :2], (0.4, 0.3))
-    np.testing.assert_allclose(table.loc[["Effusion", "Mass", "macro"], decided_by], known[:, :5], atol=1e-9)
+    expected = multilabel_scores(targets[:, :2], probabilities[:, :2], (0.4, 0.3))
+    np.testing.assert_allclose(
+        table.loc[["Effusion", "Mass", "macro"], decided_by], expected[:, :5], atol=1e-9
+    )
     areas = [sk.roc_auc_score(targets[:, c], probabilities[:, c]) for c in range(3)]
     assert table.loc["Hernia", "roc_auc"] == pytest.approx(areas[2])
     assert table.loc["macro", "roc_auc"] == pytest.approx(np.mean(areas))
@@ -747,14 +749,14 @@ def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no
     resampled = intervals.bootstrap_scores(
         read.targets, read.probabilities, read.patients, LABELS, thresholds=thresholds, rng=rng
     )
-    unknown = resampled["estimate"].isna()
-    assert unknown.sum() == 6 + 5
-    assert resampled[unknown][["low", "high"]].isna().all(axis=None)
+    undefined = resampled["estimate"].isna()
+    assert undefined.sum() == 6 + 5
+    assert resampled[undefined][["low", "high"]].isna().all(axis=None)
     report = metrics.classification_report_table(targets, unlearnt, LABELS, thresholds=thresholds)
     assert report.index.to_list()[:3] == ["Effusion", "Mass", "micro avg"]
     assert math.isnan(metrics.roc_points(targets, unlearnt, 3).auc)
     assert metrics.precision_recall_points(targets, unlearnt, 3).thresholds.size == 0
-    mean = predictions.ensemble([said(targets, probabilities), said(targets, unlearnt)])
+    mean = predictions.ensemble([predictions_of(targets, probabilities), predictions_of(targets, unlearnt)])
     assert mean.reported.tolist() == [True, True, True, False]
 
 
@@ -824,30 +826,6 @@ def test_roc_points_of_a_label_are_sklearns():
     np.testing.assert_allclose(curve.true_positive_rate, true_positive_rate)
 
 
-# Areas at a glance
-
-
-def test_the_quick_mean_area_is_sklearns_macro_area():
-    targets, probabilities = skewed()
-    macro = sk.roc_auc_score(targets, probabilities, multi_class="ovr", average="macro")
-    assert metrics.mean_auc(targets, probabilities) == pytest.approx(macro, abs=1e-12)
-    two, p = skewed(num_classes=2)
-    # Scores that tie in one column may not quite in the other.
-    areas = [sk.roc_auc_score(two == c, p[:, c]) for c in range(2)]
-    assert metrics.mean_auc(two, p) == pytest.approx(np.mean(areas), abs=1e-12)
-    many, p = findings()
-    assert metrics.mean_auc(many, p) == pytest.approx(sk.roc_auc_score(many, p), abs=1e-12)
-
-
-def test_the_quick_mean_area_leaves_out_what_has_none_and_survives_a_diverged_network():
-    targets, probabilities = findings()
-    targets[:, 2], targets[:, 3] = 0, 1
-    expected = sk.roc_auc_score(targets[:, :2], probabilities[:, :2])
-    assert metrics.mean_auc(targets, probabilities) == pytest.approx(expected, abs=1e-12)
-    assert math.isnan(metrics.mean_auc(np.zeros(3, int), certain([0, 0, 1], 2)))
-    assert math.isnan(metrics.mean_auc(np.array([0, 1]), np.full((2, 2), np.nan)))
-
-
 def test_the_summary_of_areas_is_over_labels_without_the_macro_row():
     targets, probabilities = findings()
     targets[:, 3] = 0
@@ -859,10 +837,10 @@ def test_the_summary_of_areas_is_over_labels_without_the_macro_row():
     assert metrics.auc_summary(scores).to_dict() == pytest.approx(expected, abs=1e-9)
 
 
-# The field's report
+# scikit-learn's report
 
 
-def test_the_report_is_sklearns():
+def test_the_report_has_the_numbers_of_sklearn():
     targets, probabilities = skewed()
     table = metrics.classification_report_table(targets, probabilities, CLASSES)
     decided = probabilities.argmax(axis=1)
@@ -919,22 +897,22 @@ def test_single_label_predictions_are_read_with_their_thresholds(tmp_path):
     write_predictions(
         tmp_path / "p.csv", ["NA", "Viral", "NA"], [[0.8, 0.2], [0.42, 0.58], [0.45, 0.55]], ["NA", "Viral"]
     )
-    said = predictions.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
-    assert said.targets.tolist() == [0, 1, 0]
-    assert not said.multilabel
-    assert said.patients.tolist() == ["7"] * 3
-    assert said.predicted.tolist() == [0, 0, 0]
-    assert said._replace(thresholds=None).predicted.tolist() == [0, 1, 1]
+    read = predictions.read_predictions(tmp_path / "p.csv", ("NA", "Viral"), thresholds=(0.4, 0.6))
+    assert read.targets.tolist() == [0, 1, 0]
+    assert not read.multilabel
+    assert read.patients.tolist() == ["7"] * 3
+    assert read.predicted.tolist() == [0, 0, 0]
+    assert read._replace(thresholds=None).predicted.tolist() == [0, 1, 1]
 
 
 def test_multilabel_predictions_are_read_finding_by_finding(tmp_path):
     targets = ["Mass|Effusion", "No Finding", "Edema"]
     write_predictions(tmp_path / "p.csv", targets, np.full((3, 4), 0.4), LABELS)
-    said = predictions.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True)
-    assert said.targets.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-    assert said.multilabel
-    assert said.predicted.tolist() == [[False] * 4] * 3
-    assert said._replace(thresholds=np.full(4, 0.3)).predicted.all()
+    read = predictions.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True)
+    assert read.targets.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert read.multilabel
+    assert read.predicted.tolist() == [[False] * 4] * 3
+    assert read._replace(thresholds=np.full(4, 0.3)).predicted.all()
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -947,7 +925,7 @@ def test_predictions_about_other_classes_are_refused(tmp_path, multilabel):
         predictions.read_predictions(tmp_path / "q.csv", LABELS, multilabel=multilabel)
 
 
-def said(targets, probabilities, thresholds=None):
+def predictions_of(targets, probabilities, thresholds=None):
     paths = np.array([f"{i:03}.png" for i in range(len(targets))])
     return predictions.Predictions(targets, probabilities, np.arange(len(targets)), paths, thresholds)
 
@@ -956,7 +934,7 @@ def said(targets, probabilities, thresholds=None):
 def test_an_ensemble_is_the_mean_of_probabilities_matched_by_path(multilabel):
     targets, a = findings() if multilabel else skewed()
     _, b = findings(seed=1) if multilabel else skewed(seed=1)
-    one, two = said(targets, a, np.full(4, 0.2)), said(targets, b, np.full(4, 0.4))
+    one, two = predictions_of(targets, a, np.full(4, 0.2)), predictions_of(targets, b, np.full(4, 0.4))
     order = np.random.default_rng(0).permutation(300)
     shuffled = predictions.Predictions(*(field[order] for field in two[:4]), two.thresholds)
     both = predictions.ensemble([one, shuffled])
@@ -969,8 +947,8 @@ def test_an_ensemble_is_the_mean_of_probabilities_matched_by_path(multilabel):
 
 def test_an_ensemble_of_different_images_targets_or_classes_says_what_differs():
     targets, p = skewed(n=20)
-    one = said(targets, p)
-    fewer = said(targets[:-1], p[:-1])
+    one = predictions_of(targets, p)
+    fewer = predictions_of(targets[:-1], p[:-1])
     for members in ([one, fewer], [fewer, one]):
         with pytest.raises(ValueError, match=r"differ in 019\.png"):
             predictions.ensemble(members)
@@ -1011,9 +989,9 @@ def test_paired_difference_of_one_class_is_the_difference_of_its_scores():
     rng = np.random.default_rng(4)
     targets = rng.integers(0, 2, 60)
     a, b = (softmax(rng.normal(size=(60, 2)) + np.eye(2)[targets]) for _ in range(2))
-    found = intervals.paired_difference(
+    difference = intervals.paired_difference(
         targets, a, b, range(60), ("no", "yes"), metric="recall", of="yes", rng=rng
     )
     expected = sk.recall_score(targets, a.argmax(1)) - sk.recall_score(targets, b.argmax(1))
-    assert found.estimate == pytest.approx(expected)
-    assert found.low <= found.estimate <= found.high
+    assert difference.estimate == pytest.approx(expected)
+    assert difference.low <= difference.estimate <= difference.high

@@ -35,6 +35,7 @@ def probe(labels, images):
     return probe_table({"border": border_pixels(images)}, labels, patients, CLASSES, seed=0)
 
 
+@pytest.mark.slow
 def test_planted_corner_marker_is_found_in_the_border_and_not_without_it():
     planted = probe(*thumbnails("Normal")).loc["border"]
     innocent = probe(*thumbnails()).loc["border"]
