@@ -79,13 +79,13 @@ def card(**fields):
 
 def trained_on(marker):
     """Return a network that has learnt normal from ill phantoms, the ill with a marker or without."""
-    drawn, labels = chests(240, 0, marker=marker)
+    drawn, labels = chests(160, 0, marker=marker)
     preprocessing = card().preprocessing
     images = torch.stack([preprocessing(image) for image in drawn.images])
     torch.manual_seed(0)
-    network, epochs = tiny_network(), 8
+    network, epochs = tiny_network(), 7
     optimiser = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * 15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * 10)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(16):
             loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
