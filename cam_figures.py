@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from cam_methods import METHODS
-from cam_scores import MapCase, lungs_of, refuse_other_answer, stored_probabilities
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
 from explanations import explain
+from map_cases import MapCase, lungs_of, refuse_other_answer, stored_probabilities
 from plot_utils import CamPanel, CamRow, CamSample
 from predictions import Predictions, decide
 from trained_networks import TrainedNetwork

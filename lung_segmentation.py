@@ -59,7 +59,7 @@ def scored(
     segmenter: segmentation.LungSegmenter, test: Sequence[segmentation.Pair], *, seed: int
 ) -> segmentation.LungSegmenter:
     """Print Dice and IoU on held-out pairs, with intervals; return the segmenter with these as its validation."""
-    from metrics import bootstrap_mean
+    from intervals import bootstrap_mean
 
     scores = segmentation.score_pairs(segmenter, test)
     dice = bootstrap_mean(scores["dice"], scores["group"], rng=np.random.default_rng(seed))

@@ -1,14 +1,15 @@
-"""What networks said of a split: read from disk, decided, averaged, and checked before anything is computed.
+"""A network's predictions on one split: read from disk, decided, averaged, and checked before they are scored.
 
-N images, C classes. Single-label: `targets` (N,) class indices 0..C-1, `probabilities` (N, C) whose rows sum to 1.
-Multi-label: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0..1, each label on its own; NaN in the whole column of
-a finding that the network could not learn, of which nothing is reported.
+N images, C classes, and one of two tasks:
+
+- one class an image: `targets` (N,) class indices 0 to C-1, `probabilities` (N, C) whose rows sum to 1;
+- several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, each label on its own. The whole column
+  is NaN for a label that the network could not learn; such a label is not reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,18 @@ import numpy as np
 import pandas as pd
 
 from datasets.table import NO_FINDING
-from decisions import THRESHOLD_RULES, best_threshold, decide
+from decisions import Thresholds, best_threshold, decide
 
 
 class Predictions(NamedTuple):
-    """What a network said of a split: targets and (N, C) probabilities (see the module), (N,) patient ids,
-    (N,) paths below the data root, and the (C,) thresholds of its decisions (see `decide`), None for the usual ones.
+    """A network's predictions on one split.
+
+    Attributes:
+        targets: (N,) or (N, C), see the module.
+        probabilities: (N, C), see the module.
+        patients: (N,) patient ids.
+        paths: (N,) paths below the data root.
+        thresholds: (C,) decision thresholds, see `decide`; None for the usual decisions.
     """
 
     targets: np.ndarray
@@ -37,7 +44,7 @@ class Predictions(NamedTuple):
 
     @property
     def predicted(self) -> np.ndarray:
-        """(N,) class indices, or (N, C) bool for multi-label; see `decide`."""
+        """(N,) class indices, or (N, C) bool for several labels; see `decide`."""
         return decide(self.probabilities, self.thresholds, multilabel=self.multilabel)
 
     @property
@@ -47,157 +54,130 @@ class Predictions(NamedTuple):
 
 
 def read_predictions(
-    path: Path,
-    classes: Sequence[str],
-    *,
-    multilabel: bool = False,
-    thresholds: Sequence[float | None] | None = None,
+    path: Path, classes: Sequence[str], *, multilabel: bool = False, thresholds: Thresholds = None
 ) -> Predictions:
-    """Read a `predictions_<split>.csv` of a run folder: path, patient, target, a probability a class, empty where
-    nothing is reported.
+    """Return the predictions in a `predictions_<split>.csv` of a run folder.
 
-    The target is a class, for multi-label the findings joined by "|" or "No Finding". `thresholds` are the
-    run's own. Raises FileNotFoundError where there is no file and ValueError where its classes are others.
+    Args:
+        path: the file, with the columns path, patient, target and one for each class. The target is a class; for
+            several labels the findings joined by "|", or "No Finding". Probabilities are empty where not reported.
+        classes: the run's classes, in order.
+        multilabel: whether an image may have several labels.
+        thresholds: (C,) the run's decision thresholds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is about other classes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
     texts = {"path": str, "patient": str, "target": str}
     frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values={name: "" for name in classes})
-    found = frame["target"].str.get_dummies(sep="|") if multilabel else pd.get_dummies(frame["target"])
-    known = {*classes, NO_FINDING} if multilabel else set(classes)
-    if not set(classes) <= set(frame.columns) or not set(found.columns) <= known:
+    labels = frame["target"].str.get_dummies(sep="|") if multilabel else pd.get_dummies(frame["target"])
+    possible = {*classes, NO_FINDING} if multilabel else set(classes)
+    if not set(classes) <= set(frame.columns) or not set(labels.columns) <= possible:
         raise ValueError(f"{path} is not about the classes {', '.join(classes)}")
-    found = found.reindex(columns=list(classes), fill_value=0).to_numpy(np.int64)
-    targets = found if multilabel else found.argmax(axis=1)
-    probabilities = frame[list(classes)].to_numpy(float)
-    thresholds = None if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+    labels = labels.reindex(columns=list(classes), fill_value=0).to_numpy(np.int64)
     return Predictions(
-        targets, probabilities, frame["patient"].to_numpy(), frame["path"].to_numpy(), thresholds
+        labels if multilabel else labels.argmax(axis=1),
+        frame[list(classes)].to_numpy(float),
+        frame["patient"].to_numpy(),
+        frame["path"].to_numpy(),
+        None if thresholds is None else np.asarray(thresholds, dtype=np.float64),
     )
 
 
 def ensemble(predictions: Sequence[Predictions]) -> Predictions:
-    """Return the mean of the probabilities that several networks gave to the same images, in the order of the
-    first; images are matched by path.
+    """Return the mean of the probabilities that several networks gave to the same images.
 
-    Thresholds are the mean of the members', None unless all have some. Raises ValueError where images,
-    targets or classes differ.
+    Images are matched by path and come in the order of the first network. Thresholds are the mean of the networks'
+    thresholds, None unless all networks have some.
+
+    Raises:
+        ValueError: the networks' images, targets or classes differ.
     """
     first = predictions[0]
     matched = [_matched(first, other, number) for number, other in enumerate(predictions, start=1)]
     thresholds = [member.thresholds for member in predictions]
-    mean = None if any(t is None for t in thresholds) else np.mean(thresholds, axis=0)
+    mean = None if any(values is None for values in thresholds) else np.mean(thresholds, axis=0)
     return first._replace(probabilities=np.mean(matched, axis=0), thresholds=mean)
+
+
+def _matched(first: Predictions, other: Predictions, number: int) -> np.ndarray:
+    """Return the probabilities of the `number`-th network in the order of the first network's images."""
+    paths = pd.Index(other.paths)
+    index = paths.get_indexer(first.paths) if paths.is_unique else np.full(len(first.paths), -1)
+    if len(first.paths) != len(paths) or (index < 0).any():
+        only = sorted(set(first.paths) ^ set(other.paths)) or ["an image that occurs twice"]
+        raise ValueError(
+            f"predictions 1 ({len(first.paths)} images) and {number} ({len(paths)}) differ in {only[0]}: "
+            "average networks of one study and split"
+        )
+    sizes = first.probabilities.shape[1], other.probabilities.shape[1]
+    if sizes[0] != sizes[1] or not np.array_equal(first.targets, other.targets[index]):
+        raise ValueError(
+            f"predictions 1 and {number} have {sizes[0]} and {sizes[1]} classes, or different targets for the same "
+            "images: average networks of one study that were trained on the same labels"
+        )
+    return other.probabilities[index]
 
 
 def choose_thresholds(
     targets: np.ndarray, probabilities: np.ndarray, rule: str, *, positive: int | None = None
 ) -> np.ndarray:
-    """Return (C,) thresholds for `decide` that are best by a rule of `THRESHOLD_RULES` (see `best_threshold`); choose
-    them on validation data.
+    """Return (C,) thresholds for `decide` that are best by a rule. Choose them on validation data.
 
-    "youden": the largest sensitivity + specificity, whatever the shares of the classes. "f1", "accuracy":
-    the largest one, at these shares. Of two classes, `positive` is the index of the positive one; it alone has a
-    threshold, the other has NaN. Of labels each has its own, or NaN where all or none of the images have it, so
-    that there is nothing to choose by.
+    Args:
+        targets: (N,) indices of two classes, or (N, C) of 0/1 for several labels.
+        probabilities: (N, C), 0 to 1.
+        rule: "youden", the largest sensitivity + specificity, whatever the shares of the classes; "f1" or
+            "accuracy", the largest one at these shares. See `best_threshold`.
+        positive: index of the positive one of two classes.
+
+    Returns:
+        Of two classes, the positive one has a threshold and the other has NaN. Of several labels, each has its
+        own, or NaN where there is nothing to choose by: all or none of the images have the label.
     """
-    if rule not in THRESHOLD_RULES:
-        raise ValueError(f"No rule {rule!r}: choose one of {', '.join(THRESHOLD_RULES)}")
     targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
     if targets.ndim == 2:
         columns = zip(targets.T, probabilities.T, strict=True)
         return np.array([best_threshold(truth == 1, scores, rule) for truth, scores in columns])
-    if probabilities.shape[1] > 2:
-        raise ValueError(
-            "thresholds are chosen for two classes or for labels: for more classes leave the rule out"
-        )
-    if positive not in (0, 1):
-        raise ValueError(f"positive = {positive}: say which of the two classes is the positive one, 0 or 1")
     thresholds = np.full(2, np.nan)
     chosen = best_threshold(targets == positive, probabilities[:, positive], rule)
     thresholds[positive] = 0.5 if np.isnan(chosen) else chosen
     return thresholds
 
 
-def _matched(first: Predictions, other: Predictions, number: int) -> np.ndarray:
-    """Return the probabilities of `other`, the `number`-th member, in the order of the first member's
-    images.
-    """
-    theirs = pd.Index(other.paths)
-    index = theirs.get_indexer(first.paths) if theirs.is_unique else np.full(len(first.paths), -1)
-    if len(first.paths) != len(theirs) or (index < 0).any():
-        only = sorted(set(first.paths) ^ set(other.paths)) or ["an image that occurs twice"]
-        raise ValueError(
-            f"predictions 1 ({len(first.paths)} images) and {number} ({len(theirs)}) differ in {only[0]}: "
-            "average networks of one study and split"
-        )
-    if first.probabilities.shape != other.probabilities.shape:
-        raise ValueError(
-            f"predictions 1 and {number} have {first.probabilities.shape[1]} and "
-            f"{other.probabilities.shape[1]} classes: average networks of one study"
-        )
-    if not np.array_equal(first.targets, other.targets[index]):
-        raise ValueError(
-            f"predictions 1 and {number} have different targets for the same images: "
-            "average networks that were trained on the same labels"
-        )
-    return other.probabilities[index]
-
-
-def class_indices(labels: np.ndarray, num_classes: int, *, name: str) -> np.ndarray:
-    """Return (N,) int64 class indices, or say which are none."""
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"{name} must be one class index an image, not of shape {labels.shape}")
-    if not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == bool):
-        raise ValueError(
-            f"{name} must be whole numbers, not {labels.dtype}: pass class indices, not names or scores"
-        )
-    outside = np.unique(labels[(labels < 0) | (labels >= num_classes)])
-    if outside.size:
-        raise ValueError(
-            f"{name} contain {outside[:5].tolist()}, outside 0..{num_classes - 1}: check the list of classes"
-        )
-    return labels.astype(np.int64)
-
-
-def label_matrix(targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """Return (N, C) int64 multi-label targets of 0/1, or say why they are none."""
-    targets = np.asarray(targets)
-    if targets.ndim != 2 or targets.shape[1] != num_labels or not len(targets):
-        raise ValueError(
-            f"multi-label targets of shape {targets.shape}: pass one column for each of {num_labels} labels"
-        )
-    if not np.isin(targets, (0, 1)).all():
-        raise ValueError("multi-label targets must be 0 or 1: pass whether the image has the label")
-    return targets.astype(np.int64)
-
-
 def checked(
-    targets: np.ndarray, probabilities: np.ndarray, num_classes: int, patients: Sequence | None = None
+    targets: np.ndarray, probabilities: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return int64 targets, (N,) or (N, C), and (N, C) float64 probabilities that belong together, or say
-    what does not fit.
+    """Return int64 targets, (N,) or (N, C), and (N, C) float64 probabilities that belong together.
+
+    Raises:
+        ValueError: they do not fit each other or the number of classes, or are no probabilities.
     """
-    multilabel = np.ndim(targets) == 2
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    check = label_matrix if multilabel else partial(class_indices, name="targets")
-    targets = check(targets, num_classes)
-    if probabilities.shape != (len(targets), num_classes) or num_classes < 2 - multilabel:
+    targets, probabilities = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
+    multilabel = targets.ndim == 2
+    shape = (len(targets), num_classes)
+    if probabilities.shape != shape or targets.shape != (shape if multilabel else shape[:1]):
         raise ValueError(
-            f"probabilities {probabilities.shape} for {len(targets)} images of {num_classes} classes: "
-            "pass one column a class, two or more (for yes/no, both columns)"
+            f"targets {targets.shape} and probabilities {probabilities.shape} for {num_classes} classes: pass one "
+            "row for each image, and one column of probabilities for each class"
         )
+    outside = np.setdiff1d(targets, [0, 1] if multilabel else np.arange(num_classes))
+    if outside.size:
+        remedy = "pass 0 or 1 for each label" if multilabel else "check the list of classes"
+        raise ValueError(
+            f"targets contain {outside[:5].tolist()}, outside 0..{1 if multilabel else num_classes - 1}: {remedy}"
+        )
+    unreported = np.isnan(probabilities).all(axis=0) & multilabel
     inside = (probabilities >= 0) & (probabilities <= 1)
-    unreported = np.isnan(probabilities).all(axis=0)
-    if multilabel and (not (inside | unreported).all() or unreported.all()):
-        raise ValueError("probabilities must lie in 0..1: apply the sigmoid to logits first")
-    # 1e-3: room for float16 and for files with rounded decimals, none for logits. NaN fails too.
-    rows_sum_to_one = (np.abs(probabilities.sum(axis=1) - 1) < 1e-3).all()
-    if not multilabel and (not rows_sum_to_one or (probabilities < 0).any()):
+    # 1e-3 allows for float16 and for rounded decimals in files, but not for logits.
+    sums_to_one = np.abs(probabilities.sum(axis=1) - 1) < 1e-3
+    if not (inside | unreported).all() or unreported.all() or not (multilabel or sums_to_one.all()):
+        function = "sigmoid" if multilabel else "softmax"
         raise ValueError(
-            "rows of probabilities must be non-negative and sum to 1: apply metrics.softmax to logits first"
+            f"probabilities must lie in 0..1{'' if multilabel else ', each row with a sum of 1'}: apply the {function} "
+            "to logits first"
         )
-    if patients is not None and len(patients) != len(targets):
-        raise ValueError(f"{len(patients)} patients for {len(targets)} images: pass one id an image")
-    return targets, probabilities
+    return targets.astype(np.int64), probabilities

@@ -10,10 +10,11 @@ import torch
 from layouts import write_chestxray14
 
 from cam_figures import cam_panel, cam_samples, method_rows, outcomes, picked_rows
-from cam_scores import MapCase, map_cases, score_maps, stored_probabilities
+from cam_scores import score_maps
 from datasets.table import XrayTable, no_boxes
 from explanations import explain
 from finetune import fine_tune_study
+from map_cases import MapCase, map_cases, stored_probabilities
 from networks import build_network
 from predictions import Predictions, read_predictions
 from studies import load_study, load_table
