@@ -48,6 +48,12 @@ class Run:
         """The name of the score in the history beside the loss: "accuracy" or "auc"."""
         return "auc" if self.card.multilabel else "accuracy"
 
+    @property
+    def fold(self) -> int | None:
+        """The part of the images that validates, from 1; None in a study without folds."""
+        found = re.search(r"-fold(\d+)", self.folder.parent.name)
+        return int(found[1]) if found else None
+
     def predictions(self, split: str) -> Predictions:
         """Read what the network said of a split."""
         card = self.card

@@ -453,6 +453,7 @@ def load_study(
     seed: int | None = None,
     quick: bool = False,
     limit: int | None = None,
+    epochs: int | None = None,
 ) -> Study:
     """Read the study of that name in `studies/`, or the TOML file at that path; an empty or None override
     leaves the file's own value.
@@ -469,7 +470,7 @@ def load_study(
     loaded = _validated({"name": path.stem, **fields}, path.name)
     if data_root:
         loaded = loaded.overridden(data_root=Path(data_root).expanduser().absolute())
-    loaded = loaded.overridden(seed=seed, limit=None if quick else limit)
+    loaded = loaded.overridden(seed=seed, limit=None if quick else limit, epochs=epochs)
     return loaded.quickened() if quick else loaded
 
 
