@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,7 @@ from cam_scores import MapCase, lungs_of, refuse_other_answer, stored_probabilit
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
 from explanations import explain
-from lung_masking import LungMask
-from map_report import MapReport, cases_of
+from map_report import FindLungs, MapReport, cases_of
 from plot_images import CamPanel, CamRow, draw_cam_grid, draw_grad_cams
 from predictions import Predictions, decide
 from report import Results
@@ -105,9 +104,7 @@ def _case(table: XrayTable, image: Mapping[str, object]) -> MapCase:
     return MapCase(*subject, lesion=image["lesion"], lung=image["mask"])
 
 
-def _row(
-    case: MapCase, panels: Mapping[str, CamPanel], find_lungs: Callable[[np.ndarray], LungMask] | None = None
-) -> CamRow:
+def _row(case: MapCase, panels: Mapping[str, CamPanel], find_lungs: FindLungs = None) -> CamRow:
     """Return the panels of an X-ray with all that is known of where to look."""
     xray = read_xray(case.path)
     lesion = None if case.lesion is None else read_mask(case.lesion, xray.shape)
@@ -208,8 +205,8 @@ def method_rows(
     cases: Sequence[MapCase],
     names: Sequence[str],
     *,
-    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
     seed: int,
+    find_lungs: FindLungs = None,
 ) -> list[CamRow]:
     """Return `METHOD_ROWS` cases, drawn by `seed`, one of each class first, with a panel for each method."""
     order = np.random.default_rng(seed).permutation(len(cases))

@@ -133,7 +133,7 @@ def class_weights(table: XrayTable) -> list[pd.DataFrame | Figure | Markdown]:
     counts = class_counts(table.subset("train")["label"], len(names)).numpy()
     draws = pd.DataFrame({"as they are": counts, "weighted": counts.sum() / len(names)}, index=names)
     fig = Figure(figsize=(10, 3.4), layout="constrained")
-    title = "share of the images drawn"
+    title = "share of the images drawn (%)"
     shares = 100 * draws / draws.sum()
     plot_utils.plot_bars(shares, fig.subplots(), number="{:.1f}%", title=title, equal_shares=True)
     times = (draws["weighted"] / draws["as they are"]).round(2).to_dict()

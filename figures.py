@@ -36,8 +36,8 @@ def confusion(results: Results) -> Figure | Markdown:
     train = {title: run.predictions("train") for title, run in runs.items()}
     for split, answers in {"train": train, "test": results.test}.items():
         for title in runs:
-            given, ax = answers[title], next(axes)
-            counts = metrics.confusion_counts(given.targets, given.predicted, len(classes))
+            answer, ax = answers[title], next(axes)
+            counts = metrics.confusion_counts(answer.targets, answer.predicted, len(classes))
             plot_utils.plot_confusion(counts, classes, ax).set_title(f"{title}, {split}")
     return fig
 
@@ -74,15 +74,19 @@ def findings(results: Results) -> list[Figure | pd.DataFrame | Markdown]:
         results.test[results.example],
     )
     areas = scores[scores["metric"] == "roc_auc"].set_index("class")
-    first, ax = _panel(9, 5, results.example)
+    fig, ax = _panel(9, 5, results.example)
     plot_utils.plot_auc_by_label(areas.drop(index=metrics.MACRO), areas.loc[metrics.MACRO], ax)
+    summary = metrics.auc_summary(scores).to_frame("AUC over the findings").round(4)
     curves = {
         name: metrics.precision_recall_points(answers.targets, answers.probabilities, i)
         for i, name in enumerate(results.table.classes)
     }
-    second, ax = _panel(9, 4.6, results.example)
-    plot_utils.plot_threshold_tradeoff({name: c for name, c in curves.items() if len(c.thresholds)}, ax)
-    return [first, metrics.auc_summary(scores).to_frame("AUC over the findings").round(4), second]
+    curves = {name: curve for name, curve in curves.items() if len(curve.thresholds)}
+    if not curves:
+        return [fig, summary, Markdown("*No finding has test images both with it and without it.*")]
+    tradeoff, ax = _panel(9, 4.6, results.example)
+    plot_utils.plot_threshold_tradeoff(curves, ax)
+    return [fig, summary, tradeoff]
 
 
 def reliability(results: Results) -> Figure | Markdown:

@@ -18,6 +18,7 @@ from lung_masking import LungMask, LungMasking
 from lung_segmentation import load_segmenter
 from report import Results
 
+FindLungs = Callable[[np.ndarray], LungMask] | None  # finds the lungs of an (H, W) X-ray
 NO_MAPS = Markdown("*No map to score: no test image was classified correctly, or has a finding.*")
 
 
@@ -33,7 +34,7 @@ class MapReport(NamedTuple):
 
     scored: Mapping[str, MapScores]
     means: Mapping[str, pd.DataFrame]
-    find_lungs: Callable[[np.ndarray], LungMask] | None
+    find_lungs: FindLungs
     lungs_from: str
 
 

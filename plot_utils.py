@@ -64,7 +64,9 @@ def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_s
     """
     horizontal = len(table) > FEW or sum(map(len, table.index)) > 70
     colors = palette(list(table.columns))
-    table.plot(kind="barh" if horizontal else "bar", ax=ax, color=colors, width=0.84, rot=0)
+    table.plot(
+        kind="barh" if horizontal else "bar", ax=ax, color=colors, width=0.84, rot=0, edgecolor="white"
+    )
     for bars in ax.containers:
         ax.bar_label(bars, fmt=number, padding=2, fontsize=SMALL)
     names_axis, value_axis = (ax.yaxis, ax.xaxis) if horizontal else (ax.xaxis, ax.yaxis)
@@ -72,6 +74,7 @@ def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_s
     names_axis.set_tick_params(length=0)
     names_axis.set_label_text("")
     value_axis.set(label_text=title, major_locator=MaxNLocator(integer=True, nbins=6))
+    value_axis.set_major_formatter("{x:,.0f}")
     if equal_shares:
         line = ax.axvline if horizontal else ax.axhline
         line(100 / len(table), color="0.3", linestyle="--", linewidth=1, zorder=3, label="equal shares")

@@ -1,7 +1,7 @@
 """What notebook 3 says in numbers: finished trainings in, tables and a conclusion out, one function for each question.
 
-The way through: `read_results` -> `scores_of` -> `differences` and the other tables -> `conclusion`. A function that
-has nothing to show for a study returns one line that says why.
+The way through: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. A function
+that has nothing to show for a study returns one line that says why.
 """
 
 from __future__ import annotations
@@ -190,8 +190,10 @@ def _of_each(
 ) -> dict[str, pd.DataFrame]:
     """Return a table of scores for each network's answers, by title."""
     return {
-        title: score(given.targets, given.probabilities, results.table.classes, thresholds=given.thresholds)
-        for title, given in answers.items()
+        title: score(
+            answer.targets, answer.probabilities, results.table.classes, thresholds=answer.thresholds
+        )
+        for title, answer in answers.items()
     }
 
 

@@ -136,6 +136,7 @@ def findings(tmp_path_factory):
     return table, load_network(run), said
 
 
+@pytest.mark.slow
 def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(findings):
     table, trained, said = findings
     test = table.subset("test")
@@ -163,6 +164,7 @@ def case_of(table, said, index):
     return MapCase(path, "p", index, table.classes[index], probabilities=probabilities)
 
 
+@pytest.mark.slow
 def test_panel_of_several_findings_names_the_finding_of_the_map_and_whether_it_was_found(findings):
     table, trained, said = findings
     case = case_of(table, said, 3)
@@ -172,6 +174,7 @@ def test_panel_of_several_findings_names_the_finding_of_the_map_and_whether_it_w
     np.testing.assert_array_equal(panel.map, explain(trained, read_xray(case.path), 3).maps[0])
 
 
+@pytest.mark.slow
 def test_a_finding_that_is_not_reported_hides_no_other_answer_of_the_network(findings):
     table, trained, said = findings
     unlearnt = trained._replace(card=replace(trained.card, unreported=table.classes[:1]))
@@ -186,6 +189,7 @@ def test_a_finding_that_is_not_reported_hides_no_other_answer_of_the_network(fin
         cam_panel(unlearnt, case)
 
 
+@pytest.mark.slow
 def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
     table, trained, said = findings
     stored = stored_probabilities(said, table).items()

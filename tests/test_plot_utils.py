@@ -42,6 +42,7 @@ FINDINGS += [
 EIGHT = [f"a_network_of_long_name_{i}" for i in range(8)]
 
 
+@pytest.mark.slow
 def test_importing_leaves_matplotlibs_settings_alone():
     code = "import matplotlib as m; before = dict(m.rcParams); import plot_utils; assert dict(m.rcParams) == before"
     subprocess.run([sys.executable, "-c", code], check=True)
