@@ -16,7 +16,7 @@ import plot_utils
 from augmentation import Augmentation
 from datasets import XrayTable
 from lung_masking import LungMasking
-from lung_segmentation import LungSegmenter, Pair, score_pairs
+from lung_segmentation import LungSegmenter, Pair, default_segmenter, score_pairs
 from metrics import bootstrap_mean
 from networks import architecture
 from plot_images import draw_augmentations, draw_lung_segmentations, draw_samples
@@ -72,6 +72,14 @@ def size_figure(files: pd.DataFrame, groups: Sequence[str]) -> Figure | Markdown
     sizes = files.assign(**{"class": [groups[label] for label in files["label"]]})
     plot_utils.plot_image_sizes(sizes, fig.subplots())
     return fig
+
+
+def lung_masking(study: Study, runs: Path) -> LungMasking:
+    """Return what finds the lungs in the study's X-rays: its lung model below `runs`, which is trained on the phantom
+    where it is not there.
+    """
+    folder = runs / (study.preprocessing.lung_model or "lungs")
+    return LungMasking(default_segmenter(folder), cache=folder / "masks")
 
 
 def lungs_seen(study: Study, masking: LungMasking) -> LungMasking | None:

@@ -57,4 +57,6 @@ def run_notebook(name: str, **parameters: object) -> Shown:
         result.raise_error()
         printed.append(captured.stdout)
         outputs += [output.data for output in captured.outputs]
+        if result.result is not None:
+            outputs.append(shell.display_formatter.format(result.result)[0])
     return Shown("".join(printed), outputs)
