@@ -112,10 +112,16 @@ def _row(case: MapCase, panels: Mapping[str, CamPanel], find_lungs: FindLungs = 
 
 
 def cam_panel(trained: TrainedNetwork, case: MapCase, *, method: str = "gradcam") -> CamPanel:
-    """Return a network's map for the class of a case, with what it predicted by the probabilities of the case. Of
-    several findings that is the finding of the map. `label` is what is true of the X-ray.
+    """Return a network's map of an X-ray, with the class that it predicted; of several findings, with that of the map.
 
-    Raises ValueError where the network gives the X-ray other probabilities.
+    Args:
+        trained: the network.
+        case: an X-ray, the class of the map, the (C,) probabilities that were stored for it and, as label, its true
+            class.
+        method: a name of `cam_methods.METHODS`.
+
+    Raises:
+        ValueError: the network gives the X-ray other probabilities than those that were stored.
     """
     xray, card, stored = read_xray(case.path), trained.card, case.probabilities
     answer = explain(trained, xray, case.class_index, method=method)

@@ -29,12 +29,14 @@ COLUMNS = 5  # X-rays in a row of a figure 1000 px wide, each large enough to be
 
 
 class CamPanel(NamedTuple):
-    """A map of one X-ray for one class, and what stands over it.
+    """A map of one X-ray for one class, and what is written over it.
 
-    `map` is (H, W) in 0..1; `predicted` is the class that is named, `probability` its probability, NaN where the
-    network does not report it. `correct`: whether the prediction is right, None where it is not to be marked (the
-    class is not the predicted one). `image` is the (H, W) background where it is not the row's: the X-ray with all but
-    the lungs blackened.
+    Attributes:
+        map: (H, W) in 0..1.
+        predicted: the class that is written.
+        probability: its probability; NaN where the network does not report it.
+        correct: whether the prediction is right; None for a class that the network does not predict or report.
+        image: the (H, W) background, where it is not the row's: the X-ray with all but the lungs blackened.
     """
 
     map: np.ndarray
@@ -45,8 +47,15 @@ class CamPanel(NamedTuple):
 
 
 class CamRow(NamedTuple):
-    """One (H, W) X-ray, what is true of it, and its maps by name: of several networks, classes or methods. Optional are
-    (H, W) masks and boxes (x, y, width, height), as fractions of the image, to outline.
+    """One X-ray with its maps.
+
+    Attributes:
+        image: (H, W) grey values.
+        truth: its true class, or its findings.
+        panels: maps of several networks, classes or methods, by name.
+        lesion: (H, W) mask to outline, or None.
+        lung: (H, W) mask to outline, or None.
+        boxes: x, y, width, height of boxes to outline, as fractions of the image.
     """
 
     image: np.ndarray
@@ -61,7 +70,7 @@ class CamRow(NamedTuple):
 
 
 def draw_samples(fig: FigureBase, images: Mapping[str, Sequence[np.ndarray]]) -> FigureBase:
-    """Draw a row of images a class, named at its left; `images` holds (H, W) images by class."""
+    """Draw a row of (H, W) images for each class, with its name at the left."""
     columns = max(len(row) for row in images.values())
     axes = fig.subplots(len(images), columns, squeeze=False)
     for (name, row), row_axes in zip(images.items(), axes, strict=True):
@@ -72,9 +81,7 @@ def draw_samples(fig: FigureBase, images: Mapping[str, Sequence[np.ndarray]]) ->
 
 
 def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> FigureBase:
-    """Draw (H, W) mean images by class, five a row, on one grey scale with a bar: the darkest to the
-    brightest value of all.
-    """
+    """Draw the (H, W) mean image of each class, five in a row, all on one grey scale from darkest to brightest."""
     low = min(mean.min() for mean in means.values())
     high = max(mean.max() for mean in means.values())
     axes = _grid(fig, len(means))
@@ -86,7 +93,7 @@ def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> Figure
 
 
 def draw_augmentations(fig: FigureBase, original: np.ndarray, augmented: Sequence[np.ndarray]) -> FigureBase:
-    """Draw the (H, W) original, framed, and its augmented versions after it, five images a row."""
+    """Draw the (H, W) original, framed, and its augmented versions after it, five images in a row."""
     axes = _grid(fig, 1 + len(augmented))
     for i, (image, ax) in enumerate(zip([original, *augmented], axes, strict=False)):
         _image(image, ax)
@@ -103,8 +110,14 @@ def draw_lung_segmentations(
     reasons: Sequence[str | None],
     seen: Sequence[np.ndarray] | None,
 ) -> FigureBase:
-    """Draw a column an X-ray: the (H, W) image with the outline of its lung mask and, below it, the image that the
-    network sees, None where no network of the study sees masked X-rays; in red why a mask is not believed.
+    """Draw a column for each X-ray: its lungs and, below, what the network sees.
+
+    Args:
+        fig: Figure or SubFigure to fill.
+        images: (H, W) X-rays.
+        masks: their (H, W) lung masks, drawn as outlines.
+        reasons: why a mask is not believed, written in red; None where it is.
+        seen: what the networks see, (H, W) each; None where no network of the study sees masked X-rays.
     """
     axes = fig.subplots(1 if seen is None else 2, len(images), squeeze=False)
     for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=False):

@@ -396,5 +396,4 @@ def _note(text: str, point: tuple[float, float], ax: Axes) -> None:
 
 def legend_beside(ax: Axes, *, title: str | None = None) -> Legend:
     """Add a legend to the right of the axes, where it covers no data."""
-    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False}
-    return ax.legend(title=title, alignment="left", **place)
+    return ax.legend(title=title, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
