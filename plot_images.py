@@ -1,11 +1,12 @@
-"""The figures that are made of X-rays: `draw_*(fig, data) -> fig` fills a Figure or SubFigure.
+"""Panels of X-rays: `draw_*(fig, data) -> fig` fills a Figure or SubFigure.
 
-Part of `plot_utils`, which says what holds for every figure and from where these are used.
+Images are (H, W) grey, 0 (black) to 255 (white). Figures need `layout="constrained"`, which makes room for labels, and
+1.8 inch for each row of X-rays. Titles are the caller's: only the caller knows whether the data are synthetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from textwrap import fill
 from typing import NamedTuple
@@ -22,28 +23,39 @@ from matplotlib.patheffects import withStroke
 from heatmaps import overlay
 
 RIGHT, WRONG = "#006d4e", "#b3380a"  # green and red that also differ in lightness
+MARKS = {True: " ✓", False: " ✗", None: ""}
 LESION, LUNG, BOX = "#ffffff", "#56b4e9", "#f0e442"
 COLUMNS = 5  # X-rays in a row of a figure 1000 px wide, each large enough to be read
 
 
 class CamPanel(NamedTuple):
-    """What one network made of one image: an (H, W) map in 0..1, the class it predicted and that class's
-    probability.
+    """A map of one X-ray for one class, and what is written over it.
 
-    `image` is the background where it is not the row's (the X-ray with all but the lungs blackened), `title`
-    the line over the panel in place of the predicted class (for the map of another class than that).
+    Attributes:
+        map: (H, W) in 0..1.
+        predicted: the class that is written.
+        probability: its probability; NaN where the network does not report it.
+        correct: whether the prediction is right; None for a class that the network does not predict or report.
+        image: the (H, W) background, where it is not the row's: the X-ray with all but the lungs blackened.
     """
 
     map: np.ndarray
     predicted: str
     probability: float
+    correct: bool | None
     image: np.ndarray | None = None
-    title: str | None = None
 
 
 class CamRow(NamedTuple):
-    """One image of `draw_grad_cams`, a panel a column. Optional are (H, W) masks to outline, and boxes (x, y, width,
-    height) as fractions of the image.
+    """One X-ray with its maps.
+
+    Attributes:
+        image: (H, W) grey values.
+        truth: its true class, or its findings.
+        panels: maps of several networks, classes or methods, by name.
+        lesion: (H, W) mask to outline, or None.
+        lung: (H, W) mask to outline, or None.
+        boxes: x, y, width, height of boxes to outline, as fractions of the image.
     """
 
     image: np.ndarray
@@ -54,29 +66,11 @@ class CamRow(NamedTuple):
     boxes: Sequence[tuple[float, float, float, float]] = ()
 
 
-class CamSample(NamedTuple):
-    """One image of `draw_cam_grid`: an (H, W) map in 0..1 of the class `predicted`, with its probability.
-
-    Optional are (H, W) masks to outline, boxes (x, y, width, height) as fractions of the image, and whether
-    the prediction is right where that is not the equality of `predicted` and `truth` (several labels).
-    """
-
-    image: np.ndarray
-    map: np.ndarray
-    predicted: str
-    truth: str
-    probability: float
-    lesion: np.ndarray | None = None
-    lung: np.ndarray | None = None
-    boxes: Sequence[tuple[float, float, float, float]] = ()
-    correct: bool | None = None
-
-
 # Notebook 1: the data
 
 
 def draw_samples(fig: FigureBase, images: Mapping[str, Sequence[np.ndarray]]) -> FigureBase:
-    """Draw a row of images a class, named at its left; `images` holds (H, W) images by class."""
+    """Draw a row of (H, W) images for each class, with its name at the left."""
     columns = max(len(row) for row in images.values())
     axes = fig.subplots(len(images), columns, squeeze=False)
     for (name, row), row_axes in zip(images.items(), axes, strict=True):
@@ -87,9 +81,7 @@ def draw_samples(fig: FigureBase, images: Mapping[str, Sequence[np.ndarray]]) ->
 
 
 def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> FigureBase:
-    """Draw (H, W) mean images by class, five a row, on one grey scale with a bar: the darkest to the
-    brightest value of all.
-    """
+    """Draw the (H, W) mean image of each class, five in a row, all on one grey scale from darkest to brightest."""
     low = min(mean.min() for mean in means.values())
     high = max(mean.max() for mean in means.values())
     axes = _grid(fig, len(means))
@@ -101,7 +93,7 @@ def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> Figure
 
 
 def draw_augmentations(fig: FigureBase, original: np.ndarray, augmented: Sequence[np.ndarray]) -> FigureBase:
-    """Draw the (H, W) original, framed, and its augmented versions after it, five images a row."""
+    """Draw the (H, W) original, framed, and its augmented versions after it, five images in a row."""
     axes = _grid(fig, 1 + len(augmented))
     for i, (image, ax) in enumerate(zip([original, *augmented], axes, strict=False)):
         _image(image, ax)
@@ -118,8 +110,14 @@ def draw_lung_segmentations(
     reasons: Sequence[str | None],
     seen: Sequence[np.ndarray] | None,
 ) -> FigureBase:
-    """Draw a column an X-ray: the (H, W) image with the outline of its lung mask and, below it, the image that the
-    network sees, None where no network of the study sees masked X-rays; in red why a mask is not believed.
+    """Draw a column for each X-ray: its lungs and, below, what the network sees.
+
+    Args:
+        fig: Figure or SubFigure to fill.
+        images: (H, W) X-rays.
+        masks: their (H, W) lung masks, drawn as outlines.
+        reasons: why a mask is not believed, written in red; None where it is.
+        seen: what the networks see, (H, W) each; None where no network of the study sees masked X-rays.
     """
     axes = fig.subplots(1 if seen is None else 2, len(images), squeeze=False)
     for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=False):
@@ -139,32 +137,21 @@ def draw_lung_segmentations(
 
 
 def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
-    """Draw a row an image: the original with its true class, then an overlay a column: a network, a class, a
-    method, with and without segmentation, as the panels' names say.
+    """Draw a row for each X-ray: the original with its true class, then an overlay for each of its maps.
 
-    Over each overlay what the network predicted and how probable, green with ✓ or red with ✗, or the
-    panel's own title. Outlines: lesion white, lung blue dashed, box yellow.
+    Over each overlay stands what the network predicted and how probable, green with ✓ or red with ✗. Outlines: lesion
+    white, lung blue dashed, box yellow.
     """
     columns = list(rows[0].panels)
     axes = fig.subplots(len(rows), 1 + len(columns), squeeze=False)
     for row, row_axes in zip(rows, axes, strict=True):
         _row_label(row.truth, row_axes[0])
         _image(row.image, row_axes[0])
-        row_axes[0].xaxis.set_label_position("top")
-        row_axes[0].set_xlabel(" ", fontsize=10)  # holds the place, so that the column titles line up
+        _outlines(row, row_axes[0])
+        _label_on_top(" ", row_axes[0])  # holds the place, so that the column titles line up
         for name, ax in zip(columns, row_axes[1:], strict=True):
-            panel = row.panels[name]
-            _evidence(row.image if panel.image is None else panel.image, panel.map, ax)
-            # On top of the panel and under the title, which in the first row names the column.
-            ax.xaxis.set_label_position("top")
-            if panel.title is not None:
-                ax.set_xlabel(panel.title, color="0.2", fontsize=10)
-                continue
-            correct = panel.predicted == row.truth
-            text = _prediction(panel.predicted, panel.probability, correct)
-            ax.set_xlabel(text, color=RIGHT if correct else WRONG, fontsize=10)
-        for ax in row_axes:
-            _outlines(row, ax)
+            _overlay(row, row.panels[name], ax)
+            _label_on_top(_prediction(row.panels[name]), ax, color=_color(row.panels[name]))
     for title, ax in zip(["original", *columns], axes[0], strict=True):
         ax.set_title(title.replace(", ", ",\n"), fontweight="bold")  # long names would overlap
     _evidence_bar(fig, axes)
@@ -172,71 +159,68 @@ def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
     return fig
 
 
-def draw_cam_grid(fig: FigureBase, groups: Mapping[str, Sequence[CamSample]]) -> FigureBase:
-    """Draw a row of overlays a group ("false positive", or a finding), at most five in each.
+def draw_cam_grid(fig: FigureBase, groups: Mapping[str, Sequence[CamRow]]) -> FigureBase:
+    """Draw a row of overlays for each group ("false positive", or a finding), at most five in each, of X-rays with one
+    map. A group without X-rays says so.
 
-    Over each overlay what the network predicted and how probable, green with ✓ or red with ✗, and what is
-    true. A group without samples says so. Outlines: lesion white, lung blue dashed, box yellow.
+    Over each overlay stands what the network predicted and how probable, green with ✓ or red with ✗, and what is true.
+    Outlines: lesion white, lung blue dashed, box yellow.
     """
-    columns = min(max(1, *(len(samples) for samples in groups.values())), COLUMNS)
-    axes = fig.subplots(len(groups), columns, squeeze=False)
-    for (name, samples), row_axes in zip(groups.items(), axes, strict=True):
+    groups = {name: rows[:COLUMNS] for name, rows in groups.items()}
+    axes = fig.subplots(len(groups), max(1, *map(len, groups.values())), squeeze=False)
+    for (name, rows), row_axes in zip(groups.items(), axes, strict=True):
         _row_label(name, row_axes[0])
-        for ax in row_axes[len(samples) :]:
+        for ax in row_axes[len(rows) :]:
             _image(None, ax)
-        for sample, ax in zip(samples, row_axes, strict=False):
-            _cam_sample(sample, ax)
-        if not samples:
-            row_axes[0].text(
-                0.5,
-                0.5,
-                "none in the\ntest images",
-                transform=row_axes[0].transAxes,
-                ha="center",
-                va="center",
-                color="0.35",
-                style="italic",
-            )
+        for row, ax in zip(rows, row_axes, strict=False):
+            (panel,) = row.panels.values()
+            _overlay(row, panel, ax)
+            ax.set_title(fill(_prediction(panel), 22), color=_color(panel), fontsize=9, pad=3)
+            _label_on_top(fill(f"true: {row.truth}", 22), ax, fontsize=9)
+        if not rows:
+            place = {"transform": row_axes[0].transAxes, "ha": "center", "va": "center"}
+            row_axes[0].text(0.5, 0.5, "none in the\ntest images", **place, color="0.35", style="italic")
     _evidence_bar(fig, axes)
-    _outline_legend(fig, [sample for samples in groups.values() for sample in samples[:columns]])
+    _outline_legend(fig, [row for rows in groups.values() for row in rows])
     return fig
 
 
-def _cam_sample(sample: CamSample, ax: Axes) -> None:
-    _evidence(sample.image, sample.map, ax)
-    correct = sample.predicted == sample.truth if sample.correct is None else sample.correct
-    said = _prediction(sample.predicted, sample.probability, correct)
-    ax.set_title(fill(said, 22), color=RIGHT if correct else WRONG, fontsize=9, pad=3)
-    ax.xaxis.set_label_position("top")  # under the title, which makes room for it
-    ax.set_xlabel(fill(f"true: {sample.truth}", 22), color="0.2", fontsize=9)
-    _outlines(sample, ax)
+def _overlay(row: CamRow, panel: CamPanel, ax: Axes) -> None:
+    """Draw a map over its image with all outlines, and say so where the map is empty."""
+    _image(overlay(row.image if panel.image is None else panel.image, panel.map), ax)
+    _outlines(row, ax)
+    if not np.any(panel.map):
+        box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}
+        place = {"transform": ax.transAxes, "ha": "center"}
+        ax.text(0.5, 0.05, "no positive evidence", **place, color="white", bbox=box, fontsize=9)
 
 
-def _outlines(shown: CamRow | CamSample, ax: Axes) -> None:
-    _outline(shown.lung, ax, color=LUNG, style="dashed")
-    _outline(shown.lesion, ax, color=LESION, style="solid")
-    height, width = shown.image.shape
-    for x, y, box_width, box_height in shown.boxes:
+def _prediction(panel: CamPanel) -> str:
+    probability = "–" if np.isnan(panel.probability) else f"{panel.probability:.2f}"
+    return f"{panel.predicted} {probability}{MARKS[panel.correct]}"
+
+
+def _color(panel: CamPanel) -> str:
+    return "0.2" if panel.correct is None else RIGHT if panel.correct else WRONG
+
+
+def _label_on_top(text: str, ax: Axes, *, color: str = "0.2", fontsize: float = 10) -> None:
+    """Write a line over a panel, under its title."""
+    ax.xaxis.set_label_position("top")
+    ax.set_xlabel(text, color=color, fontsize=fontsize)
+
+
+def _outlines(row: CamRow, ax: Axes) -> None:
+    """Draw the outlines of the masks and boxes of an X-ray."""
+    _outline(row.lung, ax, color=LUNG, style="dashed")
+    _outline(row.lesion, ax, color=LESION, style="solid")
+    height, width = row.image.shape
+    for x, y, box_width, box_height in row.boxes:
         # Pixel centres are at whole numbers: the image begins at -0.5.
-        corner = (x * width - 0.5, y * height - 0.5)
-        box = Rectangle(
-            corner, box_width * width, box_height * height, fill=False, edgecolor=BOX, linewidth=1.3
-        )
+        corner, size = (x * width - 0.5, y * height - 0.5), (box_width * width, box_height * height)
+        box = Rectangle(corner, *size, fill=False, edgecolor=BOX, linewidth=1.3)
         box.set_path_effects([withStroke(linewidth=2.8, foreground="black")])
         ax.add_patch(box)
-
-
-def _prediction(predicted: str, probability: float, correct: bool) -> str:
-    return f"{predicted} {probability:.2f} {'✓' if correct else '✗'}"
-
-
-def _evidence(image: np.ndarray, map_: np.ndarray, ax: Axes) -> None:
-    """Draw a map over an image, and say so where the map is empty."""
-    _image(overlay(image, map_), ax)
-    if not np.any(map_):
-        box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}
-        where = {"transform": ax.transAxes, "ha": "center"}
-        ax.text(0.5, 0.05, "no positive evidence", **where, color="white", bbox=box, fontsize=9)
 
 
 def _evidence_bar(fig: FigureBase, axes: np.ndarray) -> None:
@@ -277,33 +261,23 @@ def _outline(mask: np.ndarray | None, ax: Axes, *, color: str, style: str) -> No
     height, width = mask.shape
     padded = np.pad(np.asarray(mask) != 0, 1).astype(float)
     limits = ax.get_xlim(), ax.get_ylim()
-    edge = ax.contour(
-        np.arange(-1, width + 1),
-        np.arange(-1, height + 1),
-        padded,
-        [0.5],
-        colors=color,
-        linewidths=1.1,
-        linestyles=style,
-    )
+    look = {"colors": color, "linewidths": 1.1, "linestyles": style}
+    edge = ax.contour(np.arange(-1, width + 1), np.arange(-1, height + 1), padded, [0.5], **look)
     edge.set_clip_on(False)
     # Thin lines in light colours, on black rims: seen on bone, on air and on the overlay.
     edge.set_path_effects([withStroke(linewidth=2.4, foreground="black")])
     ax.set(xlim=limits[0], ylim=limits[1])
 
 
-def _outline_legend(fig: FigureBase, shown: Iterable[CamRow | CamSample]) -> None:
+def _outline_legend(fig: FigureBase, rows: Sequence[CamRow]) -> None:
     """Name the outlines that are drawn, if any."""
-    shown = list(shown)
     handles = []
-    if any(item.lesion is not None for item in shown):
+    if any(row.lesion is not None for row in rows):
         handles.append(Line2D([], [], color=LESION, label="lesion"))
-    if any(item.lung is not None for item in shown):
+    if any(row.lung is not None for row in rows):
         handles.append(Line2D([], [], color=LUNG, linestyle="--", label="lung"))
-    if any(len(item.boxes) for item in shown):
+    if any(len(row.boxes) for row in rows):
         handles.append(Line2D([], [], color=BOX, label="annotated box"))
     if handles:
-        where = {"loc": "outside lower center", "ncols": 3}
-        fig.legend(
-            handles=handles, **where, facecolor="0.3", framealpha=1, edgecolor="none", labelcolor="white"
-        )
+        look = {"facecolor": "0.3", "framealpha": 1, "edgecolor": "none", "labelcolor": "white"}
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, **look)

@@ -1,6 +1,7 @@
 """Which images the Grad-CAM figures show, and with which map."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from layouts import write_chestxray14
 
-from cam_figures import cam_panel, cam_samples, method_rows, outcomes, picked_rows
-from cam_scores import score_maps
+from cam_figures import Outcome, cam_panel, cam_samples, method_rows, outcomes, picked_rows
+from cam_scores import MapScores, score_maps
 from datasets.table import XrayTable, no_boxes
 from explanations import explain
+from figures import randomisation
 from finetune import fine_tune_study
 from map_cases import MapCase, map_cases, stored_probabilities
+from map_report import MapReport
 from networks import build_network
 from predictions import Predictions, read_predictions
 from studies import load_study, load_table
@@ -81,36 +84,33 @@ def nearly_decided(tmp_path):
 
 
 def test_figures_show_the_predictions_by_which_their_images_were_chosen(nearly_decided):
-    trained, table, said = nearly_decided
-    kinds = outcomes(said, CLASSES, positive=1)
-    first = table.frame["path"][0]
+    trained, table, answers = nearly_decided
+    kinds = outcomes(answers, CLASSES, positive=1)
     assert "0.png" in kinds["false positive"].paths
     kinds = {"false positive": kinds["false positive"]._replace(paths=["0.png"])}
-    ((sample,),) = cam_samples(trained, table, kinds, said, each=4, seed=0).values()
-    panel = cam_panel(trained, first, 1, stored_probabilities(said, table))
-    for shown in (sample, panel):
-        assert (shown.predicted, shown.probability) == ("Covid", said.probabilities[0, 1])
-    np.testing.assert_array_equal(sample.map, explain(trained, read_xray(first), 1).maps[0])
+    ((row,),) = cam_samples(trained, table, answers, kinds, seed=0).values()
+    (panel,) = row.panels.values()
+    assert (row.truth, panel.predicted, panel.correct) == ("Normal", "Covid", False)
+    assert panel.probability == answers.probabilities[0, 1]
+    np.testing.assert_array_equal(panel.map, explain(trained, read_xray(table.frame["path"][0]), 1).maps[0])
 
 
 def test_an_image_or_a_network_that_has_changed_since_its_predictions_is_refused(nearly_decided):
-    trained, table, said = nearly_decided
-    cases = map_cases(table, said._replace(targets=said.predicted), most=4, seed=0)
-    score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
-    first = table.frame["path"][0]
-    cv2.imwrite(first, np.zeros((40, 40), np.uint8))
-    kinds = {
-        "false positive": outcomes(said, CLASSES, positive=1)["false positive"]._replace(paths=["0.png"])
-    }
+    trained, table, answers = nearly_decided
+    cases = map_cases(table, answers._replace(targets=answers.predicted), most=4, seed=0)
+    (case,) = [case for case in cases if case.path == table.frame["path"][0]]
+    cam_panel(trained, case)
+    cv2.imwrite(case.path, np.zeros((40, 40), np.uint8))
+    kinds = {"false positive": Outcome(["0.png"], 1)}
     with pytest.raises(ValueError, match=r"0\.png: lenet5 says .* has changed"):
-        cam_panel(trained, first, 1, stored_probabilities(said, table))
+        cam_panel(trained, case)
     with pytest.raises(ValueError, match="has changed"):
-        cam_samples(trained, table, kinds, said, each=4, seed=0)
+        cam_samples(trained, table, answers, kinds, seed=0)
+    with pytest.raises(ValueError, match="has changed"):
+        method_rows(trained, [case], ["gradcam"], seed=0)
     with pytest.raises(ValueError, match="has changed"):
         score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
-    with pytest.raises(ValueError, match="has changed"):
-        method_rows(trained, cases, ["gradcam"], most=4, seed=0)
-    fewer = said._replace(paths=said.paths[:3], probabilities=said.probabilities[:3])
+    fewer = answers._replace(paths=answers.paths[:3], probabilities=answers.probabilities[:3])
     with pytest.raises(ValueError, match=r"lack .*3\.png"):
         stored_probabilities(fewer, table)
 
@@ -119,7 +119,7 @@ def test_an_image_or_a_network_that_has_changed_since_its_predictions_is_refused
 def findings(tmp_path_factory):
     """A table of several findings, a network trained on it for an epoch, and its test predictions as written."""
     folder = tmp_path_factory.mktemp("findings")
-    write_chestxray14(folder / "data", size=40)
+    write_chestxray14(folder / "data", size=40, images=160)
     (folder / "mine.toml").write_text(
         """
         title = "Findings"
@@ -137,20 +137,21 @@ def findings(tmp_path_factory):
     return table, load_network(run), said
 
 
+@pytest.mark.slow
 def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(findings):
     table, trained, said = findings
     test = table.subset("test")
     kinds = outcomes(said, table.classes)
     assert len(kinds) == 6
-    samples = cam_samples(trained, table, kinds, said, each=2, seed=0)
     boxed = 0
-    for name, shown in samples.items():
-        assert 0 < len(shown) <= 2
-        for sample in shown:
-            assert sample.predicted == name in sample.truth
-            assert sample.probability in said.probabilities[:, table.classes.index(name)]
-            assert sample.map.shape == sample.image.shape
-            boxed += len(sample.boxes)
+    for name, rows in cam_samples(trained, table, said, kinds, seed=0).items():
+        assert 0 < len(rows) <= 4
+        for row in rows:
+            (panel,) = row.panels.values()
+            assert panel.predicted == name in row.truth
+            assert panel.probability in said.probabilities[:, table.classes.index(name)]
+            assert panel.map.shape == row.image.shape
+            boxed += len(row.boxes)
     assert boxed <= len(table.boxes)
     rows = picked_rows(test, np.ones(14, bool), seed=0)
     assert len(rows) <= 6
@@ -159,40 +160,66 @@ def test_samples_of_several_findings_show_the_finding_with_its_map_and_boxes(fin
     assert rows["label"].iloc[0] not in picked_rows(test, kept, seed=0)["label"].tolist()
 
 
-def test_panel_of_several_findings_is_titled_with_the_finding_of_the_map(findings):
+def case_of(table, said, index):
+    path, probabilities = next(iter(stored_probabilities(said, table).items()))
+    return MapCase(path, "p", index, table.classes[index], probabilities=probabilities)
+
+
+@pytest.mark.slow
+def test_panel_of_several_findings_names_the_finding_of_the_map_and_whether_it_was_found(findings):
     table, trained, said = findings
-    stored = stored_probabilities(said, table)
-    path = next(iter(stored))
-    panel = cam_panel(trained, path, 3, stored)
-    assert panel.title == f"Infiltration {stored[path][3]:.2f}"
-    np.testing.assert_array_equal(panel.map, explain(trained, read_xray(path), 3).maps[0])
+    case = case_of(table, said, 3)
+    panel = cam_panel(trained, case)
+    assert (panel.predicted, panel.probability) == ("Infiltration", case.probabilities[3])
+    assert panel.correct == (case.probabilities[3] >= 0.5)
+    np.testing.assert_array_equal(panel.map, explain(trained, read_xray(case.path), 3).maps[0])
 
 
+@pytest.mark.slow
 def test_a_finding_that_is_not_reported_hides_no_other_answer_of_the_network(findings):
     table, trained, said = findings
     unlearnt = trained._replace(card=replace(trained.card, unreported=table.classes[:1]))
-    path, probabilities = next(iter(stored_probabilities(said, table).items()))
-    probabilities = np.r_[np.nan, probabilities[1:]]
-    assert cam_panel(unlearnt, path, 3, {path: probabilities}).probability == probabilities[3]
-    assert cam_panel(unlearnt, path, 0, {path: probabilities}).title == f"{table.classes[0]} –"
-    probabilities[5] += 0.2
+    case = case_of(table, said, 3)
+    case = case._replace(probabilities=np.r_[np.nan, case.probabilities[1:]])
+    assert cam_panel(unlearnt, case).probability == case.probabilities[3]
+    unreported = cam_panel(unlearnt, case._replace(class_index=0))
+    assert np.isnan(unreported.probability)
+    assert unreported.correct is None
+    case.probabilities[5] += 0.2
     with pytest.raises(ValueError, match="has changed"):
-        cam_panel(unlearnt, path, 3, {path: probabilities})
+        cam_panel(unlearnt, case)
 
 
+@pytest.mark.slow
 def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
     table, trained, said = findings
+    stored = stored_probabilities(said, table).items()
     cases = [
         MapCase(path, "p", index, table.classes[index], probabilities=probabilities)
-        for (path, probabilities), index in zip(
-            stored_probabilities(said, table).items(), [0, 0, 0, 1, 1, 2], strict=False
-        )
+        for (path, probabilities), index in zip(stored, [0, 0, 0, 1, 1, 2], strict=False)
     ]
-    rows = method_rows(trained, cases, ["gradcam", "layercam"], most=4, seed=0)
-    assert {row.truth for row in rows[:3]} == set(table.classes[:3])
-    assert len(rows) == 4
+    rows = method_rows(trained, cases, ["gradcam", "layercam"], seed=0)
+    assert {row.truth for row in rows} == set(table.classes[:3])
     for row in rows:
         assert list(row.panels) == ["Grad-CAM", "LayerCAM"]
-        index = table.classes.index(row.truth)
-        expected = explain(trained, row.image, index, method="layercam")
+        expected = explain(trained, row.image, table.classes.index(row.truth), method="layercam")
         np.testing.assert_array_equal(row.panels["LayerCAM"].map, expected.maps[0])
+
+
+def test_maps_of_a_network_that_is_made_random_begin_at_one_and_go_through_the_means():
+    rows = [
+        ("a", 0.1, 0.2),
+        ("a", 0.1, 0.4),
+        ("a", 1.0, 0.5),
+        ("a", 1.0, np.nan),
+        ("b", 1.0, 0.9),
+        ("b", 0.1, 1.0),
+    ]
+    randomised = pd.DataFrame(rows, columns=["map", "share", "agreement"])
+    maps = MapReport({"LeNet-5": MapScores(None, None, randomised)}, {}, None, "")
+    results = SimpleNamespace(example="LeNet-5", study=SimpleNamespace(maps=SimpleNamespace(faithful=2)))
+    (ax,) = randomisation(results, maps).axes
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_allclose(lines["a"], [1, 0.3, 0.5])
+    np.testing.assert_allclose(lines["b"], [1, 1, 0.9])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["nothing", "the head", "100%"]

@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-import papermill
 import pytest
 from layouts import data_root as real_data  # noqa: F401 - a fixture, by its own name
 from layouts import write_chestxray14, write_covid_radiography, write_kermany
+from notebook_runs import run_notebook
 
 from finetune import main
 from runs import read_runs
@@ -15,7 +15,6 @@ from trained_networks import load_network
 
 pytestmark = pytest.mark.slow
 
-PROJECT = Path(__file__).parent.parent
 WRITERS = {
     "kermany": write_kermany,
     "chestxray14": write_chestxray14,
@@ -48,13 +47,7 @@ def run_everything(name: str, root: Path, runs: Path) -> None:
         load_network(run.folder)
     parameters = {"study": name, "data_root": str(root), "runs": str(runs), "limit": 64}
     for notebook in ("1_data_exploration", "3_evaluate_results"):
-        papermill.execute_notebook(
-            PROJECT / f"{notebook}.ipynb",
-            runs / f"{name}_{notebook}.ipynb",
-            parameters=parameters,
-            cwd=PROJECT,
-            progress_bar=False,
-        )
+        assert run_notebook(notebook, **parameters).pictures
 
 
 @pytest.mark.parametrize("name", NAMES)
