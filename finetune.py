@@ -59,7 +59,8 @@ from results import (
     read_complete_card,
     training_folder,
 )
-from studies import PROJECT, Study, Training, load_study, load_table, positive_class
+from study_loading import PROJECT, load_study, load_table, positive_class
+from study_settings import Study, Training
 from trained_networks import ModelCard, read_card, run_folder, save_network
 from training import FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, class_weights, label_weights, seed_everything, write_whole
@@ -247,7 +248,7 @@ def _built(
 
 def _preprocessing(study: Study, network: str, masking: LungMasking | None) -> Preprocessing:
     settings = study.preprocessing
-    return Preprocessing(study.image_size_of(network), settings.mean, settings.std, lungs=masking)
+    return Preprocessing(study.training_of(network).image_size, settings.mean, settings.std, lungs=masking)
 
 
 def _cached_images(
@@ -281,12 +282,12 @@ def _announce(
     training, title = study.training_of(network), architecture(network).title
     print(
         f"{title}: {parameter_count(model):,} parameters for {len(table.classes)} classes, weights "
-        f"{training.weights}, {study.image_size_of(network)} px, {len(table.subset('train'))} training images"
+        f"{training.weights}, {study.training_of(network).image_size} px, {len(table.subset('train'))} training images"
     )
     if training.weights not in NO_FILE:
         print(f"{title}: head: {head}")
     print(f"{title}: computed in {described(training.precision, device)}")
-    if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
+    if training.weights == "none" and any(phase.trainable == "head" for phase in training.all_phases):
         print(f"{title}: the frozen layers keep random weights, which is for trying things out only")
     if (positive := positive_class(study, table)) is not None:
         reason = "the study says so" if study.positive else "the other one has a name for healthy people"
@@ -319,7 +320,7 @@ def _fixed_settings(
     return {
         **training.model_dump(mode="json", exclude=idle),
         **flat,
-        "image_size": study.image_size_of(network),
+        "image_size": study.training_of(network).image_size,
         "seed": study.seed,
         "precision": resolve_precision(training.precision, accelerator.device),
         "data": data_fingerprint(table),
@@ -532,7 +533,7 @@ def _card(
     plain = ModelCard(
         architecture=network,
         classes=table.classes,
-        image_size=study.image_size_of(network),
+        image_size=study.training_of(network).image_size,
         mean=study.preprocessing.mean,
         std=study.preprocessing.std,
         cam_layer=model.cam_layer,

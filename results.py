@@ -20,7 +20,7 @@ from datasets.table import FINGERPRINT, relative_paths, target_names
 from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
-from studies import Study
+from study_settings import Study
 from trained_networks import ModelCard, read_card
 from utils import flush, remove_unfinished, write_whole
 
@@ -68,7 +68,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     that it is compared with, as far as they are there. Where one was trained with other seeds only
     (`Study.repeated`), the lowest of them stands in.
 
-    `images`: all of the study's, as `studies.read_images` returns them. Raises FileNotFoundError where the study has
+    `images`: all of the study's, as `read_images` returns them. Raises FileNotFoundError where the study has
     no trained network at all, ValueError where two of them know other classes, have another positive one or were
     tested on other images, and where an image is not among the study's or has changed since: the figures would be
     those of another study. A run that does not record the content of its images, of an older version, is named.

@@ -23,7 +23,7 @@ from frozen_features import can_be_cached, feature_batches
 from networks import resolve_device, set_training_mode
 from objectives import SINGLE_LABEL, Objective
 from processes import accelerator_on, in_place, share_of, summed, synchronised
-from studies import Phase, Training
+from study_settings import Phase, Training
 from utils import derived_seed
 
 # Batches between two looks of several processes at whether to stop or to save: asking a GPU means waiting for it.
@@ -87,7 +87,7 @@ def fine_tune(
     engine = _Engine(network, training, objective, loss_weights, where, title, on_epoch, checkpoints)
     with engine.stop_requests():
         engine.resume()
-        for number, phase in enumerate(training.stretches, start=1):
+        for number, phase in enumerate(training.all_phases, start=1):
             if number >= engine.at.phase:
                 _run_phase(engine, number, phase, batches, scratch)
     engine.restore_best()
@@ -317,7 +317,7 @@ class _Engine:
         self.accelerator.free_memory()  # its own references to this phase's model and optimiser
 
     def _name(self, number: int, phase: Phase, epoch: int) -> str:
-        several = len(self.training.stretches)
+        several = len(self.training.all_phases)
         stretch = f" phase {number}/{several} ({phase.trainable})" if several > 1 else ""
         return f"{self.title}{stretch} epoch {epoch}/{phase.epochs}"
 
@@ -421,7 +421,7 @@ class _Engine:
             self.on_epoch(pd.DataFrame(self.at.rows))
         if self.checkpoints is None:
             return
-        done = self.at.phase > len(self.training.stretches)
+        done = self.at.phase > len(self.training.all_phases)
         since = time.perf_counter() - self.saved_at
         stop, due = self.agreed(self.asked_to_stop, done or since > 20 * self.saving_took)
         if stop or due:

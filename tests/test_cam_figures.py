@@ -16,7 +16,7 @@ from explanations import explain
 from finetune import fine_tune_study
 from networks import build_network
 from predictions import Predictions, read_predictions
-from studies import load_study, load_table
+from study_loading import load_study, load_table
 from trained_networks import ModelCard, TrainedNetwork, load_network
 from utils import read_xray
 

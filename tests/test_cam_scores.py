@@ -29,7 +29,7 @@ from localization import best_overlaps
 from metrics import bootstrap_mean
 from networks import ARCHITECTURES, Architecture
 from predictions import Predictions
-from studies import Maps
+from study_settings import Maps
 from trained_networks import ModelCard, TrainedNetwork
 from traps import erased
 from utils import read_xray

@@ -19,7 +19,7 @@ from explanations import explain
 from finetune import fine_tune_study, main
 from lung_segmentation import phantom_segmenter, save_segmenter
 from predictions import read_predictions
-from studies import load_study, load_table
+from study_loading import load_study, load_table
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 

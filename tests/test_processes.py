@@ -13,7 +13,7 @@ from conftest import TINY_STUDY
 from safetensors.torch import load_file
 
 from batches import Share
-from studies import PROJECT
+from study_loading import PROJECT
 from trained_networks import read_card
 
 # Without and with batch normalisation. Dropout is off: each process draws its own. By SGD, for Adam divides a gradient

@@ -25,7 +25,8 @@ from checkpoints import Checkpoints, random_states, set_random_states
 from finetune import fine_tune_study, main
 from networks import build_network
 from results import complete_or_absent, read_complete_card, training_folder
-from studies import PROJECT, Training, load_study, load_table
+from study_loading import PROJECT, load_study, load_table
+from study_settings import Training
 from training import fine_tune
 from utils import Preprocessing, write_whole
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from networks import ARCHITECTURES
-from studies import STUDIES, load_study, load_table, positive_class
+from study_loading import STUDIES, load_study, load_table, positive_class
 
 MINIMAL = """
 title = "Mine"
@@ -193,10 +193,10 @@ def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
 def test_image_size_override_holds_for_all_networks(tmp_path):
     (tmp_path / "mine.toml").write_text(MINIMAL + "[networks.vgg16]\nimage_size = 64\n")
     study = load_study(tmp_path / "mine.toml")
-    assert study.image_size_of("resnet18") == 224
-    assert study.image_size_of("vgg16") == 64
+    assert study.training_of("resnet18").image_size == 224
+    assert study.training_of("vgg16").image_size == 64
     small = study.overridden(image_size=96)
-    assert {small.image_size_of(n) for n in small.networks} == {96}
+    assert {small.training_of(n).image_size for n in small.networks} == {96}
 
 
 def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
@@ -257,7 +257,7 @@ def test_a_study_that_extends_another_differs_in_its_own_lines_only(tmp_path):
     assert variant.model_dump(exclude=same) == base.model_dump(exclude=same)
     again = load_study(write(tmp_path, "third", 'extends = "variant"\n[training]\nphases = []\nepochs = 7\n'))
     assert again.augmentation.horizontal_flip
-    assert again.training_of("resnet18").stretches[0].epochs == 7
+    assert again.training_of("resnet18").all_phases[0].epochs == 7
 
 
 def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
@@ -271,8 +271,8 @@ def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
 
 def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
     study = load_study(write(tmp_path, "base", BASE)).overridden(epochs=1)
-    assert [phase.epochs for phase in study.training_of("resnet18").stretches] == [1, 1]
-    assert [phase.trainable for phase in study.training_of("resnet18").stretches] == ["head", "all"]
+    assert [phase.epochs for phase in study.training_of("resnet18").all_phases] == [1, 1]
+    assert [phase.trainable for phase in study.training_of("resnet18").all_phases] == ["head", "all"]
 
 
 @pytest.mark.parametrize(

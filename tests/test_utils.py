@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from augmentation import Augmentation
 from batches import Batches, Share, XrayDataset, make_batches
-from studies import IMAGENET_MEAN, IMAGENET_STD
+from study_settings import IMAGENET_MEAN, IMAGENET_STD
 from utils import (
     Preprocessing,
     balanced_weights,
