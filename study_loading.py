@@ -13,7 +13,7 @@ from datasets import XrayTable, read_dataset
 from datasets.phantom import write_phantom
 from datasets.splits import boxes_held_out, split_by_patient, split_into_folds, thinned
 from datasets.table import merged, relabelled
-from study_settings import Data, Study, validated
+from study_settings import Data, Phase, Study, validated
 
 PROJECT = Path(__file__).resolve().parent
 STUDIES = PROJECT / "studies"
@@ -42,6 +42,7 @@ def load_study(study: str | Path, *, data_root: str | Path | None = None, **over
     if RESERVED_NAMES.fullmatch(path.stem):
         raise ValueError(f"study {path.name}: runs/{path.stem} is kept for other results: rename the file")
     loaded = validated({"name": path.stem, **fields}, path.name)
+    _refuse_unused_settings(loaded)
     if data_root:
         loaded = _moved(loaded, Path(data_root).expanduser().absolute())
     return loaded.overridden(**overrides)
@@ -100,6 +101,18 @@ def _moved(study: Study, root: Path) -> Study:
         return study.model_copy(update={"data": study.data.model_copy(update={"root": root})})
     sources = [source.model_copy(update={"root": root / source.root.name}) for source in study.datasets]
     return study.model_copy(update={"datasets": tuple(sources)})
+
+
+def _refuse_unused_settings(study: Study) -> None:
+    """Refuse settings that `phases` replace: a setting without effect looks like one that has an effect."""
+    for network, own_settings in study.networks.items():
+        settings = study.training.model_dump(exclude_unset=True) | own_settings
+        for key in Phase.model_fields if settings.get("phases") else ():
+            if key in settings:
+                remedy = "set it in each phase, or phases = []"
+                raise ValueError(
+                    f"study {study.name}: {key!r} of {network} does nothing beside `phases`: {remedy}"
+                )
 
 
 def read_images(study: Study) -> XrayTable:

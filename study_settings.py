@@ -200,15 +200,6 @@ class NetworkTraining(Training):
 
     image_size: ImageSize
 
-    @model_validator(mode="after")
-    def _all_settings_are_used(self) -> "NetworkTraining":
-        for key in Phase.model_fields if self.phases else ():
-            if key in self.model_fields_set:  # a setting without effect looks like one that has an effect
-                raise ValueError(
-                    f"{key!r} does nothing beside `phases`: set it in each phase, or phases = []"
-                )
-        return self
-
 
 class Maps(Settings):
     """How notebook 3 scores class activation maps, see `cam_scores`.
@@ -274,7 +265,7 @@ class Study(Settings):
 
     def training_of(self, network: str) -> NetworkTraining:
         """Return the settings of one network: those of `[training]`, with the network's own in their place."""
-        common = self.training.model_dump(exclude_unset=True) | {"image_size": self.preprocessing.image_size}
+        common = self.training.model_dump() | {"image_size": self.preprocessing.image_size}
         return NetworkTraining.model_validate(common | self.networks[network])
 
     def overridden(
@@ -299,28 +290,20 @@ class Study(Settings):
             training: fields of `Training` for every network, also where `[networks.NAME]` says otherwise;
                 `epochs` holds for every phase.
         """
-        fields = self.model_dump(exclude_unset=True)
-        settings = {key: value for key, value in training.items() if value is not None}
-        fields["networks"] = {name: self._replaced(name, settings) for name in networks or self.networks}
+        fields = self.model_dump()
+        fields["networks"] = {name: fields["networks"].get(name, {}) for name in networks or self.networks}
+        _set_for_all_networks(fields, {key: value for key, value in training.items() if value is not None})
         fields["seed"] = self.seed if seed is None else seed
         if limit is not None:
             # The scores of faithfulness cost hundreds of passes an image: too long for a look at little data.
-            few = {"faithful": min(self.maps.faithful, max(2, limit // 20)), "steps": min(self.maps.steps, 4)}
-            fields |= {"limit": limit, "maps": self.maps.model_copy(update=few)}
+            faithful, steps = min(self.maps.faithful, max(2, limit // 20)), min(self.maps.steps, 4)
+            fields["limit"] = limit
+            fields["maps"] |= {"faithful": faithful, "steps": steps}
             _rename(fields, f"-limit{limit}")
         if fold is not None:
-            fields["split"] = self.split.model_dump() | {"fold": fold}
+            fields["split"]["fold"] = fold
             _rename(fields, f"-fold{fold}")
         return validated(fields, self.name)
-
-    def _replaced(self, network: str, settings: dict[str, object]) -> dict[str, Any]:
-        """Return the network's own settings with `settings` in their place; `epochs` goes into each phase."""
-        replaced = {**self.networks.get(network, {}), **settings}
-        phases = replaced.get("phases", [phase.model_dump() for phase in self.training.phases])
-        if phases and "epochs" in replaced:
-            epochs = replaced.pop("epochs")
-            replaced["phases"] = [{**phase, "epochs": epochs} for phase in phases]
-        return replaced
 
     def repeated(self, seed: int) -> "Study":
         """Return the same experiment on the same split with another seed for initial weights, order and augmentation.
@@ -329,15 +312,29 @@ class Study(Settings):
         """
         if seed == self.seed:
             return self
-        fields = self.model_dump(exclude_unset=True) | {"seed": seed}
-        fields["split"] = self.split.model_dump() | {"seed": self.split_seed}
+        fields = self.model_dump() | {"seed": seed}
+        fields["split"]["seed"] = self.split_seed
         _rename(fields, f"-seed{seed}")
         return validated(fields, self.name)
 
 
+def _set_for_all_networks(fields: dict[str, Any], settings: dict[str, object]) -> None:
+    networks = fields["networks"].values()
+    for network in networks:
+        for key in settings.keys() & network.keys():
+            del network[key]
+    if "epochs" in settings:
+        for training in (fields["training"], *networks):
+            for phase in training.get("phases", ()):
+                phase["epochs"] = settings["epochs"]
+    if "image_size" in settings:
+        fields["preprocessing"]["image_size"] = settings.pop("image_size")
+    fields["training"].update(settings)
+
+
 def _rename(fields: dict[str, Any], suffix: str) -> None:
     fields["name"] += suffix
-    fields["compare"] = tuple(name + suffix for name in fields.get("compare", ()))
+    fields["compare"] = tuple(name + suffix for name in fields["compare"])
 
 
 def validated(fields: dict[str, Any], file_name: str) -> Study:

@@ -186,7 +186,7 @@ def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
     short = study.overridden(epochs=2, networks=("vgg16", "densenet121"))
     assert [short.training_of(n).epochs for n in short.networks] == [2, 2]
     assert short.training_of("vgg16").dropout == 0.2
-    with pytest.raises(ValueError, match="'image_size': Input should be"):
+    with pytest.raises(ValueError, match="'image_size' in"):
         study.overridden(image_size=1)
 
 
@@ -272,6 +272,7 @@ def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
 def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
     study = load_study(write(tmp_path, "base", BASE)).overridden(epochs=1)
     assert [phase.epochs for phase in study.training_of("resnet18").all_phases] == [1, 1]
+    assert study.training.phases[0].epochs == 1  # what model.json records
     assert [phase.trainable for phase in study.training_of("resnet18").all_phases] == ["head", "all"]
 
 
@@ -282,7 +283,7 @@ def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
         (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
         (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
         (BASE + "[split]\nfold = 2\n", "no fold 2: the study has none"),
-        (BASE + "epochs = 3\n", "'epochs' does nothing beside `phases`"),
+        (BASE + "epochs = 3\n", "'epochs' of resnet18 does nothing beside `phases`"),
         (BASE + "[split]\nfolds = 1\n", "'folds'"),
         (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
     ],
