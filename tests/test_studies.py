@@ -1,4 +1,4 @@
-"""Study files: what they say is what is run, and a slip of the pen is named."""
+"""Study files: their settings are those that are used, and a wrong key is named."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_default_split_is_80_10_10(tmp_path):
         ("[split]\ntest = 0", r"'test' in \[split\]: Input should be greater than 0"),
     ],
 )
-def test_slip_of_the_pen_is_named_in_one_line(tmp_path, line, message):
+def test_a_wrong_key_or_value_is_named_in_one_line(tmp_path, line, message):
     (tmp_path / "mine.toml").write_text(f"{MINIMAL}\n{line}")
     with pytest.raises(ValueError, match=message) as caught:
         load_study(tmp_path / "mine.toml")
@@ -142,9 +142,9 @@ def test_split_follows_the_seed(tiny_study):
 @pytest.mark.parametrize("limit", [None, 30])
 def test_repeats_with_other_seeds_share_split_and_limit(tiny_study, limit):
     study = tiny_study.overridden(seed=3, limit=limit)
-    own, repeat = (load_table(each).frame[["path", "split"]] for each in (study, study.repeated(4)))
-    assert own.equals(repeat)
-    assert not own.equals(load_table(study.overridden(seed=4)).frame[["path", "split"]])
+    first, repeat = (load_table(each).frame[["path", "split"]] for each in (study, study.repeated(4)))
+    assert first.equals(repeat)
+    assert not first.equals(load_table(study.overridden(seed=4)).frame[["path", "split"]])
 
 
 def test_a_repeat_is_the_same_experiment_but_for_seed_and_name(tiny_study):
