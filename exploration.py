@@ -19,7 +19,7 @@ from lung_masking import LungMasking
 from networks import architecture
 from plot_images import draw_augmentations, draw_lung_segmentations, draw_samples
 from segmentation import LungSegmenter, Pair, score_pairs
-from studies import Study
+from study_settings import Study
 from utils import Preprocessing, class_counts, derived_generator, label_weights, read_xray
 
 Augment = Callable[..., np.ndarray]  # an `augmentation.Augmentation`
@@ -104,7 +104,7 @@ def lung_agreement(train: pd.DataFrame, segmenter: LungSegmenter, *, seed: int) 
 
 def inputs_of(study: Study, augment: Augment) -> str:
     """Return the image size of each network, and the augmentation."""
-    sizes = {architecture(name).title: study.image_size_of(name) for name in study.networks}
+    sizes = {architecture(name).title: study.training_of(name).image_size for name in study.networks}
     settings = study.augmentation.model_dump()
     augmentation = "none in this study" if augment.views == 1 else settings
     return f"{', '.join(f'{title} {size} px' for title, size in sizes.items())}; augmentation: {augmentation}"
@@ -116,7 +116,7 @@ def augmentation_figure(
     """Return an (H, W) X-ray as the networks see it, and nine augmented versions."""
     if augment.views == 1:
         return Markdown("*Networks see every training image as it is.*")
-    size = max(study.image_size_of(name) for name in study.networks)
+    size = max(study.training_of(name).image_size for name in study.networks)
     original = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs).resize(
         xray
     )

@@ -42,7 +42,8 @@ from run_folder import (
 )
 from segmentation import save_segmenter
 from starting_weights import NO_FILE, StartingWeights, kept_head, starting_weights
-from studies import PROJECT, Study, Training, load_study, load_table, positive_class
+from study_loading import PROJECT, load_study, load_table, positive_class
+from study_settings import Study, Training
 from trained_networks import ModelCard, save_network
 from training import FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, resolve_device, seed_everything
@@ -248,7 +249,7 @@ def _announce(job: Job, parameters: int, head: str) -> None:
     if training.weights not in NO_FILE:
         lines.append(f"head: {head}")
     lines.append(f"computed in {described(training.precision, job.accelerator.device)}")
-    if training.weights == "none" and any(phase.trainable == "head" for phase in training.stretches):
+    if training.weights == "none" and any(phase.trainable == "head" for phase in training.all_phases):
         lines.append("the frozen layers keep random weights, which is for trying things out only")
     if (positive := positive_class(study, table)) is not None:
         reason = "the study says so" if study.positive else "the other one has a name for healthy people"

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from datasets import SPLITS, XrayTable
 from objectives import MULTI_LABEL, SINGLE_LABEL, Objective, macro_auc, uninformed_loss
-from studies import Training
+from study_settings import Training
 from utils import class_weights, label_weights
 
 

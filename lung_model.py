@@ -23,7 +23,7 @@ from batches import Batch, Batches
 from datasets.phantom import CLASSES, write_phantom
 from objectives import MULTI_LABEL, Objective
 from segmentation import LungSegmenter, Pair
-from studies import Training
+from study_settings import Training
 from training import fine_tune
 from utils import resized_mask
 

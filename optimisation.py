@@ -13,7 +13,7 @@ from batches import Batch
 from compute import autocast_options, in_order
 from objectives import Objective
 from processes import Processes
-from studies import Phase, Training
+from study_settings import Phase, Training
 
 OPTIMISERS = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
 

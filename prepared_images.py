@@ -14,7 +14,7 @@ from image_cache import CacheFailed, ImageFile, cached
 from lung_masking import LungMasking
 from lung_model import default_segmenter
 from networks import architecture
-from studies import Study
+from study_settings import Study
 from utils import Preprocessing
 
 MANY_FAILURES = 0.2  # share of images without lungs from which on a warning is printed

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from compute import resolve_precision
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.table import content_digests
-from studies import PROJECT, Study, positive_class
+from study_loading import PROJECT, positive_class
+from study_settings import Study
 
 # These settings change how long a training takes, not its results.
 COSTS = frozenset({"cache_images", "checkpoint_minutes"})

@@ -30,7 +30,8 @@ from runs import (
     seed_spread,
     with_ensembles,
 )
-from studies import Study, read_images
+from study_loading import read_images
+from study_settings import Study
 from trained_networks import ModelCard, TrainedNetwork, load_network
 
 COMPARED = ("accuracy", "precision", "recall", "f1")  # metrics of the paired differences

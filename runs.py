@@ -13,7 +13,7 @@ from datasets.table import FINGERPRINT
 from metrics import MACRO, METRICS, classification_scores
 from networks import ARCHITECTURES, architecture
 from predictions import Predictions, ensemble, read_predictions
-from studies import Study
+from study_settings import Study
 from trained_networks import ModelCard, read_card
 
 
@@ -80,7 +80,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     Args:
         study: the study.
         runs: the folder of all run folders.
-        images: all images of the study, as `studies.read_images` returns them.
+        images: all images of the study, as `read_images` returns them.
 
     Raises:
         FileNotFoundError: the study has no trained network.

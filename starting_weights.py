@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import XrayTable
 from networks import architecture
-from studies import Study
+from study_settings import Study
 from trained_networks import ModelCard, read_card, run_folder
 
 NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's

@@ -20,7 +20,7 @@ from networks import set_training_mode
 from objectives import SINGLE_LABEL, Objective
 from optimisation import Optimisation, Setup
 from processes import Processes, SharedRows, synchronise_batch_norms
-from studies import Phase, Training
+from study_settings import Phase, Training
 from utils import resolve_device
 
 # After how many batches several processes agree on whether to stop or to save: to ask a GPU is to wait for it.
@@ -123,12 +123,12 @@ class _Loop:
 
     @property
     def _phase(self) -> Phase:
-        return self.setup.training.stretches[self.state.progress.phase - 1]
+        return self.setup.training.all_phases[self.state.progress.phase - 1]
 
     @property
     def _name(self) -> str:
         """The present phase and epoch, for people."""
-        progress, phases = self.state.progress, len(self.setup.training.stretches)
+        progress, phases = self.state.progress, len(self.setup.training.all_phases)
         phase = f" phase {progress.phase}/{phases} ({self._phase.trainable})" if phases > 1 else ""
         return f"{self.setup.title}{phase} epoch {progress.epoch}/{self._phase.epochs}"
 
@@ -139,7 +139,7 @@ class _Loop:
             title, folder = self.setup.title, self.state.checkpoints.folder
             step = f" and {progress.step} batches" if progress.step else ""
             self.processes.say(f"{title}: going on after {len(progress.rows)} epochs{step} ({folder})")
-        while self.state.progress.phase <= len(self.setup.training.stretches):
+        while self.state.progress.phase <= len(self.setup.training.all_phases):
             self._run_phase(batches, scratch)
 
     def _run_phase(self, batches: Mapping[str, Batches], scratch: Path | None) -> None:
@@ -261,7 +261,7 @@ class _Loop:
         checkpoints = self.state.checkpoints
         if checkpoints is None:
             return
-        done = self.state.progress.phase > len(self.setup.training.stretches)
+        done = self.state.progress.phase > len(self.setup.training.all_phases)
         stop, save = self.processes.agreed(self.requests.asked, done or checkpoints.due(every))
         if stop or save:
             self._save()

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augmentation import Augmentation
 from batches import Batches, XrayDataset
 from networks import build_network
-from studies import Training, load_study
+from study_loading import load_study
+from study_settings import Training
 from training import fine_tune
 from utils import Preprocessing
 

@@ -57,14 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time reading and splitting the full ChestX-ray14 table.")
     parser.add_argument("--rows", type=int, default=112_120)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        file = write_table(Path(folder), given.rows)
+        file = write_table(Path(folder), arguments.rows)
         table = read_chestxray14(Path(folder))
-        plain = median_seconds(lambda: pd.read_csv(file), given.rounds)
-        read = median_seconds(lambda: read_chestxray14(Path(folder)), given.rounds)
-        split = median_seconds(lambda: split_by_patient(table, val=0.05, test=0.15, seed=0), given.rounds)
-    row = {"name": f"read {given.rows:,} rows", "ours": read, "plain": plain, "ratio": read / plain}
+        plain = median_seconds(lambda: pd.read_csv(file), arguments.rounds)
+        read = median_seconds(lambda: read_chestxray14(Path(folder)), arguments.rounds)
+        split = median_seconds(lambda: split_by_patient(table, val=0.05, test=0.15, seed=0), arguments.rounds)
+    row = {"name": f"read {arguments.rows:,} rows", "ours": read, "plain": plain, "ratio": read / plain}
     report("read_table", [{**row, "split by patient": split}])
 
 

@@ -43,7 +43,7 @@ from compute import CHANNELS_LAST, autocast_options, described, in_order
 from datasets.phantom import CLASSES, write_phantom
 from image_cache import cached
 from networks import build_network
-from studies import IMAGENET_MEAN, IMAGENET_STD
+from study_settings import IMAGENET_MEAN, IMAGENET_STD
 from utils import Preprocessing
 
 Step = Callable[[Tensor, Tensor], object]

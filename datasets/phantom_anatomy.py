@@ -1,8 +1,8 @@
-"""One synthetic chest radiograph (PA view): anatomy and X-ray physics; `draw_chest` puts them and a disease together.
+"""One synthetic chest radiograph (PA view): anatomy, X-ray physics and a disease, joined by `draw_chest`.
 
 Every picture is computed, none is derived from a patient. Tissue is laid out in centimetres along the ray; the
-thicknesses are weighted by attenuation and summed (Beer-Lambert); the detector counts the photons that are
-left; the display shows the negative logarithm of the count, so that air is dark and bone is light. Coordinates
+thicknesses are weighted by attenuation and summed (Beer-Lambert); the detector counts the remaining photons; the
+display shows the negative logarithm of the count, so that air is dark and bone is light. Coordinates
 are those of `datasets/phantom_body.py`, diseases those of `datasets/phantom_lesions.py`. The numbers are
 plausible, not measured.
 """
@@ -27,8 +27,8 @@ from datasets.phantom_body import (
 )
 from datasets.phantom_lesions import LESIONS, Lesion, no_lesion
 
-# Attenuation, 1/cm, of the order that diagnostic X-rays meet; bone is what it adds to the tissue round it.
-SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # the last one: the share of an aerated lung that is air
+# Attenuation, 1/cm, of the order of diagnostic X-rays; that of bone is added to the tissue around it.
+SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # AIR_IN_LUNG: share of air in an aerated lung
 
 # Mediastinum and heart (x in cage half widths, t): the image-left border downwards, the image-right one upwards.
 VENA_CAVA = ((-0.11, -0.2), (-0.11, 0.0), (-0.12, 0.18), (-0.14, 0.36), (-0.16, 0.48))
@@ -77,7 +77,7 @@ def heart_shadow(film: Film, patient: SimpleNamespace, rng: np.random.Generator)
     right = (*VENA_CAVA, *RIGHT_ATRIUM * heart)
     left = (*LEFT_VENTRICLE * heart, *PULMONARY_TRUNK, *AORTIC_KNOB * knob)
     outline = np.array([*right, (-0.2, 1.1), (0.3, 1.1), *left])
-    outline = outline + rng.normal(0, 0.007, outline.shape)  # no two borders run alike
+    outline = outline + rng.normal(0, 0.007, outline.shape)  # every patient has other borders
     return film.fill(rounded(mediastinum(patient, outline)))
 
 
@@ -216,7 +216,7 @@ def expose(
     primary = film.soften(np.exp(-attenuation), patient.blur)
     arriving = primary + patient.scatter * film.soften(primary, 0.08)
     photons = float(np.exp(patient.photons)) * (224 / film.size) ** 2
-    # Poisson counts, by their normal limit: thousands of photons a pixel, and ten times faster.
+    # The normal limit of Poisson counts: good at thousands of photons a pixel, and ten times faster.
     noise = rng.standard_normal(arriving.shape, dtype=np.float32) * np.sqrt(arriving / photons)
     return -np.log(np.maximum(arriving + film.soften(noise, 0.4 / film.size), 1e-4))
 
@@ -226,7 +226,7 @@ def display(
 ) -> np.ndarray:
     """(S, S) brightness, from 0 to a little above 1, of an exposed `signal`.
 
-    The window is set on `healthy`, the attenuation without the disease, so that a lesion can only add brightness.
+    The window is set by `healthy`, the attenuation without the disease, so that a lesion can only add brightness.
     """
     low = float(np.percentile(healthy[mask], 20)) - patient.window_low
     high = float(np.percentile(healthy, 97)) + patient.window_high
@@ -245,12 +245,12 @@ class Chest(NamedTuple):
 
 def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> Chest:
     """Patient `number` (any from 0) with a disease of LESIONS; a shortcut marker with `shortcut_chance`, 0-1."""
-    # Independent streams: the anatomy cannot know the disease, and a patient can be drawn again without it.
+    # Independent random streams: the anatomy does not depend on the disease, so a patient can be drawn without it.
     body, illness, exposure, mark = (np.random.default_rng([seed, number, stream]) for stream in range(4))
     patient = draw_patient(body)
     film = Film(size, patient)
     air, mask = lungs(film, patient, body)
-    aerated = np.clip(air / 6, 0, 1)  # where there is air round it, a vessel shows
+    aerated = np.clip(air / 6, 0, 1)  # a vessel is seen only where there is air around it
     vessels = patient.vessel_mass * (1.8 * tree(film, patient, body, 0.015) + 1.6 * roots(film, patient))
     tissue = soft_tissue(film, patient, body) - trachea(film, patient) - gastric_bubble(film, patient)
     frame = BONE * bones(film, patient)

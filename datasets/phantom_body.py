@@ -73,7 +73,7 @@ class Film:
         self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
 
     def _pixels(self, points: ArrayLike) -> np.ndarray:
-        """Body points (..., 2) as int32, in OpenCV's 1/16 pixels of a canvas twice as large, against jagged edges."""
+        """Body points (..., 2) as int32 in 1/16 pixels of a canvas twice as large (against jagged edges)."""
         places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
         return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
 
@@ -101,7 +101,10 @@ class Film:
         pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
         left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
         right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
-        near = slice(top, bottom), slice(left, right)  # most rods are small: the rest of the film stays empty
+        near = (
+            slice(top, bottom),
+            slice(left, right),
+        )  # most rods are small, so only a part of the film is computed
         (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
         x, y = self.x[near] - x, self.y[near] - y
         along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
@@ -114,7 +117,7 @@ class Film:
         sigma = max(radius * self.size, 0.05)
         if sigma < 4:
             return cv2.GaussianBlur(picture, (0, 0), sigma)
-        # A wide blur leaves nothing that a quarter of the pixels could not hold.
+        # After a wide blur a quarter of the side holds all that is left, and is faster.
         small = cv2.resize(picture, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         small = cv2.GaussianBlur(small, (0, 0), sigma / 4)
         return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)

@@ -98,7 +98,7 @@ def interstitial(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np
     envelope = np.clip(envelope * (1 + 0.15 * film.clouds(rng, 8)), 0, 1)
     uneven = np.clip(1 + 0.4 * film.clouds(rng, 11), 0.2, 2)
     lines = 2.0 * strength * film.soften(lines, 0.0012) * envelope * uneven
-    # What can be outlined is where the lines really lie dense, not where they might.
+    # The outline is where the lines are really dense, not where they could have been.
     lung = mask.astype(np.float32)
     density = film.soften(lines * lung, 0.04) / np.maximum(film.soften(lung, 0.04), 0.05)
     region = mask & (density > 0.27 * density[mask].max())

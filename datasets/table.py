@@ -34,11 +34,11 @@ def image_frame(**columns: object) -> pd.DataFrame:
     return pd.DataFrame(dict.fromkeys(COLUMNS) | columns, dtype=object).astype({"label": "int64"})
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Raise ValueError where some `names` are not among the `known` ones; `kind` says what they are."""
-    unknown = sorted(set(names) - set(known))
+def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> None:
+    """Raise ValueError where some `names` are not among the `choices`; `kind` says what the names are."""
+    unknown = sorted(set(names) - set(choices))
     if unknown:
-        raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(choices)}")
 
 
 def refuse_empty(classes: Sequence[str], labels: Iterable[int], root: Path) -> None:

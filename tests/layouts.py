@@ -1,5 +1,6 @@
-"""Small data sets in the layouts of public ones, drawn by the phantom: file names, folders and flaws are the
-public ones', the pictures are synthetic and can be learnt. And the folder of the real ones, where there is one.
+"""Small data sets in the layouts of public ones, and the folder of the real ones where there is one.
+
+File names, folders and flaws are those of the public data sets; the phantom draws the pictures, which can be learnt.
 """
 
 import csv

@@ -20,7 +20,7 @@ from map_cases import MapCase, map_cases, stored_probabilities
 from map_report import MapReport
 from networks import build_network
 from predictions import Predictions, read_predictions
-from studies import load_study, load_table
+from study_loading import load_study, load_table
 from trained_networks import ModelCard, TrainedNetwork, load_network
 from utils import read_xray
 

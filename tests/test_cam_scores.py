@@ -24,7 +24,7 @@ from map_summary import case_counts, mean_agreement, readable, summary
 from networks import ARCHITECTURES, Architecture
 from predictions import Predictions
 from randomisation import CHANGES, random_network, randomised, rank_correlation, verdict
-from studies import Maps
+from study_settings import Maps
 from trained_networks import ModelCard, TrainedNetwork
 from traps import erased
 from utils import read_xray

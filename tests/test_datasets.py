@@ -1,4 +1,4 @@
-"""Readers, the table and the splits: what is read, what is refused, who lands where."""
+"""Readers, the table and the splits: what is read, what is refused, which patient is in which split."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_missing_root_names_the_command_that_gets_the_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (("COVID/a", "covid-19/b"), "both COVID and covid-19: keep one"),
         (("COVID/images/a", "COVID-19/b"), "both COVID and COVID-19: keep one"),
@@ -113,15 +113,15 @@ def test_missing_root_names_the_command_that_gets_the_data(tmp_path):
         ),
     ],
 )
-def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names, told):
+def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names, message):
     for name in (*names, "Lung_Opacity/c"):
         draw(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_dataset("covid_radiography", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("reader", "folders", "told"),
+    ("reader", "folders", "message"),
     [
         ("folder", ("sick", "healthy", "Sick"), "both Sick and sick: use one spelling"),
         ("folder", ("train/sick", "train/healthy", "test/Sick"), "both Sick and sick: use one spelling"),
@@ -129,10 +129,10 @@ def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names,
         ("kermany", ("train/NORMAL", "train/Normal", "test/NORMAL"), "both NORMAL and Normal: keep one"),
     ],
 )
-def test_folder_that_is_there_twice_is_refused_by_every_reader(tmp_path, reader, folders, told):
+def test_folder_that_is_there_twice_is_refused_by_every_reader(tmp_path, reader, folders, message):
     for folder in folders:
         draw(tmp_path / folder / "IM-0001-0001.jpeg")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_dataset(reader, tmp_path)
 
 
@@ -366,7 +366,7 @@ KERMANY_PATIENTS = {
 }
 
 
-def test_kermany_patients_are_told_by_name_and_begin_again_in_the_test_set(tmp_path):
+def test_kermany_patients_are_read_from_name_and_begin_again_in_the_test_set(tmp_path):
     table = read_dataset("kermany", touch_kermany(tmp_path))
     assert dict(zip(table.relative_paths(), table.frame["patient"], strict=True)) == KERMANY_PATIENTS
     assert table.has_patient_ids
@@ -556,7 +556,7 @@ def test_image_without_a_label_gets_none_of_another_image(tmp_path, empty):
     assert len(read_dataset("chestxray14", tmp_path)) == 5
 
 
-def test_flaws_of_the_published_tables_are_told(tmp_path):
+def test_flaws_of_the_published_tables_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nih-chest-xrays/data"):
         read_dataset("chestxray14", tmp_path)
     write_chestxray14(tmp_path, size=32, images=6)

@@ -10,7 +10,7 @@ from notebook_runs import run_notebook
 
 from finetune import main
 from runs import read_runs
-from studies import STUDIES, load_study, read_images
+from study_loading import STUDIES, load_study, read_images
 from trained_networks import load_network
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def run_everything(name: str, root: Path, runs: Path) -> None:
     trained = read_runs(study, runs, read_images(study))
     for run in trained.values():
         assert run.card.image_size == 64
-        assert len(run.history) == len(study.training_of(run.card.architecture).stretches)
+        assert len(run.history) == len(study.training_of(run.card.architecture).all_phases)
         load_network(run.folder)
     parameters = {"study": name, "data_root": str(root), "runs": str(runs), "limit": 64}
     for notebook in ("1_data_exploration", "3_evaluate_results"):

@@ -20,7 +20,8 @@ from finetune import fine_tune_study, main
 from lung_model import phantom_segmenter, untrained_segmenter
 from predictions import read_predictions
 from segmentation import save_segmenter
-from studies import Training, load_study, load_table
+from study_loading import load_study, load_table
+from study_settings import Training
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 

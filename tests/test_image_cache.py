@@ -21,7 +21,7 @@ from explanations import explain
 from finetune import fine_tune_study
 from image_cache import CacheFailed, cached
 from overlay_cam import main
-from studies import PROJECT, load_study, load_table
+from study_loading import PROJECT, load_study, load_table
 from trained_networks import load_network
 from utils import Preprocessing, read_xray
 

@@ -34,7 +34,8 @@ from segmentation import (
     split_pairs,
     two_lungs,
 )
-from studies import PROJECT, Training
+from study_loading import PROJECT
+from study_settings import Training
 from utils import derived_generator, read_mask, read_xray
 
 DATA_ROOT = os.environ.get("DATA_ROOT")

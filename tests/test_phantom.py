@@ -1,4 +1,4 @@
-"""What the synthetic chest radiographs promise."""
+"""The synthetic chest radiographs: anatomy, diseases, boxes, the planted shortcut and the data set on disk."""
 
 import csv
 import json

@@ -14,7 +14,7 @@ from conftest import TINY_STUDY
 from safetensors.torch import load_file
 
 from explanations import explain
-from studies import PROJECT
+from study_loading import PROJECT
 from trained_networks import load_network, read_card
 from utils import read_xray
 

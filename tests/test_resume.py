@@ -25,7 +25,8 @@ from finetune import fine_tune_study, main
 from networks import build_network
 from provenance import provenance_of
 from run_folder import finished_digest, replaced_results, training_folder
-from studies import PROJECT, Training, load_study, load_table
+from study_loading import PROJECT, load_study, load_table
+from study_settings import Training
 from training import fine_tune
 from utils import Preprocessing, write_whole
 

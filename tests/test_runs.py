@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from finetune import fine_tune_study, main
 from metrics import METRICS
 from runs import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
-from studies import load_study, load_table, read_images
+from study_loading import load_study, load_table, read_images
 
 pytestmark = pytest.mark.slow
 

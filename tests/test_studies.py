@@ -1,4 +1,4 @@
-"""Study files: what they say is what is run, and a slip of the pen is named."""
+"""Study files: their settings are those that are used, and a wrong key is named."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from networks import ARCHITECTURES
-from studies import STUDIES, load_study, load_table, positive_class
+from study_loading import STUDIES, load_study, load_table, positive_class
 
 MINIMAL = """
 title = "Mine"
@@ -61,7 +61,7 @@ def test_default_split_is_80_10_10(tmp_path):
         ("[split]\ntest = 0", r"'test' in \[split\]: Input should be greater than 0"),
     ],
 )
-def test_slip_of_the_pen_is_named_in_one_line(tmp_path, line, message):
+def test_a_wrong_key_or_value_is_named_in_one_line(tmp_path, line, message):
     (tmp_path / "mine.toml").write_text(f"{MINIMAL}\n{line}")
     with pytest.raises(ValueError, match=message) as caught:
         load_study(tmp_path / "mine.toml")
@@ -142,9 +142,9 @@ def test_split_follows_the_seed(tiny_study):
 @pytest.mark.parametrize("limit", [None, 30])
 def test_repeats_with_other_seeds_share_split_and_limit(tiny_study, limit):
     study = tiny_study.overridden(seed=3, limit=limit)
-    own, repeat = (load_table(each).frame[["path", "split"]] for each in (study, study.repeated(4)))
-    assert own.equals(repeat)
-    assert not own.equals(load_table(study.overridden(seed=4)).frame[["path", "split"]])
+    first, repeat = (load_table(each).frame[["path", "split"]] for each in (study, study.repeated(4)))
+    assert first.equals(repeat)
+    assert not first.equals(load_table(study.overridden(seed=4)).frame[["path", "split"]])
 
 
 def test_a_repeat_is_the_same_experiment_but_for_seed_and_name(tiny_study):
@@ -186,17 +186,17 @@ def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
     short = study.overridden(epochs=2, networks=("vgg16", "densenet121"))
     assert [short.training_of(n).epochs for n in short.networks] == [2, 2]
     assert short.training_of("vgg16").dropout == 0.2
-    with pytest.raises(ValueError, match="'image_size': Input should be"):
+    with pytest.raises(ValueError, match="'image_size' in"):
         study.overridden(image_size=1)
 
 
 def test_image_size_override_holds_for_all_networks(tmp_path):
     (tmp_path / "mine.toml").write_text(MINIMAL + "[networks.vgg16]\nimage_size = 64\n")
     study = load_study(tmp_path / "mine.toml")
-    assert study.image_size_of("resnet18") == 224
-    assert study.image_size_of("vgg16") == 64
+    assert study.training_of("resnet18").image_size == 224
+    assert study.training_of("vgg16").image_size == 64
     small = study.overridden(image_size=96)
-    assert {small.image_size_of(n) for n in small.networks} == {96}
+    assert {small.training_of(n).image_size for n in small.networks} == {96}
 
 
 def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
@@ -257,7 +257,7 @@ def test_a_study_that_extends_another_differs_in_its_own_lines_only(tmp_path):
     assert variant.model_dump(exclude=same) == base.model_dump(exclude=same)
     again = load_study(write(tmp_path, "third", 'extends = "variant"\n[training]\nphases = []\nepochs = 7\n'))
     assert again.augmentation.horizontal_flip
-    assert again.training_of("resnet18").stretches[0].epochs == 7
+    assert again.training_of("resnet18").all_phases[0].epochs == 7
 
 
 def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
@@ -271,8 +271,9 @@ def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
 
 def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
     study = load_study(write(tmp_path, "base", BASE)).overridden(epochs=1)
-    assert [phase.epochs for phase in study.training_of("resnet18").stretches] == [1, 1]
-    assert [phase.trainable for phase in study.training_of("resnet18").stretches] == ["head", "all"]
+    assert [phase.epochs for phase in study.training_of("resnet18").all_phases] == [1, 1]
+    assert study.training.phases[0].epochs == 1  # what model.json records
+    assert [phase.trainable for phase in study.training_of("resnet18").all_phases] == ["head", "all"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
         (BASE + "[[datasets]]\nreader = 'folder'\nroot = 'other'\n", r"either \[data\] or"),
         (BASE.replace("epochs = 2 }", "epocs = 2 }"), "did you mean 'epochs'"),
         (BASE + "[split]\nfold = 2\n", "no fold 2: the study has none"),
-        (BASE + "epochs = 3\n", "'epochs' does nothing beside `phases`"),
+        (BASE + "epochs = 3\n", "'epochs' of resnet18 does nothing beside `phases`"),
         (BASE + "[split]\nfolds = 1\n", "'folds'"),
         (BASE.replace('root = "images"', 'root = "images"\nofficial_split = true'), "chestxray14"),
     ],

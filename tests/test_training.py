@@ -11,7 +11,7 @@ from augmentation import Augmentation
 from batches import Batches, XrayDataset
 from networks import build_network
 from objectives import MULTI_LABEL, SINGLE_LABEL, multi_label_loss, single_label_loss, uninformed_loss
-from studies import Training
+from study_settings import Training
 from training import fine_tune, predict_logits
 from utils import Preprocessing, label_weights
 

@@ -15,7 +15,7 @@ from checkpoints import Checkpoints
 from datasets import data_fingerprint
 from finetune import fine_tune_study, main
 from runs import read_runs, read_seeds
-from studies import load_study, load_table, read_images
+from study_loading import load_study, load_table, read_images
 
 pytestmark = pytest.mark.slow
 

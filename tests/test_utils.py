@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
 from batches import XrayDataset
-from studies import IMAGENET_MEAN, IMAGENET_STD
+from study_settings import IMAGENET_MEAN, IMAGENET_STD
 from utils import (
     Preprocessing,
     class_weights,
