@@ -23,7 +23,7 @@ from batches import Batch, Batches
 from datasets.phantom import CLASSES, write_phantom
 from objectives import MULTI_LABEL, Objective
 from segmentation import LungSegmenter, Pair
-from study_settings import Training
+from study_settings import NetworkTraining
 from training import fine_tune
 from utils import resized_mask
 
@@ -39,7 +39,7 @@ PHANTOM_SEEDS = 2**63
 # The environment variables by which a launcher tells a process that it is one of several.
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # What `default_segmenter` trains on takes half a minute.
-PHANTOMS, PHANTOM_TRAINING = 240, Training(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
+PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
 
 
 class PairViews:
@@ -110,7 +110,7 @@ def alone() -> Iterator[None]:
 
 
 def fit(
-    start: LungSegmenter, pairs: Sequence[Pair], training: Training, *, seed: int = 0, device: str = "cpu"
+    start: LungSegmenter, pairs: Sequence[Pair], training: NetworkTraining, *, seed: int = 0, device: str = "cpu"
 ) -> LungSegmenter:
     """Return a segmenter, trained from the weights of `start`, with the weights of its best epoch.
 
@@ -162,7 +162,7 @@ def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list
 
 
 def phantom_segmenter(
-    start: LungSegmenter, count: int, training: Training, *, seed: int = 0, device: str = "cpu"
+    start: LungSegmenter, count: int, training: NetworkTraining, *, seed: int = 0, device: str = "cpu"
 ) -> LungSegmenter:
     """Return a segmenter trained on about `count` phantoms, which are drawn for it and removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:

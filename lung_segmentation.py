@@ -28,10 +28,10 @@ SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1
 def fit(arguments: argparse.Namespace) -> int:
     """Train a lung model, score it on the pairs that are held out, and save it."""
     import lung_model  # with accelerate and pandas: `predict` needs neither
-    from study_settings import Training
+    from study_settings import NetworkTraining
 
     common = {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
-    training = Training(**{name: getattr(arguments, name) for name in SETTINGS})
+    training = NetworkTraining(**{name: getattr(arguments, name) for name in SETTINGS})
     if arguments.start == "none":
         segmenter = lung_model.untrained_segmenter(arguments.encoder, seed=arguments.seed)
     else:

@@ -21,7 +21,7 @@ from lung_model import phantom_segmenter, untrained_segmenter
 from predictions import read_predictions
 from segmentation import save_segmenter
 from study_loading import load_study, load_table
-from study_settings import Training
+from study_settings import NetworkTraining
 from trained_networks import TrainedNetwork, load_network
 from utils import read_xray
 
@@ -521,7 +521,7 @@ def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(
         networks.lenet5 = {{}}
         """
     )
-    training = Training(epochs=3, image_size=64, batch_size=8, learning_rate=1e-3)
+    training = NetworkTraining(epochs=3, image_size=64, batch_size=8, learning_rate=1e-3)
     save_segmenter(tmp_path / "runs" / "lungs", phantom_segmenter(untrained_segmenter(), 40, training))
     study = load_study(tmp_path / "mine.toml")
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=tmp_path / "runs", device="cpu")

@@ -35,11 +35,11 @@ from segmentation import (
     two_lungs,
 )
 from study_loading import PROJECT
-from study_settings import Training
+from study_settings import NetworkTraining
 from utils import derived_generator, read_mask, read_xray
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
-BRIEF = Training(epochs=1, image_size=32, batch_size=4, learning_rate=3e-3, precision="fp32")
+BRIEF = NetworkTraining(epochs=1, image_size=32, batch_size=4, learning_rate=3e-3, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ import torch
 import lung_model
 from processes import accelerator_on
 lung_model.PHANTOMS = 8
-lung_model.PHANTOM_TRAINING = lung_model.Training(epochs=1, image_size=32, batch_size=4)
+lung_model.PHANTOM_TRAINING = lung_model.NetworkTraining(epochs=1, image_size=32, batch_size=4)
 processes = accelerator_on(torch.device("cpu"))
 with processes.main_process_first():
     segmenter = lung_model.default_segmenter(pathlib.Path({str(tmp_path / "lungs")!r}))
