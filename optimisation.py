@@ -51,7 +51,6 @@ class Optimisation:
         self.optimizer = OPTIMISERS[setup.training.optimizer](
             [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=phase.learning_rate,
-            weight_decay=setup.training.weight_decay,
             fused=setup.processes.device.type != "mps",
         )
         self._schedule = _schedule(self.optimizer, setup.training, phase, batches)
