@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
 STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
-.PHONY: demo test bench notebooks clean
+.PHONY: demo test quicktest bench notebooks clean
 
 # The three notebooks on the synthetic phantom, then an overlay of one X-ray: see runs/demo/.
 demo: .venv/installed
@@ -22,6 +22,10 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/$(STRIP) --verify *.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# While working on it: all tests that neither train nor start programs nor run notebooks, in under two minutes.
+quicktest: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # How fast it is beside the usual way, and whether it survives kills: tables on the screen and in benchmarks/results/.
 bench: .venv/installed

@@ -20,18 +20,24 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import networks
-from batch_norm_folding import add_batch_norm, fold_batch_norm
-from calibration import fit_temperature
-from checkpoints import Checkpoints, on_cpu
-from compute import described
+from architectures.batch_norm_folding import add_batch_norm, fold_batch_norm
 from datasets import SPLITS, XrayTable
 from datasets.splits import splits_frame
-from learning_task import LearningTask, learning_task
-from predictions import choose_thresholds
-from prepared_images import PreparedImages, lung_masking_of, prepared_images
-from processes import accelerator_on, from_main, refuse_differences
-from provenance import Provenance, changed_images, origin, process_settings, provenance_of
-from run_folder import (
+from evaluation.calibration import fit_temperature
+from evaluation.predictions import choose_thresholds
+from inference.starting_weights import NO_FILE, StartingWeights, kept_head, starting_weights
+from inference.trained_networks import ModelCard, save_network
+from lungs.segmentation import save_segmenter
+from studies.loading import PROJECT, load_study, load_table, positive_class
+from studies.settings import Study, Training
+from training.checkpoints import Checkpoints, on_cpu
+from training.devices import described
+from training.learning_task import LearningTask, learning_task
+from training.loop import FineTuned, fine_tune, predict_logits
+from training.prepared_images import PreparedImages, lung_masking_of, prepared_images
+from training.processes import accelerator_on, from_main, refuse_differences
+from training.provenance import Provenance, changed_images, origin, process_settings, provenance_of
+from training.run_folder import (
     CARD,
     RESUME,
     finished_digest,
@@ -40,12 +46,6 @@ from run_folder import (
     replaced_results,
     training_folder,
 )
-from segmentation import save_segmenter
-from starting_weights import NO_FILE, StartingWeights, kept_head, starting_weights
-from study_loading import PROJECT, load_study, load_table, positive_class
-from study_settings import Study, Training
-from trained_networks import ModelCard, save_network
-from training import FineTuned, fine_tune, predict_logits
 from utils import Preprocessing, resolve_device, seed_everything
 
 RUNS = PROJECT / "runs"

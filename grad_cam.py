@@ -1,6 +1,6 @@
 """Class activation maps of any network, for little more than the price of a forward pass.
 
-The formulas of the methods are in `cam_methods`. This module provides the activations and gradients that they need, as
+The formulas of the methods are in `cams.methods`. This module provides the activations and gradients that they need, as
 Grad-CAM does (Selvaraju et al. 2017, ICCV, arXiv:1610.02391).
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cam_methods import Method, cam_method, eigen_cam_maps, score_cam_weights, weighted_maps
-from maps import CamMaps, LayerMaps
+from cams.maps import CamMaps, LayerMaps
+from cams.methods import Method, cam_method, eigen_cam_maps, score_cam_weights, weighted_maps
+from cams.receptive_fields import CellTracker, Grid
 from networks import class_logits
-from receptive_fields import CellTracker, Grid
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
 
@@ -57,7 +57,7 @@ class GradCAM:
             model: returns (N, C) logits for (N, 3, H, W) images.
             layer: name of a layer as in `model.named_modules()`, or several names; None for the layer that
                 `build_network` noted on the model (`model.cam_layer`).
-            method: a name in `cam_methods.METHODS`.
+            method: a name in `cams.methods.METHODS`.
             multilabel: each output is the logit of one finding.
 
         Raises:

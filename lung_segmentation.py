@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import segmentation
+from lungs import segmentation
 from utils import read_xray, resolve_device, write_whole
 
 MASK_SOFTWARE = "xraycam lung mask"  # the PNG field "Software" of a mask: no other file is replaced
@@ -28,7 +28,8 @@ SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1
 def fit(arguments: argparse.Namespace) -> int:
     """Train a lung model, score it on the pairs that are held out, and save it."""
     import lung_model  # with accelerate and pandas: `predict` needs neither
-    from study_settings import NetworkTraining
+
+    from studies.settings import NetworkTraining
 
     common = {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
     training = NetworkTraining(**{name: getattr(arguments, name) for name in SETTINGS})
@@ -59,7 +60,7 @@ def scored(
     segmenter: segmentation.LungSegmenter, test: Sequence[segmentation.Pair], *, seed: int
 ) -> segmentation.LungSegmenter:
     """Print Dice and IoU on held-out pairs, with intervals; return the segmenter with these as its validation."""
-    from intervals import bootstrap_mean
+    from evaluation.intervals import bootstrap_mean
 
     scores = segmentation.score_pairs(segmenter, test)
     dice = bootstrap_mean(scores["dice"], scores["group"], rng=np.random.default_rng(seed))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from small_networks import lenet5, named_sequence, resnet_v2, small_cnn
+from architectures.small_networks import lenet5, named_sequence, resnet_v2, small_cnn
 
 
 @dataclass(frozen=True)

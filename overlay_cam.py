@@ -50,14 +50,22 @@ from typing import NamedTuple
 
 import torch
 
-from answer_text import text_of
-from answers import MapOptions, Question, answer, check_layers, lung_finder, lung_folder
-from cam_methods import METHODS, cam_method
-from heatmaps import COLORMAPS
-from resumable_table import Share
-from trained_networks import ModelCard, ensemble_card, load_network, read_card, run_folder
+from cams.heatmaps import COLORMAPS
+from cams.methods import METHODS, cam_method
+from inference.answer_text import text_of
+from inference.answers import MapOptions, Question, answer, check_layers, lung_finder, lung_folder
+from inference.resumable_table import Share
+from inference.trained_networks import ModelCard, ensemble_card, load_network, read_card, run_folder
+from inference.xray_files import (
+    TABLE,
+    Job,
+    PredictionTable,
+    images_in,
+    model_settings,
+    names_file,
+    overlay_paths,
+)
 from utils import resolve_device
-from xray_files import TABLE, Job, PredictionTable, images_in, model_settings, names_file, overlay_paths
 
 # Errors that every later image would have too: no space, no quota, file size limit, nobody reads the output.
 HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE})

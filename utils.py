@@ -213,7 +213,7 @@ class Preprocessing:
         mean: Mean of each channel, in units of the 0–1 range.
         std: Standard deviation of each channel, in the same units.
         lungs: Function from an (H, W) uint8 X-ray to one with all but its lungs blackened, such as a
-            `lung_masking.LungMasking`.
+            `lungs.masking.LungMasking`.
     """
 
     image_size: int

@@ -19,12 +19,12 @@ from reports import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from augmentation import Augmentation
-from batches import Batches, XrayDataset
 from networks import build_network
-from study_loading import load_study
-from study_settings import Training
-from training import fine_tune
+from studies.loading import load_study
+from studies.settings import Training
+from training.augmentation import Augmentation
+from training.batches import Batches, XrayDataset
+from training.loop import fine_tune
 from utils import Preprocessing
 
 

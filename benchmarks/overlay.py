@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FORWARD = """
 import time, sys, torch
 sys.path.insert(0, {project!r})
-from trained_networks import load_network, run_folder
+from inference.trained_networks import load_network, run_folder
 network, card, _ = load_network(run_folder({model!r}))
 images = torch.randn(1, 3, card.image_size, card.image_size)
 with torch.inference_mode():

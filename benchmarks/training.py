@@ -4,9 +4,9 @@
                                   [--rounds 5] [--device cpu] [--data FOLDER]
 
 The plain loop decodes each file with PIL in a `DataLoader`. torchvision resizes it and makes a tensor of it. It uses
-fp32, the default memory format and Adam. Our loop takes images from the memory-mapped file of `image_cache`, computes
-by the rule of `compute` (bf16 where the device has units for it, channels last) and uses fused Adam. Both train the
-same network on the same files. They take turns, and medians are printed.
+fp32, the default memory format and Adam. Our loop takes images from the memory-mapped file of `training.image_cache`,
+computes by the rule of `training.devices` (bf16 where the device has units for it, channels last) and uses fused Adam.
+Both train the same network on the same files. They take turns, and medians are printed.
 
     step NETWORK    seconds of a training step on a batch that is in memory already
     loading         seconds to bring an epoch from the disk to the device, from the second epoch on
@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reports import machine, report
 
-from batches import Batches, XrayDataset
-from compute import CHANNELS_LAST, autocast_options, described, in_order
 from datasets.phantom import CLASSES, write_phantom
-from image_cache import cached
 from networks import build_network
-from study_settings import IMAGENET_MEAN, IMAGENET_STD
+from studies.settings import IMAGENET_MEAN, IMAGENET_STD
+from training.batches import Batches, XrayDataset
+from training.devices import CHANNELS_LAST, autocast_options, described, in_order
+from training.image_cache import cached
 from utils import Preprocessing
 
 Step = Callable[[Tensor, Tensor], object]
@@ -83,7 +83,7 @@ def plain_step(name: str, device: torch.device) -> Step:
 
 
 def our_step(name: str, device: torch.device) -> Step:
-    """Return the training step of `optimisation.Optimisation`, of a new network."""
+    """Return the training step of `training.optimisation.Optimisation`, of a new network."""
     network = build_network(name, 4).to(device, memory_format=CHANNELS_LAST).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 

@@ -7,8 +7,8 @@ from layouts import chestxray14_root, data_root, kermany_root  # noqa: F401 (fix
 
 from datasets.phantom import CLASSES, write_phantom
 from finetune import fine_tune_study
-from study_loading import load_study, load_table
-from study_settings import Study
+from studies.loading import load_study, load_table
+from studies.settings import Study
 
 TINY_STUDY = """
 title = "Tiny phantom"

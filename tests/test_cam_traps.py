@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from cam_methods import METHODS, eigen_cam_maps
+from cams.methods import METHODS, eigen_cam_maps
 from grad_cam import GradCAM
 from networks import build_network
 

@@ -8,10 +8,10 @@ from layouts import data_root as real_data  # noqa: F401 - a fixture, by its own
 from layouts import write_chestxray14, write_covid_radiography, write_kermany
 from notebook_runs import run_notebook
 
+from evaluation.runs import read_runs
 from finetune import main
-from runs import read_runs
-from study_loading import STUDIES, load_study, read_images
-from trained_networks import load_network
+from inference.trained_networks import load_network
+from studies.loading import STUDIES, load_study, read_images
 
 pytestmark = pytest.mark.slow
 

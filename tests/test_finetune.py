@@ -15,14 +15,14 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import finetune
-from explanations import explain
+from evaluation.predictions import read_predictions
 from finetune import fine_tune_study, main
-from lung_model import phantom_segmenter, untrained_segmenter
-from predictions import read_predictions
-from segmentation import save_segmenter
-from study_loading import load_study, load_table
-from study_settings import NetworkTraining
-from trained_networks import TrainedNetwork, load_network
+from inference.explanations import explain
+from inference.trained_networks import TrainedNetwork, load_network
+from lungs.segmentation import save_segmenter
+from studies.loading import load_study, load_table
+from studies.settings import NetworkTraining
+from training.lung_model import phantom_segmenter, untrained_segmenter
 from utils import read_xray
 
 pytestmark = pytest.mark.slow

@@ -8,12 +8,12 @@ from pytorch_grad_cam import GradCAM as ReferenceGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from explanations import explain
+from cams.maps import scaled
+from cams.receptive_fields import Axis
 from grad_cam import GradCAM
-from maps import scaled
+from inference.explanations import explain
+from inference.trained_networks import ModelCard, TrainedNetwork
 from networks import build_network
-from receptive_fields import Axis
-from trained_networks import ModelCard, TrainedNetwork
 
 SIZE = 96
 # A network of each way of building: pools, shortcuts, concatenation, squeeze-and-excitation, pre-activation.

@@ -12,8 +12,18 @@ from torch import nn
 from torch.nn import functional
 from torchvision import models
 
-from batch_norm_folding import add_batch_norm, fold_batch_norm
+from architectures.batch_norm_folding import add_batch_norm, fold_batch_norm
+from architectures.small_networks import lenet5, resnet_v2
 from grad_cam import GradCAM
+from inference.trained_networks import (
+    ModelCard,
+    TrainedNetwork,
+    ensemble_card,
+    load_network,
+    read_card,
+    run_folder,
+    save_network,
+)
 from networks import (
     ARCHITECTURES,
     build_network,
@@ -22,16 +32,6 @@ from networks import (
     parameter_count,
     set_training_mode,
     trunk_features,
-)
-from small_networks import lenet5, resnet_v2
-from trained_networks import (
-    ModelCard,
-    TrainedNetwork,
-    ensemble_card,
-    load_network,
-    read_card,
-    run_folder,
-    save_network,
 )
 
 # Parameters for 1,000 classes as torchvision documents them, and the input width of the last layer.
@@ -542,7 +542,7 @@ def test_network_for_masked_lungs_never_sees_whole_images_unasked():
 
 @pytest.mark.slow
 def test_run_with_masked_lungs_comes_back_with_its_segmenter(tmp_path):
-    from segmentation import LungSegmenter, save_segmenter, unet
+    from lungs.segmentation import LungSegmenter, save_segmenter, unet
 
     torch.manual_seed(0)
     save_network(tmp_path, build_network("small_cnn", 3), card("small_cnn", lung_masking=True))

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 import overlay_cam
-from answers import MapOptions, Question, answer
-from cam_methods import METHODS
+from cams.heatmaps import boxes_from_map, overlay, with_colour_bar
+from cams.methods import METHODS
 from datasets.phantom import CLASSES
-from explanations import explain
 from grad_cam import GradCAM
-from heatmaps import boxes_from_map, overlay, with_colour_bar
+from inference.answers import MapOptions, Question, answer
+from inference.explanations import explain
+from inference.trained_networks import ModelCard, TrainedNetwork, load_network, save_network
+from lungs.segmentation import LungSegmenter, load_segmenter, save_segmenter, unet
 from networks import build_network
 from overlay_cam import chosen_labels, main, suffixes
-from segmentation import LungSegmenter, load_segmenter, save_segmenter, unet
-from trained_networks import ModelCard, TrainedNetwork, load_network, save_network
 from utils import read_xray
 
 PROJECT = Path(__file__).parent.parent

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+from inference.resumable_table import ResumableTable, Share, cell
+from inference.trained_networks import ModelCard, save_network
+from lungs.segmentation import LungSegmenter, save_segmenter, unet
 from networks import build_network
 from overlay_cam import main, share_of
-from resumable_table import ResumableTable, Share, cell
-from segmentation import LungSegmenter, save_segmenter, unet
-from trained_networks import ModelCard, save_network
 
 PROJECT = Path(__file__).parent.parent
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 import finetune
-import prepared_images
-from checkpoints import Checkpoints
 from datasets import data_fingerprint
+from evaluation.runs import read_runs, read_seeds
 from finetune import fine_tune_study, main
-from runs import read_runs, read_seeds
-from study_loading import load_study, load_table, read_images
+from studies.loading import load_study, load_table, read_images
+from training import prepared_images
+from training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 

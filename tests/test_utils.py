@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
-from batches import XrayDataset
-from study_settings import IMAGENET_MEAN, IMAGENET_STD
+from studies.settings import IMAGENET_MEAN, IMAGENET_STD
+from training.batches import XrayDataset
 from utils import (
     Preprocessing,
     class_weights,

@@ -1,0 +1,266 @@
+"""Scores of a network's maps on its test cases, by several methods and beside chance.
+
+Where the data says where something is, maps are held against it (`localization`). The network itself shows whether maps
+are faithful to it (`faithfulness`) and depend on what it has learnt (`randomisation`). `map_cases` chooses the cases,
+`map_summary` makes a table of the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cams.maps import CamMaps, LayerMaps
+from cams.methods import METHODS
+from evaluation.faithfulness import ClassifiedImages, deletion_insertion, masked_confidence
+from evaluation.localization import CHANCE, best_overlap, mass_inside, peak_inside
+from evaluation.map_cases import MapCase, lungs_of, refuse_other_answer, target_of
+from evaluation.randomisation import random_network, randomised, rank_correlation
+from inference.explanations import cam_of
+from inference.trained_networks import TrainedNetwork
+from utils import read_xray
+
+if TYPE_CHECKING:
+    from lungs.masking import LungMask
+
+NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
+BATCH = 16  # images in one forward pass
+# The first method's map of another patient, of the same class where there is one: it knows the class, not the image.
+ANOTHER = "another patient's"
+
+
+class MapScores(NamedTuple):
+    """Scores of one network's maps: a row for each case and kind of map.
+
+    All frames have the columns path, patient, label and map. `map` is a method's title or a kind of map that knows
+    nothing of the image: `ANOTHER`, or one of `localization.CHANCE`.
+
+    Attributes:
+        located: against lesion and lungs, NaN where these are unknown:
+
+            - peak: 1.0 if the map's peak is in the lesion (in its boxes where it has no mask), else 0.0;
+            - in_lesion: share of the map's sum in the lesion, 0 for an empty map;
+            - in_lungs: share of the map's sum in the lungs, NaN for an empty map;
+            - iou, iobb, detected: see `localization.BoxOverlap`;
+            - empty: 1.0 for a map without evidence, else 0.0.
+        faithful: probability, drop and increase of `faithfulness.MaskedConfidence`, deletion and insertion of
+            `faithfulness.DeletionInsertion`; NaN for an empty map.
+        randomised: a row also for each random network and stage of randomisation:
+
+            - network: 0 to `NETWORKS` - 1;
+            - stage: 0 is the head alone;
+            - share: of the modules that are random;
+            - correlation: of the map's ranks with the trained network's map, NaN where that is empty;
+            - agreement: the absolute correlation.
+    """
+
+    located: pd.DataFrame
+    faithful: pd.DataFrame
+    randomised: pd.DataFrame
+
+
+def score_maps(
+    trained: TrainedNetwork,
+    cases: Sequence[MapCase],
+    *,
+    methods: Sequence[str],
+    faithful: int,
+    steps: int,
+    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
+    seed: int,
+) -> MapScores:
+    """Return the scores of a network's maps by several methods, and of maps that know nothing.
+
+    Args:
+        trained: the network.
+        cases: of `map_cases`. All of them are held against what is known of them, at the X-rays' own size.
+        methods: names of `cams.methods.METHODS`.
+        faithful: the number of cases, drawn by `seed`, on which the network is run again: several hundred passes each.
+        steps: of `faithfulness.deletion_insertion`.
+        find_lungs: finds the lungs of an X-ray without a lung mask (`lungs.masking.LungMasking.mask_of`).
+        seed: of all draws.
+
+    Raises:
+        ValueError: there are no cases, or the network's probabilities for a case are not the stored ones.
+    """
+    if not cases:
+        raise ValueError("no test image to score maps on: none was classified correctly, or has the finding")
+    device = next(trained.network.parameters()).device
+    images = torch.stack([trained.preprocessing(read_xray(case.path)) for case in cases]).to(device)
+    classes = torch.tensor([case.class_index for case in cases], device=device)
+    maps = _maps(trained, images, classes, methods)
+    first = maps[methods[0]]
+    _refuse_other_answers(trained, cases, first.logits)
+    kinds = {METHODS[name].title: of_method for name, of_method in maps.items()}
+    partners = _partners(cases, seed)
+    if partners is not None:
+        kinds[ANOTHER] = first[partners]
+    asked = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
+    asked_cases = [cases[i] for i in asked]
+    subject = _subject(trained, images[asked], classes[asked])
+    asked_kinds, asked_maps = ({name: m[asked] for name, m in of.items()} for of in (kinds, maps))
+    return MapScores(
+        _located(cases, kinds, find_lungs),
+        _faithful(subject, asked_cases, asked_kinds, steps=steps, seed=seed),
+        _randomised(trained, subject, asked_cases, asked_maps, seed=seed),
+    )
+
+
+def _maps(
+    trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]
+) -> dict[str, CamMaps]:
+    """Return a map for each image and its class, by the methods' names."""
+    with cam_of(trained) as cam:
+        batches = [
+            cam.by_method(methods, *batch)
+            for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
+        ]
+    maps = {}
+    for name in methods:
+        parts = [batch[name] for batch in batches]
+        raw, chosen, logits = (
+            torch.cat([getattr(part, field) for part in parts]) for field in ("raw", "classes", "logits")
+        )
+        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), chosen, logits)
+    return maps
+
+
+def _refuse_other_answers(trained: TrainedNetwork, cases: Sequence[MapCase], logits: Tensor) -> None:
+    for case, probabilities in zip(cases, trained.card.probabilities(logits).cpu().numpy(), strict=True):
+        if case.probabilities is not None:
+            refuse_other_answer(trained, case.path, probabilities, case.probabilities)
+
+
+def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
+    """Return a case of another patient for each case, of the same class where possible; None for a single patient."""
+    rng = np.random.default_rng(seed)
+    patients = np.array([str(case.patient) for case in cases])
+    labels = np.array([case.class_index for case in cases])
+    if (patients == patients[0]).all():
+        return None
+    partners = []
+    for patient, label in zip(patients, labels, strict=True):
+        others = np.flatnonzero(patients != patient)
+        same_class = others[labels[others] == label]
+        partners.append(int(rng.choice(same_class if len(same_class) else others)))
+    return partners
+
+
+def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
+    """Return the images with the network, in the form in which its faithfulness is tested."""
+
+    def probabilities(batch: Tensor) -> Tensor:
+        return trained.card.probabilities(trained.network(batch))
+
+    return ClassifiedImages(probabilities, images, classes, _baseline(trained, images))
+
+
+def _baseline(trained: TrainedNetwork, images: Tensor) -> Tensor:
+    """Return what deleted pixels become: 0, the mean.
+
+    For a network that sees lungs on black, black pixels stay black, because it has never seen grey there.
+    """
+    baseline = torch.zeros_like(images)
+    if trained.lungs is None:
+        return baseline
+    black = [-mean / std for mean, std in zip(trained.card.mean, trained.card.std, strict=True)]
+    difference = images - torch.tensor(black).to(images)[:, None, None]
+    return torch.where((difference.abs() < 1e-3).all(dim=1, keepdim=True), images, baseline)
+
+
+def _names(cases: Sequence[MapCase], kind: str) -> pd.DataFrame:
+    """Return the columns that all frames of `MapScores` have, a row for each case."""
+    names = [(case.path, case.patient, case.label, kind) for case in cases]
+    return pd.DataFrame(names, columns=["path", "patient", "label", "map"])
+
+
+def _chance(shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return (H, W) float32 maps that know nothing of the image, by kind."""
+    return {kind: make(shape).astype(np.float32) for kind, make in CHANCE.items()}
+
+
+def _located(
+    cases: Sequence[MapCase],
+    kinds: Mapping[str, CamMaps],
+    find_lungs: Callable[[np.ndarray], LungMask] | None,
+) -> pd.DataFrame:
+    """Return `MapScores.located`, case by case."""
+    rows = []
+    for i, case in enumerate(cases):
+        xray = read_xray(case.path)
+        target, lungs = target_of(case, xray.shape), lungs_of(case, xray, find_lungs)
+        maps = {kind: of[i : i + 1].upsampled(xray.shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
+        for kind, map_ in (maps | _chance(xray.shape)).items():
+            scores = _held_against(map_.astype(np.float64), target, lungs, case.boxes)
+            rows.append(_names([case], kind).assign(**scores))
+    located = pd.concat(rows, ignore_index=True)
+    # The expected hit rate of a peak at random is the share of the image that the lesion covers.
+    located["peak"] = located["peak"].mask(located["map"] == "uniform", located["in_lesion"])
+    return located
+
+
+def _held_against(
+    map_: np.ndarray, target: np.ndarray, lungs: np.ndarray | None, boxes: np.ndarray
+) -> dict[str, float]:
+    in_lungs = mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan
+    return {
+        "peak": peak_inside(map_, target),
+        "in_lesion": mass_inside(map_, target),
+        "in_lungs": in_lungs,
+        **best_overlap(map_, boxes)._asdict(),
+        "empty": float(not map_.any()),
+    }
+
+
+def _faithful(
+    subject: ClassifiedImages,
+    cases: Sequence[MapCase],
+    kinds: Mapping[str, CamMaps],
+    *,
+    steps: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return `MapScores.faithful`, kind by kind."""
+    size = tuple(subject.images.shape[2:])
+    maps = {kind: of_kind.upsampled(size)[:, 0] for kind, of_kind in kinds.items()}
+    for kind, map_ in _chance(size).items():
+        maps[kind] = torch.from_numpy(map_).to(subject.images).expand(len(cases), -1, -1)
+    frames = []
+    for kind, of_kind in maps.items():
+        areas = deletion_insertion(subject, of_kind, steps=steps, seed=seed)
+        scores = pd.DataFrame(areas._asdict() | masked_confidence(subject, of_kind)._asdict())
+        scores[~of_kind.flatten(1).any(dim=1).cpu().numpy()] = np.nan  # an empty map names no pixels
+        frames.append(_names(cases, kind).join(scores))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _randomised(
+    trained: TrainedNetwork,
+    subject: ClassifiedImages,
+    cases: Sequence[MapCase],
+    maps: Mapping[str, CamMaps],
+    *,
+    seed: int,
+) -> pd.DataFrame:
+    """Return `MapScores.randomised`, network by network and stage by stage."""
+    frames = []
+    # The study's own seed would give the random network from which the training started.
+    seeds = np.random.SeedSequence(seed).generate_state(NETWORKS).tolist()
+    for number, network_seed in enumerate(seeds):
+        fresh = random_network(trained.card, subject.images, seed=network_seed)
+        stages = randomised(trained.network, fresh, subject.images[:1])
+        for stage, (share, network) in enumerate(stages):
+            random_maps = _maps(
+                trained._replace(network=network), subject.images, subject.classes, list(maps)
+            )
+            for name, of_method in maps.items():
+                correlation = rank_correlation(random_maps[name].raw[:, 0], of_method.raw[:, 0])
+                correlation[of_method.empty[:, 0].cpu().numpy()] = np.nan
+                names = _names(cases, METHODS[name].title).assign(network=number, stage=stage, share=share)
+                frames.append(names.assign(correlation=correlation, agreement=np.abs(correlation)))
+    return pd.concat(frames, ignore_index=True)

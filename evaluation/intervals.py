@@ -1,0 +1,255 @@
+"""Scores, differences and means with their intervals: percentiles of a bootstrap over patients.
+
+Arguments are as in `metrics`; `patients` are (N,) ids of any type. A bootstrap says nothing about what it never saw:
+for a proportion of 0 or 1, all resamples give the same value. Such proportions have an exact interval, see
+`exact_interval`. One patient alone has no interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from evaluation.metrics import MACRO, METRICS, OneVsRest, each_class, macro_classes, weighted_scores
+from inference.decisions import Thresholds
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+UNDEFINED_SHARE = 0.05  # with a greater share of undefined resamples, there is no interval
+CHUNK = 2**20  # weights in memory at once (8 MiB as float64), whatever the number of resamples
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its interval; NaN ends where there is no interval, all NaN where nothing is known.
+
+    `format` gives `0.912 (0.880–0.941)`, and `–` for NaN; its specification (default `.3f`) is that of each number.
+    """
+
+    estimate: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __format__(self, spec: str) -> str:
+        estimate, low, high = (format(value, spec or ".3f") for value in self)
+        if math.isnan(self.estimate):
+            return "–"
+        if math.isnan(self.low) or math.isnan(self.high):
+            return f"{estimate} (no interval)"
+        # "to" because a dash before a minus sign would be misread, and differences can be negative.
+        return f"{estimate} ({low}{' to ' if self.low < 0 else '–'}{high})"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+def patient_weights(patients: Sequence, *, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield (r, N) weights, `RESAMPLES` rows in all: how often each image's patient was drawn.
+
+    Patients are drawn with replacement, each with all of their images, because the errors on images of one patient
+    are not independent. Cluster bootstrap: Efron & Tibshirani 1993, An Introduction to the Bootstrap; Field & Welsh
+    2007, J. R. Stat. Soc. B 69:369. One patient alone gives no rows.
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    count = patient.max() + 1
+    if count < 2:
+        yield np.empty((0, len(patient)))
+        return
+    rows = max(1, CHUNK // len(patient))
+    for start in range(0, RESAMPLES, rows):
+        r = min(rows, RESAMPLES - start)
+        drawn = rng.integers(count, size=(r, count)) + count * np.arange(r)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=r * count).reshape(r, count)
+        yield times[:, patient].astype(np.float64)
+
+
+def _resampled(
+    score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rng: np.random.Generator
+) -> np.ndarray:
+    """Return (R, ...) scores of the resamples; `score` takes (r, N) weights and returns r scores."""
+    return np.concatenate([score(weights) for weights in patient_weights(patients, rng=rng)])
+
+
+def percentile_interval(estimate: float, resampled: np.ndarray) -> Interval:
+    """Return the estimate with the central `CONFIDENCE` share of its (R,) resampled values.
+
+    Undefined resamples, which drew no patient of the class, are left out. If there are more than `UNDEFINED_SHARE`,
+    there is no interval: the rest would be a sample of the luckier resamples, from too few patients (about three).
+    """
+    undefined = np.isnan(resampled)
+    if not resampled.size or undefined.mean() > UNDEFINED_SHARE:
+        return Interval(float(estimate))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled[~undefined], [tail, 1 - tail])
+    return Interval(float(estimate), float(low), float(high))
+
+
+def exact_interval(estimate: float, patients: int) -> Interval:
+    """Return a proportion of 0 or 1 with its interval by Clopper & Pearson (1934, Biometrika 26:404).
+
+    The interval is (0, 1 - a) or (a, 1) with a = ((1 - CONFIDENCE) / 2) ** (1 / patients). Patients, not images, are
+    the trials, so it holds however alike the images of a patient are. Fewer than two patients have no interval.
+    """
+    if patients < 2:
+        return Interval(estimate)
+    least = ((1 - CONFIDENCE) / 2) ** (1 / patients)
+    return Interval(estimate, least, 1.0) if estimate == 1 else Interval(estimate, 0.0, 1 - least)
+
+
+def bootstrap_mean(
+    values: np.ndarray, patients: Sequence, *, proportion: bool = False, rng: np.random.Generator
+) -> Interval:
+    """Return the mean over images with its interval over patients.
+
+    Args:
+        values: (N,) numbers; NaNs are left out, and patients who have nothing else with them.
+        patients: (N,) patient ids.
+        proportion: the values are 0 or 1, and a mean of 0 or 1 has the exact interval.
+        rng: draws the resamples.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    defined = ~np.isnan(values)
+    if not defined.any():
+        return Interval(math.nan)
+    values, patients = values[defined], np.asarray(patients)[defined]
+    if proportion and values.mean() in (0, 1):
+        return exact_interval(values.mean(), len(np.unique(patients)))
+    means = _resampled(lambda weights: weights @ values / weights.sum(axis=1), patients, rng)
+    return percentile_interval(values.mean(), means)
+
+
+def bootstrap_scores(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    patients: Sequence,
+    classes: Sequence[str],
+    *,
+    thresholds: Thresholds = None,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """Return the scores of `metrics.classification_scores` with intervals over patients.
+
+    Args:
+        targets: (N,) or (N, C), see `metrics`.
+        probabilities: (N, C), see `metrics`.
+        patients: (N,) patient ids.
+        classes: names of the classes.
+        thresholds: (C,) decision thresholds, see `decide`.
+        rng: draws the resamples.
+
+    Returns:
+        One row for each class, then "macro", and each metric, with the columns class, metric, estimate, low, high.
+        Scores of 0 and 1 have the intervals of `_exact_intervals`, all others those of `percentile_interval`.
+    """
+    one_vs_rest = each_class(targets, probabilities, len(classes), thresholds)
+    estimate = weighted_scores(one_vs_rest, np.ones((1, len(one_vs_rest.truth))))[0]
+    resampled = _resampled(lambda weights: weighted_scores(one_vs_rest, weights), patients, rng)
+    exact = _exact_intervals(one_vs_rest, estimate, patients)
+    rows = [
+        (name, metric, *(exact.get((i, j)) or percentile_interval(estimate[i, j], resampled[:, i, j])))
+        for i, name in enumerate([*classes, MACRO])
+        for j, metric in enumerate(METRICS)
+    ]
+    return pd.DataFrame(rows, columns=["class", "metric", *Interval._fields])
+
+
+def _exact_intervals(
+    one_vs_rest: OneVsRest, estimate: np.ndarray, patients: Sequence
+) -> dict[tuple[int, int], Interval]:
+    """Return the intervals of those of the (C + 1, M) scores that are 0 or 1, by row and column.
+
+    A class's score has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has that of J, the share
+    of images that are of the class and called it, among those that are either. A macro mean has the means of its
+    classes' ends, which is wide.
+    """
+    trials, in_macro = _trials(one_vs_rest, patients), macro_classes(one_vs_rest)
+    exact = {}
+    for i, j in np.argwhere(np.isin(estimate[:-1], (0, 1))):
+        exact[i, j] = exact_interval(estimate[i, j], trials[METRICS[j]][i])
+        if METRICS[j] == "f1":
+            exact[i, j] = Interval(*(2 * end / (1 + end) for end in exact[i, j]))
+    macro = len(estimate) - 1
+    for j in np.flatnonzero(np.isin(estimate[macro], (0, 1))):
+        if METRICS[j] == "accuracy" and not one_vs_rest.multilabel:
+            exact[macro, j] = exact_interval(estimate[macro, j], len(np.unique(patients)))
+        else:  # A mean of 0 or 1 is that of classes that are all 0 or all 1.
+            ends = [exact[i, j] for i in np.flatnonzero(in_macro[:, j])]
+            exact[macro, j] = Interval(*np.mean(ends, axis=0))
+    return exact
+
+
+def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]:
+    """Return (C,) the number of patients that each metric is about.
+
+    Accuracy is about all patients, recall about those with an image of the class, specificity about those with an
+    image of another class, precision about those with an image that was called the class. roc_auc is about the
+    patients of the smaller side: that many pairs of a positive and a negative have no patient in common, and each is
+    ranked correctly with a probability of roc_auc. Other pairs are left out, so the interval is rather wide.
+    """
+    truth, called = one_vs_rest.truth, one_vs_rest.predicted
+
+    def patients_with(images: np.ndarray) -> np.ndarray:
+        return pd.DataFrame(images).groupby(np.asarray(patients)).any().sum().to_numpy()
+
+    return {
+        "accuracy": patients_with(np.ones_like(truth)),
+        "precision": patients_with(called),
+        "recall": patients_with(truth),
+        "specificity": patients_with(~truth),
+        "f1": patients_with(truth | called),
+        "roc_auc": np.minimum(patients_with(truth), patients_with(~truth)),
+    }
+
+
+def paired_difference(
+    targets: np.ndarray,
+    probabilities_a: np.ndarray,
+    probabilities_b: np.ndarray,
+    patients: Sequence,
+    classes: Sequence[str],
+    *,
+    metric: str = "accuracy",
+    of: str = MACRO,
+    thresholds_a: Thresholds = None,
+    thresholds_b: Thresholds = None,
+    rng: np.random.Generator,
+) -> Interval:
+    """Return metric(a) - metric(b) of two networks on the same images and the same resamples of patients.
+
+    This interval is much narrower than the two networks' own intervals suggest, because images that are hard for one
+    network are hard for the other. Where all resamples agree, as for two networks with the same decisions, there is no
+    interval.
+
+    Args:
+        targets: (N,) or (N, C), see `metrics`.
+        probabilities_a: (N, C) of the first network.
+        probabilities_b: (N, C) of the second network.
+        patients: (N,) patient ids.
+        classes: names of the classes.
+        metric: one of `METRICS`.
+        of: a class, scored against the rest, or the macro row. Its mean is over the classes that count in both
+            networks: a label that one of them does not report, or has no threshold for, counts in neither.
+        thresholds_a: (C,) decision thresholds of the first network, see `decide`.
+        thresholds_b: (C,) decision thresholds of the second network.
+        rng: draws the resamples.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"No metric {metric!r}: choose one of {', '.join(METRICS)}")
+    networks = ((probabilities_a, thresholds_a), (probabilities_b, thresholds_b))
+    a, b = (each_class(targets, probabilities, len(classes), t) for probabilities, t in networks)
+    row, column = [*classes, MACRO].index(of), METRICS.index(metric)
+    in_macro = macro_classes(a) & macro_classes(b)
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        score_a, score_b = (weighted_scores(network, weights, in_macro)[:, row, column] for network in (a, b))
+        return score_a - score_b
+
+    estimate = difference(np.ones((1, len(a.truth))))[0]
+    interval = percentile_interval(estimate, _resampled(difference, patients, rng))
+    return interval if interval.low < interval.high else Interval(interval.estimate)

@@ -1,0 +1,193 @@
+"""Maps against masks and boxes, and the maps of chance beside them.
+
+A map is (H, W) float64, not negative, at any scale. A mask is (H, W) bool at the same resolution. Boxes are (B, 4) rows
+of x, y (upper left corner), width and height as fractions of the image. A score is NaN where there is nothing to find:
+an empty mask, or no box. It is 0 for a map that is zero everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from cams.heatmaps import boxes_from_map
+from evaluation.intervals import bootstrap_mean
+
+# Wang et al. 2017 threshold a heatmap of 0 to 255 at 60 and at 180, and score it against these overlaps.
+BOX_THRESHOLDS = (60 / 255, 180 / 255)
+OVERLAPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+SIGMA = 0.25  # of the centred Gaussian, as a share of the image's height and width
+
+
+def peak(map_: np.ndarray) -> tuple[int, int] | None:
+    """Return (row, column) of the greatest value of an (H, W) map; None if all values are zero.
+
+    Of equal values (to 1 part in a million), the one nearest to the image's centre counts. Upsampling extends the
+    outermost cell of a map as a plateau to the image's edge. The plateau's inner end is the cell's centre, where the
+    evidence is; its first pixel in reading order lies at the edge.
+    """
+    if not map_.any():
+        return None
+    equals = np.argwhere(map_ >= map_.max() * (1 - 1e-6))
+    distances = ((equals - (np.array(map_.shape) - 1) / 2) ** 2).sum(axis=1)
+    row, column = equals[distances.argmin()]
+    return int(row), int(column)
+
+
+def peak_inside(map_: np.ndarray, mask: np.ndarray) -> float:
+    """Return 1.0 if the peak of an (H, W) map lies inside the mask, else 0.0; NaN if the mask is empty.
+
+    The pointing game: Zhang et al. 2016, "Top-down neural attention by excitation backprop", ECCV; here without their
+    tolerance of 15 pixels.
+    """
+    place = peak(map_)
+    return float(place is not None and mask[place]) if mask.any() else np.nan
+
+
+def mass_inside(map_: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share, 0 to 1, of the sum of an (H, W) map that lies inside the mask; NaN if the mask is empty."""
+    if not mask.any():
+        return np.nan
+    return float(map_[mask].sum() / map_.sum()) if map_.any() else 0.0
+
+
+def centred_gaussian_map(shape: tuple[int, int]) -> np.ndarray:
+    """Return an (H, W) map exp(-(y² + x²) / 2), y and x from the centre in units of `SIGMA` · height and width.
+
+    This map knows only that the patient is in the middle. It is harder to beat than a uniform map.
+    """
+    y, x = ((np.arange(side) - (side - 1) / 2) / (SIGMA * side) for side in shape)
+    return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 2)
+
+
+# Maps that know nothing of the network: every score stands beside theirs. The share of a uniform map inside a mask is
+# the mask's share of the image, and so is the expected hit rate of a peak at random.
+CHANCE = {"centred Gaussian": centred_gaussian_map, "uniform": np.ones}
+
+
+def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return the (H, W) bool union of (B, 4) boxes: True where a pixel's centre lies in one.
+
+    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. What reaches
+    beyond the image is cut off.
+    """
+    mask = np.zeros(shape, dtype=bool)
+    for x, y, width, height in boxes:
+        mask[_centres_inside(y, height, shape[0]), _centres_inside(x, width, shape[1])] = True
+    return mask
+
+
+def _centres_inside(start: float, extent: float, size: int) -> slice:
+    """Return the pixels of one axis whose centres lie in [start, start + extent), or that hold its centre."""
+    # Rounded because 0.3 * 5 - 0.5 is not 1: an edge on a pixel's centre must fall to the same side for every box.
+    first, stop = (int(np.ceil(np.round(edge * size - 0.5, decimals=6))) for edge in (start, start + extent))
+    if stop <= first:
+        first = int(np.floor((start + extent / 2) * size))
+        stop = first + 1
+    return slice(max(first, 0), max(stop, 0))
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return (A, B) intersections over unions, 0 to 1, of (A, 4) boxes with (B, 4) boxes."""
+    intersection = _intersections(a, b)
+    return intersection / (_areas(a)[:, None] + _areas(b)[None, :] - intersection)
+
+
+def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return (A, B) shares, 0 to 1, of each of (A, 4) detected boxes that lie in each of (B, 4) true boxes.
+
+    "Intersection over the detected bounding box", IoBB, of Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315.
+    Unlike `iou`, it forgives a detection that is too small, but not one that is too large.
+    """
+    return _intersections(detected, truth) / _areas(detected)[:, None]
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return boxes[:, 2] * boxes[:, 3]
+
+
+def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the (A, B) areas that (A, 4) and (B, 4) boxes have in common."""
+    upper_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None, :])
+    return np.maximum(lower_right - upper_left, 0).prod(axis=2)
+
+
+class BoxOverlap(NamedTuple):
+    """How well the boxes around a map's high values meet the true boxes.
+
+    Attributes:
+        iou: the best IoU of any detected with any true box, 0 to 1.
+        iobb: the best IoBB, 0 to 1.
+        detected: the number of detected boxes.
+    """
+
+    iou: float
+    iobb: float
+    detected: int
+
+
+def best_overlap(map_: np.ndarray, boxes: np.ndarray) -> BoxOverlap:
+    """Return how well the boxes around a map's high values meet the true boxes.
+
+    Detected boxes surround the regions above each of `BOX_THRESHOLDS` (shares of the map's maximum), pooled as in
+    Wang et al. 2017.
+
+    Args:
+        map_: (H, W), the map for one finding.
+        boxes: (B, 4), the true boxes of this finding. Their parts beyond the image are left out, because nothing
+            can be detected there.
+
+    Returns:
+        The best overlaps; 0 where nothing is detected, NaN where there is no true box.
+    """
+    detected = np.concatenate([boxes_from_map(map_, threshold) for threshold in BOX_THRESHOLDS])
+    corners = np.clip(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), 0, 1)
+    truth = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+    truth = truth[(truth[:, 2:] > 0).all(axis=1)]
+    best = (score(detected, truth).max(initial=0.0) if len(truth) else np.nan for score in (iou, iobb))
+    return BoxOverlap(*map(float, best), len(detected))
+
+
+def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.DataFrame:
+    """Return the share of cases whose best overlap with a true box is above each of `OVERLAPS`.
+
+    Args:
+        located: `cam_scores.MapScores.located`: a row for each case and kind of map, with the columns map, label,
+            patient and those of `BoxOverlap`.
+        rng: draws the resamples. All rows of one finding share them, so rows differ by their maps alone.
+
+    Returns:
+        One row for each (map, finding, score). The findings are the labels and, pooled, "all"; the scores are "IoU"
+        and "IoBB". Columns:
+
+        - images: how many cases had a true box;
+        - regions: mean number of detected boxes. Of many small boxes one meets a true box by chance: read IoBB;
+        - at 0.1, …: the shares;
+        - at 0.1 low, at 0.1 high, …: their intervals over patients, see `intervals.bootstrap_mean`.
+    """
+    seed = int(rng.integers(2**63))
+    rows = {
+        (kind, finding, score): _shares_above(cases.dropna(subset=score.lower()), score.lower(), seed)
+        for kind, of_kind in located.groupby("map", sort=False)
+        for finding, cases in [*of_kind.groupby("label"), ("all", of_kind)]
+        for score in ("IoU", "IoBB")
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["map", "finding", "score"])
+
+
+def _shares_above(cases: pd.DataFrame, column: str, seed: int) -> dict[str, float]:
+    """Return a row of `overlap_table` for cases that have a true box."""
+    shares = {
+        f"at {overlap:g}": bootstrap_mean(
+            cases[column] > overlap, cases["patient"], proportion=True, rng=np.random.default_rng(seed)
+        )
+        for overlap in OVERLAPS
+    }
+    return (
+        {"images": len(cases), "regions": float(cases["detected"].mean())}
+        | {name: interval.estimate for name, interval in shares.items()}
+        | {f"{name} {end}": getattr(share, end) for name, share in shares.items() for end in ("low", "high")}
+    )

@@ -1,0 +1,146 @@
+"""The cases that maps are scored on: a test image, the class that its map is for, and where it should look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from datasets import XrayTable
+from datasets.table import relative_paths
+from evaluation.localization import box_mask
+from evaluation.predictions import Predictions
+from inference.trained_networks import TrainedNetwork
+from utils import read_mask
+
+if TYPE_CHECKING:
+    from lungs.masking import LungMask
+
+ROUNDING = 0.01  # the same probabilities differ by at most this when they are computed on another device
+
+
+class MapCase(NamedTuple):
+    """A test image and the class whose map is scored.
+
+    Attributes:
+        path: the image file.
+        patient: the patient's id.
+        class_index: the class.
+        label: the name of the class.
+        lesion: file of the lesion mask.
+        lung: file of the lung mask.
+        boxes: (B, 4) x, y, width and height of the class's boxes, as fractions of the image.
+        probabilities: (C,) the stored probabilities by which the case was chosen.
+    """
+
+    path: str
+    patient: object
+    class_index: int
+    label: str
+    lesion: str | None = None
+    lung: str | None = None
+    boxes: np.ndarray = np.zeros((0, 4))
+    probabilities: np.ndarray | None = None
+
+
+def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: int) -> list[MapCase]:
+    """Return at most `most` cases of the test images.
+
+    With one class an image, a case is a correctly classified image with its class: a wrong answer has no right place to
+    look at. With several findings, a case is an image and a finding that has a box in it; where no image has a box, a
+    finding that the image has.
+
+    Args:
+        table: the study's images.
+        predictions: the network's predictions on the test split.
+        most: the largest number of cases.
+        seed: of the draw.
+    """
+    pairs = (_findings if table.multilabel else _correct)(table, predictions)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
+    stored = stored_probabilities(predictions, table)
+    return [_case(table, *pairs[i], stored) for i in drawn]
+
+
+def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
+    """Return the pairs of test image and reported finding that have a box, else those that are present."""
+    boxed = set(zip(table.boxes["path"], table.boxes["label"], strict=True))
+    pairs = [
+        (image, index)
+        for image in table.subset("test").to_dict("records")
+        for index in np.flatnonzero(predictions.reported).tolist()
+        if image[table.classes[index]] == 1 or (image["path"], index) in boxed
+    ]
+    return [(image, index) for image, index in pairs if (image["path"], index) in boxed] or pairs
+
+
+def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
+    """Return the test images that were classified correctly, with their class."""
+    test = table.subset("test")
+    correct = predictions.paths[predictions.predicted == predictions.targets]
+    chosen = relative_paths(test["path"], table.root).isin(correct).to_numpy(bool)
+    return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
+
+
+def _case(
+    table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]
+) -> MapCase:
+    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
+    return MapCase(
+        image["path"],
+        image["patient"],
+        index,
+        table.classes[index],
+        lesion=image["lesion"],
+        lung=image["mask"],
+        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
+        probabilities=stored[image["path"]],
+    )
+
+
+def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:
+    """Return the (C,) predicted probabilities of each test image, by the path of its file.
+
+    Raises:
+        ValueError: the predictions lack a test image.
+    """
+    rows = dict(zip(predictions.paths, predictions.probabilities, strict=True))
+    paths = table.subset("test")["path"]
+    names = dict(zip(paths, relative_paths(paths, table.root), strict=True))
+    missing = [path for path, name in names.items() if name not in rows]
+    if missing:
+        raise ValueError(f"the predictions lack {missing[0]}: train again (notebook 2)")
+    return {path: rows[name] for path, name in names.items()}
+
+
+def refuse_other_answer(
+    trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray
+) -> None:
+    """Raise ValueError where a network's (C,) probabilities for an X-ray differ from those stored for it."""
+    largest = int(np.nanargmax(np.abs(probabilities - stored)))  # findings that are not reported are NaN
+    if abs(probabilities[largest] - stored[largest]) > ROUNDING:
+        raise ValueError(
+            f"{path}: {trained.card.architecture} says {trained.card.classes[largest]} {probabilities[largest]:.2f}, "
+            f"but its predictions have {stored[largest]:.2f}: the image or the network has changed since they were "
+            "written. Train it again (notebook 2)"
+        )
+
+
+def target_of(case: MapCase, shape: tuple[int, int]) -> np.ndarray:
+    """Return the (H, W) bool place to look at: the lesion mask, else the boxes; nowhere True if there are none."""
+    return box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
+
+
+def lungs_of(
+    case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None
+) -> np.ndarray | None:
+    """Return the (H, W) bool lungs of a case's X-ray.
+
+    They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None where there is
+    neither, or where the lungs found are implausible.
+    """
+    if case.lung is not None:
+        return read_mask(case.lung, xray.shape)
+    lungs = find_lungs(xray) if find_lungs is not None else None
+    return None if lungs is None or lungs.reason is not None else lungs.mask

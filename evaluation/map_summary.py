@@ -1,0 +1,142 @@
+"""One table of all scores of a network's maps, with intervals and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from evaluation.cam_scores import ANOTHER, MapScores
+from evaluation.intervals import Interval, bootstrap_mean, patient_weights
+from evaluation.randomisation import verdict
+
+# Columns of the summary, and the columns of `MapScores` whose means they are.
+LOCATED = {
+    "empty": "empty",
+    "peak in lesion": "peak",
+    "peak, minus another's": "peak_difference",
+    "share in lesion": "in_lesion",
+    "share, minus another's": "in_lesion_difference",
+    "share in lungs": "in_lungs",
+}
+FAITHFUL = {
+    "probability": "probability",
+    "deletion": "deletion",
+    "insertion": "insertion",
+    "average drop": "drop",
+    "increase": "increase",
+}
+PROPORTIONS = ("empty", "peak", "increase")  # their values are 0 or 1
+
+
+def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
+    """Return the means by kind of map as `Interval`s over patients, and a verdict on each method.
+
+    Returns:
+        One row for each kind of map. Columns about which nothing is known are left out:
+
+        - empty: the share of empty maps, if there are any;
+        - peak in lesion, share in lesion, and for each of them "minus another's": the mean difference, case by case,
+          to the map of another patient;
+        - share in lungs;
+        - probability: of the class;
+        - deletion and average drop: small is faithful;
+        - insertion and increase: large is faithful;
+        - agreement, head random, and agreement, all random: absolute rank correlations with the trained network's
+          maps;
+        - verdict: what these two agreements say of a method, see `randomisation.verdict`.
+    """
+    seed = int(rng.integers(2**63))
+    located = scores.located.assign(
+        peak_difference=_beyond_another(scores.located, "peak"),
+        in_lesion_difference=_beyond_another(scores.located, "in_lesion"),
+    )
+    columns = {
+        name: _by_kind(frame, lambda rows, rng, column=column: _mean(rows, column, rng), seed)
+        for frame, names in ((located, LOCATED), (scores.faithful, FAITHFUL))
+        for name, column in names.items()
+    }
+    stage = scores.randomised["stage"]
+    head, all_random = (
+        _by_kind(scores.randomised[stage == number], _agreement, seed)
+        for number in (stage.min(), stage.max())
+    )
+    columns |= {"agreement, head random": head, "agreement, all random": all_random}
+    kinds = scores.located["map"].unique()
+    table = pd.DataFrame(
+        {name: [of.get(kind, Interval(np.nan)) for kind in kinds] for name, of in columns.items()},
+        index=kinds,
+    )
+    estimates = table.map(lambda cell: cell.estimate)
+    informative = estimates.notna().any()
+    informative["empty"] = estimates["empty"].any()
+    verdicts = [verdict(head[kind], all_random[kind]) if kind in head else "" for kind in kinds]
+    return table.loc[:, informative].assign(verdict=verdicts)
+
+
+def _by_kind(
+    frame: pd.DataFrame, interval: Callable[[pd.DataFrame, np.random.Generator], Interval], seed: int
+) -> dict[str, Interval]:
+    """Return an interval for each kind of map. All kinds share their resamples, so they differ by their maps alone."""
+    groups = frame.groupby("map", sort=False)
+    return {kind: interval(rows, np.random.default_rng(seed)) for kind, rows in groups}
+
+
+def _mean(rows: pd.DataFrame, column: str, rng: np.random.Generator) -> Interval:
+    return bootstrap_mean(rows[column], rows["patient"], proportion=column in PROPORTIONS, rng=rng)
+
+
+def _beyond_another(located: pd.DataFrame, column: str) -> pd.Series:
+    """Return how much greater the scores of a column are than those of `ANOTHER` for the same case."""
+    case = located.groupby("map").cumcount()  # every kind of map has the same cases in the same order
+    is_another = located["map"] == ANOTHER
+    theirs = located.loc[is_another, column].set_axis(case[is_another])
+    return (located[column] - case.map(theirs)).mask(is_another)
+
+
+def _agreement(rows: pd.DataFrame, rng: np.random.Generator) -> Interval:
+    # Every network has the same cases in the same order.
+    agreement = rows["agreement"].to_numpy().reshape(rows["network"].nunique(), -1)
+    return mean_agreement(agreement, rows["patient"].to_numpy()[: agreement.shape[1]], rng=rng)
+
+
+def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.Generator) -> Interval:
+    """Return the mean agreement of maps with those of random networks, with its 95 % interval over both.
+
+    Random networks and patients are drawn with replacement, independently of one another: the pigeonhole bootstrap,
+    Owen 2007, Ann. Appl. Stat. 1:386. How much a map agrees depends on both, and both are few. Percentiles of so few
+    would be too narrow, so they are taken as far out as Student's t for the smaller number: the expanded percentile
+    interval, Hesterberg 2015, Am. Stat. 69:371, section 5.3. One patient has no interval.
+
+    Args:
+        agreement: (M, N) absolute rank correlations for M random networks and N images; NaN images are left out.
+        patients: (N,) patient ids.
+        rng: draws the resamples.
+    """
+    defined = ~np.isnan(agreement).all(axis=0)
+    agreement, patients = agreement[:, defined], np.asarray(patients)[defined]
+    fewer = min(len(agreement), len(np.unique(patients)))
+    if fewer < 2:
+        return Interval(agreement.mean() if defined.any() else np.nan)
+    networks, images = (
+        np.concatenate(list(patient_weights(drawn, rng=rng)))
+        for drawn in (np.arange(len(agreement)), patients)
+    )
+    resampled = ((networks @ agreement) * images).sum(axis=1) / (networks.sum(axis=1) * images.sum(axis=1))
+    tail = stats.norm.cdf(np.sqrt(fewer / (fewer - 1)) * stats.t.ppf(0.025, fewer - 1))
+    return Interval(agreement.mean(), *np.quantile(resampled, (tail, 1 - tail)))
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a `summary` as text: `0.65 (0.56–0.74)`, and a dash where nothing is known."""
+    return table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:.2f}")
+
+
+def case_counts(scores: MapScores) -> str:
+    """Return the numbers of cases behind the scores, in words."""
+    one = scores.located[scores.located["map"] == scores.located["map"].iloc[0]]
+    lesions, lungs = one[["in_lesion", "in_lungs"]].notna().sum()
+    asked = scores.faithful["path"].nunique()
+    return f"{len(one)} cases, {lesions} with a lesion or box, {lungs} with lungs; the network was asked of {asked}"

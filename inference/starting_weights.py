@@ -1,0 +1,84 @@
+"""The weights that a training starts from: ImageNet's, none, a file, or those of a trained network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import XrayTable
+from inference.trained_networks import ModelCard, read_card, run_folder
+from networks import architecture
+from studies.settings import Study
+
+NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """The weights that a training starts from, as `build_network` takes them; their file, and the card beside it."""
+
+    weights: str
+    file: Path | None = None
+    card: ModelCard | None = None
+
+
+def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
+    """Return what a network starts from.
+
+    Args:
+        study: the study, whose setting `weights` names a file, a run folder, "imagenet" or "none".
+        network: the name of the architecture.
+        runs: the folder of all run folders.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: the network is unknown, the weights are another network's or are given for several networks, or
+            the training would replace them.
+    """
+    architecture(network)
+    weights = study.training_of(network).weights
+    if weights in NO_FILE:
+        return StartingWeights(weights)
+    if [study.training_of(name).weights for name in study.networks].count(weights) > 1:
+        raise ValueError(f"{weights} holds one network's weights: name that network with --networks")
+    file = Path(weights)
+    if not file.is_file():
+        try:
+            file = run_folder(weights, runs) / "model.safetensors"
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no weights file {weights}: give a file, a run folder, 'imagenet' or 'none' ({error})"
+            ) from None
+    card = read_card(file.parent) if (file.parent / "model.json").is_file() else None
+    if card is not None and card.architecture != network:
+        raise ValueError(f"the weights {weights} are of {card.architecture}, not of {network}")
+    if file.parent.resolve() == (runs / study.name / network).resolve():
+        raise ValueError(
+            f"{file.parent} holds the weights to start from and would replace them: give another --runs"
+        )
+    return StartingWeights(str(file), file, card)
+
+
+def kept_head(
+    card: ModelCard | None, table: XrayTable, outputs: int, hidden_units: tuple[int, ...] | None
+) -> tuple[tuple[int, ...] | None, str]:
+    """Return what becomes of the head in the starting weights.
+
+    Outputs are matched by the names of their classes: no output goes on from one that meant something else.
+
+    Args:
+        card: the card beside the weights, or None.
+        table: the images to train on.
+        outputs: how many outputs the network needs.
+        hidden_units: the layers of the network's head, as `build_network` takes them.
+
+    Returns:
+        The `head_order` that `build_network` takes, None for a new head; and the same in words.
+    """
+    if card is None:
+        return None, "new (no model.json beside the weights names its classes)"
+    names = ", ".join(card.classes)
+    if set(card.classes) != set(table.classes):
+        return None, f"new (that of the weights is for {names})"
+    if (card.outputs, card.multilabel, card.hidden_units) != (outputs, table.multilabel, hidden_units):
+        return None, "new (that of the weights has another form)"
+    order = tuple(card.classes.index(name) for name in table.classes)
+    return order, "kept" if card.classes == table.classes else f"reordered (in the weights: {names})"

@@ -1,0 +1,1 @@
+"""The lungs in an X-ray: find them, and mask the rest."""

@@ -1,0 +1,194 @@
+"""From a study file to a `Study`, and from a `Study` to the table of its images.
+
+One experiment is one TOML file. The notebooks, `finetune.py` and the tests read it through `load_study`.
+"""
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from datasets import XrayTable, read_dataset
+from datasets.phantom import write_phantom
+from datasets.splits import boxes_held_out, split_by_patient, split_into_folds, thinned
+from datasets.table import merged, relabelled
+from studies.settings import Data, Phase, Study, validated
+
+PROJECT = Path(__file__).resolve().parents[1]
+STUDIES = PROJECT / "studies"
+# Folders below `runs/` with other content: decoded images; results of limited, repeated and folded studies.
+RESERVED_NAMES = re.compile(r"image_cache|.*-(limit|seed|fold)\d+")
+# Names of a class of healthy people, without spaces and punctuation: of two classes the other one is positive.
+HEALTHY = "normal|healthy|negative|controls?|clear|unremarkable|no(ne|findings?|disease|abnormality)?"
+
+
+def load_study(study: str | Path, *, data_root: str | Path | None = None, **overrides: Any) -> Study:
+    """Return the study of that name in `studies/`, or that in the TOML file at that path.
+
+    A study with `extends = "ANOTHER"` has the settings of the other one except those that it gives itself. A table
+    (`[training]`) is merged key by key, anything else is replaced.
+
+    Args:
+        study: a name in `studies/` or the path of a TOML file.
+        data_root: where the data is; of several datasets the folder that holds them all (empty: the study's own).
+        overrides: settings to replace, as in `Study.overridden`: `limit`, `epochs`, `seed`, ...
+
+    Raises:
+        FileNotFoundError: there is no such study.
+        ValueError: a key or value is wrong; the message names it.
+    """
+    path, fields = _read_file(study)
+    if RESERVED_NAMES.fullmatch(path.stem):
+        raise ValueError(f"study {path.name}: runs/{path.stem} is kept for other results: rename the file")
+    loaded = validated({"name": path.stem, **fields}, path.name)
+    _refuse_unused_settings(loaded)
+    if data_root:
+        loaded = _moved(loaded, Path(data_root).expanduser().absolute())
+    return loaded.overridden(**overrides)
+
+
+def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """Return the path of a study's file, and its settings on top of those of the study that it extends."""
+    path = Path(study)
+    if path.suffix != ".toml":
+        path = STUDIES / f"{study}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in STUDIES.glob("*.toml")))
+        raise FileNotFoundError(f"no study {str(study)!r}: give a TOML file or one of {names}")
+    if path.resolve() in extended_by:
+        raise ValueError(f"study {path.name} extends itself: break the circle")
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not valid TOML: {error}") from None
+    if "name" in fields:
+        raise ValueError(f"study {path.name}: leave 'name' out, a study has the name of its file")
+    # A relative root belongs to the file, wherever Python was started; the project's studies share its folder.
+    _anchor(fields, PROJECT if path.parent == STUDIES else path.absolute().parent)
+    base = fields.pop("extends", None)
+    if base is None:
+        return path, fields
+    sibling = path.parent / f"{base}.toml"
+    start = sibling if sibling.is_file() else base
+    _, inherited = _read_file(start, extended_by=(*extended_by, path.resolve()))
+    for key, other in (("data", "datasets"), ("datasets", "data")):
+        if key in fields:
+            inherited.pop(other, None)  # a study has one of the two
+    return path, _on_top(inherited, fields)
+
+
+def _anchor(fields: dict[str, Any], base: Path) -> None:
+    """Make the relative roots of the data sources absolute, below `base`."""
+    listed = fields.get("datasets")
+    for table in (fields.get("data"), *(listed if isinstance(listed, list) else ())):
+        if isinstance(table, dict) and isinstance(table.get("root"), str):
+            table["root"] = base / Path(table["root"]).expanduser()
+
+
+def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings `above` on top of those `below`, tables merged key by key."""
+    settings = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        settings[key] = _on_top(below[key], value) if both else value
+    return settings
+
+
+def _moved(study: Study, root: Path) -> Study:
+    """Return the study with its data in `root`; several datasets lie there side by side."""
+    if study.data is not None:
+        return study.model_copy(update={"data": study.data.model_copy(update={"root": root})})
+    sources = [source.model_copy(update={"root": root / source.root.name}) for source in study.datasets]
+    return study.model_copy(update={"datasets": tuple(sources)})
+
+
+def _refuse_unused_settings(study: Study) -> None:
+    """Refuse settings that `phases` replace: a setting without effect looks like one that has an effect."""
+    for network, own_settings in study.networks.items():
+        settings = study.training.model_dump(exclude_unset=True) | own_settings
+        for key in Phase.model_fields if settings.get("phases") else ():
+            if key in settings:
+                remedy = "set it in each phase, or phases = []"
+                raise ValueError(
+                    f"study {study.name}: {key!r} of {network} does nothing beside `phases`: {remedy}"
+                )
+
+
+def read_images(study: Study) -> XrayTable:
+    """Return all images of the study's data, not split yet; its phantom is drawn where it is missing.
+
+    Raises FileNotFoundError, with the way to get the data, where the data root does not hold it.
+    """
+    return _together([_read_source(source) for source in study.sources], study)
+
+
+def load_table(study: Study) -> XrayTable:
+    """Return the study's images (see `read_images`), as many as it wants, split by patient.
+
+    Each of several sources is limited and split by itself, so that all are in every split. In a limited study, sizes
+    of splits that are whole numbers shrink with the number of images.
+    """
+    tables = [_read_source(source) for source in study.sources]
+    share = min(1.0, (study.limit or math.inf) / sum(len(table) for table in tables))
+    table = _together([_split(table, study, share) for table in tables], study)
+    positive_class(study, table)  # refuses an unclear choice before any work
+    return table
+
+
+def positive_class(study: Study, table: XrayTable) -> str | None:
+    """Return the positive one of a table's two classes: what the study sets, else the one that is not in `HEALTHY`.
+
+    None for more than two classes, and for multi-label data, where each finding counts by itself. Raises ValueError
+    where the study's choice is not one of two classes, or where it must choose and does not.
+    """
+    if table.multilabel or len(table.classes) != 2:
+        if study.positive is None:
+            return None
+        names = ", ".join(table.classes)
+        raise ValueError(
+            f"study {study.name}: `positive` chooses between two classes: leave it out for {names}"
+        )
+    remedy = "set {} or {} at the top of the study".format(
+        *(f'positive = "{name}"' for name in table.classes)
+    )
+    letters = {name: re.sub(r"[\W_]+", "", name.casefold()) for name in table.classes}
+    sick = [name for name in table.classes if not re.fullmatch(HEALTHY, letters[name])]
+    if study.positive is None and len(sick) != 1:
+        raise ValueError(f"study {study.name}: which of its two classes is looked for? {remedy}")
+    positive = study.positive or sick[0]
+    if positive not in table.classes:
+        raise ValueError(f"study {study.name}: no class {positive!r}: {remedy}")
+    return positive
+
+
+def _read_source(source: Data) -> XrayTable:
+    if source.phantom is not None:
+        write_phantom(source.root, **source.phantom.model_dump())
+    options = source.model_dump(
+        include={"classes", "patient_pattern", "official_split"}, exclude_defaults=True
+    )
+    table = read_dataset(source.reader, source.root, **options)
+    return relabelled(table, source.labels) if source.labels else table
+
+
+def _split(table: XrayTable, study: Study, share: float) -> XrayTable:
+    """Return the `share` of a table's images, 0 to 1, in "train", "val" and "test"."""
+    split, seed = study.split, study.split_seed
+    if share < 1:
+        table = table.limited(max(1, round(share * len(table))), seed=seed)
+    val, test = (size if size < 1 else max(1, round(share * size)) for size in (split.val, split.test))
+    if split.fold is not None:
+        table = split_into_folds(table, folds=split.folds, fold=split.fold, test=test, seed=seed)
+    else:
+        table = split_by_patient(table, val=val, test=test, seed=seed)
+    if split.boxes_in_test:
+        table = boxes_held_out(table)
+    if split.keep_without_finding < 1:
+        table = thinned(table, keep=split.keep_without_finding, seed=seed)
+    return table
+
+
+def _together(tables: list[XrayTable], study: Study) -> XrayTable:
+    names = [source.root.name for source in study.sources]
+    return tables[0] if len(tables) == 1 else merged(dict(zip(names, tables, strict=True)))

@@ -1,0 +1,41 @@
+"""How a network is computed depends on the study and the device alone, and the printed line about it is true."""
+
+import pytest
+import torch
+
+from training.devices import autocast_options, described, in_order, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["with units", "without units"])
+def units(request, monkeypatch):
+    """Whether the processor has units for bf16, as a processor of either kind would say."""
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": request.param}
+    )
+    return request.param
+
+
+def test_bf16_is_used_where_the_processor_has_units_for_it_unless_the_study_says_otherwise(units):
+    assert resolve_precision("auto", CPU) == ("bf16" if units else "fp32")
+    assert [resolve_precision(setting, CPU) for setting in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert [autocast_options(setting, CPU)["enabled"] for setting in ("auto", "fp32", "bf16")] == [
+        units,
+        False,
+        True,
+    ]
+
+
+def test_what_is_said_names_what_is_used_and_the_reason(units):
+    has = f"this processor has {'units' if units else 'no units'} for bf16"
+    assert described("auto", CPU) == f"{'bf16' if units else 'fp32'}, channels last: {has}"
+    for setting in ("fp32", "bf16"):
+        assert described(setting, CPU) == f"{setting}, channels last: the study says so ({has})"
+
+
+def test_images_come_in_channels_last_order_and_features_as_they_are():
+    images, features = torch.rand(2, 3, 4, 5), torch.rand(2, 7)
+    assert in_order(images).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(in_order(images), images)
+    assert in_order(features) is features

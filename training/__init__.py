@@ -1,0 +1,1 @@
+"""Train a network: the loop, batches, objectives, checkpoints, devices, processes, frozen features."""

@@ -1,0 +1,111 @@
+"""A study's images, ready to be trained on: lungs masked, decoded once, in batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from datasets import SPLITS, XrayTable
+from datasets.table import relative_paths
+from lungs.masking import LungMasking
+from networks import architecture
+from studies.settings import Study
+from training.augmentation import Augmentation
+from training.batches import Batches, make_batches
+from training.image_cache import CacheFailed, ImageFile, cached
+from training.lung_model import default_segmenter
+from utils import Preprocessing
+
+MANY_FAILURES = 0.2  # share of images without lungs from which on a warning is printed
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """A study's images, ready to be trained on.
+
+    Attributes:
+        batches: as `make_batches` returns them.
+        decoded: whether each image was decoded once, before the training, and not in every epoch.
+        without_lungs: path (below the data root) and reason of each image whose lungs were not found, or None in a
+            study of whole images.
+    """
+
+    batches: dict[str, Batches]
+    decoded: bool
+    without_lungs: pd.DataFrame | None
+
+
+def lung_masking_of(study: Study, runs: Path) -> LungMasking | None:
+    """Return what masks the lungs, or None in a study of whole images. A missing lung model is trained."""
+    if study.preprocessing.lung_model is None:
+        return None
+    folder = runs / study.preprocessing.lung_model
+    masking = LungMasking(default_segmenter(folder), cache=folder / "masks")
+    dice = masking.segmenter.validation.get("dice")
+    print(f"lungs: the model in {folder} ({'never scored' if dice is None else f'dice {dice:.3g}'})")
+    return masking
+
+
+def prepared_images(
+    study: Study, table: XrayTable, network: str, preprocessing: Preprocessing, runs: Path
+) -> PreparedImages:
+    """Mask the lungs and decode the images where the study wants that; return the batches.
+
+    Args:
+        study: the study.
+        table: its images, split.
+        network: the name of the architecture.
+        preprocessing: what every image goes through; `preprocessing.lungs` is as `lung_masking_of` returns it.
+        runs: the folder of all run folders. Decoded images are kept in `image_cache/` there.
+
+    Raises:
+        ValueError: an image cannot be read, or the lungs are found in no image.
+    """
+    training = study.training_of(network)
+    rows = {split: (table.subset(split)["path"], table.targets(split)) for split in SPLITS}
+    without_lungs = None if preprocessing.lungs is None else _without_lungs(table, preprocessing.lungs)
+    images = None
+    if training.cache_images:
+        paths = {split: paths for split, (paths, _) in rows.items()}
+        images = _cached_images(paths, preprocessing, runs, title=architecture(network).title)
+    batches = make_batches(
+        rows,
+        preprocessing,
+        num_classes=len(table.classes),
+        batch_size=training.batch_size,
+        augment=Augmentation(**study.augmentation.model_dump()),
+        oversample=training.balance == "oversample",
+        seed=study.seed,
+        images=images,
+    )
+    return PreparedImages(batches, images is not None, without_lungs)
+
+
+def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
+    """Compute all lung masks; return path and reason of each image whose lungs were not found."""
+    failed = masking.failures_table(table.frame["path"])
+    if len(failed) == len(table):
+        raise ValueError(
+            f"the lung model in {masking.folder.parent.parent} finds no plausible lungs in any image: train a better "
+            "one with python lung_segmentation.py fit --pairs DIR -o FOLDER"
+        )
+    if len(failed):
+        warning = "WARNING: " if len(failed) > MANY_FAILURES * len(table) else ""
+        reasons = failed["reason"].str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
+        frequent = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
+        print(
+            f"{warning}lungs not found in {len(failed)} of {len(table)} images, which stay whole ({frequent})"
+        )
+    return failed.assign(path=relative_paths(failed["path"], table.root))
+
+
+def _cached_images(
+    paths: Mapping[str, Sequence[str]], preprocessing: Preprocessing, runs: Path, *, title: str
+) -> dict[str, ImageFile] | None:
+    """Return the decoded images of each split, or None where they cannot be kept on the disk."""
+    try:
+        return cached(paths, preprocessing, runs / "image_cache", title=title)
+    except CacheFailed as error:
+        print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
+        return None
