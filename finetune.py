@@ -98,13 +98,7 @@ class Trained:
 
 
 def fine_tune_study(
-    study: Study,
-    table: XrayTable,
-    network: str,
-    *,
-    runs: Path = RUNS,
-    device: str = "auto",
-    restart: bool = False,
+    study: Study, table: XrayTable, network: str, *, runs: Path = RUNS, device: str = "auto", restart: bool = False
 ) -> Path:
     """Fine-tune one network of a study and return its run folder, `runs/<study>/<network>`.
 
@@ -213,9 +207,7 @@ def _trained(job: Job, images: PreparedImages, working: Path) -> Trained:
     if training.temporary_batch_norm:
         fold_batch_norm(model)
     of_split = images.batches | {"train": images.batches["train_plain"]}
-    logits = {
-        split: predict_logits(model, of_split[split], device=job.accelerator.device) for split in SPLITS
-    }
+    logits = {split: predict_logits(model, of_split[split], device=job.accelerator.device) for split in SPLITS}
     return Trained(model, course, logits)
 
 
@@ -378,9 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Fine-tune the networks of a study.")
     parser.add_argument("study", metavar="STUDY", help="a name in studies/ or a TOML file")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: the study's)")
-    parser.add_argument(
-        "--runs", metavar="DIR", type=Path, default=RUNS, help="where results go (default: runs/)"
-    )
+    parser.add_argument("--runs", metavar="DIR", type=Path, default=RUNS, help="where results go (default: runs/)")
     parser.add_argument("--networks", metavar="A,B", help="only these networks (default: the study's)")
     parser.add_argument(
         "--weights",
@@ -394,15 +384,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", metavar="N", type=int, help="only N images, stratified, to try things out")
     parser.add_argument("--fold", metavar="K", type=int, help="part K of a study with `folds` validates")
     parser.add_argument("--seed", metavar="N", type=int)
-    parser.add_argument(
-        "--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)"
-    )
+    parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument(
         "--seeds", metavar="A,B", help="train once with each seed, split alike, to see what chance does"
     )
-    parser.add_argument(
-        "--restart", action="store_true", help="begin anew what was broken off, instead of going on"
-    )
+    parser.add_argument("--restart", action="store_true", help="begin anew what was broken off, instead of going on")
     return parser
 
 

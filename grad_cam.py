@@ -94,9 +94,7 @@ class GradCAM:
         """
         return self.by_method([self.method], images, classes)[self.method]
 
-    def by_method(
-        self, methods: Sequence[str], images: Tensor, classes: Classes = "top"
-    ) -> dict[str, CamMaps]:
+    def by_method(self, methods: Sequence[str], images: Tensor, classes: Classes = "top") -> dict[str, CamMaps]:
         """Return the maps of several methods, by name, from one forward pass; arguments as for a call."""
         formulas = {name: cam_method(name) for name in methods}
         self._check_use(images)
@@ -118,15 +116,11 @@ class GradCAM:
 
     def _check_use(self, images: Tensor) -> None:
         if not self._modes:
-            raise RuntimeError(
-                "use `with GradCAM(model) as cam:`: outside it the network is in no known mode"
-            )
+            raise RuntimeError("use `with GradCAM(model) as cam:`: outside it the network is in no known mode")
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images must be (N, 3, H, W) with N > 0, not {tuple(images.shape)}")
         if any(module.training for module in self.model.modules()):
-            raise RuntimeError(
-                "the network was put into train mode inside `with`: leave it in eval mode there"
-            )
+            raise RuntimeError("the network was put into train mode inside `with`: leave it in eval mode there")
 
     def _forward(self, images: Tensor) -> "_ForwardPass":
         """Run the network once, with a graph from the first target on."""
@@ -286,9 +280,7 @@ def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
         except (RuntimeError, NotImplementedError):
             # The backward pass of some operation cannot be batched: one call for each class.
             by_class = [differentiate(cotangent) for cotangent in cotangents]
-            gradients = [
-                None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)
-            ]
+            gradients = [None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)]
     if any(gradient is None for gradient in gradients):
         raise ValueError(
             f"no gradient comes from the output to {', '.join(map(repr, run.activations))}: "

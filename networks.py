@@ -58,10 +58,7 @@ def _torchvision_model(name: str) -> nn.Module:
     # as a sequence the ReLU is a module. The names in the state dict stay the same.
     network.features.add_module("relu5", nn.ReLU(inplace=True))
     return named_sequence(
-        features=network.features,
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        classifier=network.classifier,
+        features=network.features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=network.classifier
     )
 
 
@@ -281,11 +278,7 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
 
 
 def _load_weights(
-    network: nn.Module,
-    state: Mapping[str, Tensor],
-    kind: Architecture,
-    source: str,
-    head_order: Sequence[int] | None,
+    network: nn.Module, state: Mapping[str, Tensor], kind: Architecture, source: str, head_order: Sequence[int] | None
 ) -> None:
     """Load a state dict into the trunk, and into the head if the order of its classes is given."""
     present = network.state_dict()

@@ -56,15 +56,7 @@ from inference.answer_text import text_of
 from inference.answers import MapOptions, Question, answer, check_layers, lung_finder, lung_folder
 from inference.resumable_table import Share
 from inference.trained_networks import ModelCard, ensemble_card, load_network, read_card, run_folder
-from inference.xray_files import (
-    TABLE,
-    Job,
-    PredictionTable,
-    images_in,
-    model_settings,
-    names_file,
-    overlay_paths,
-)
+from inference.xray_files import TABLE, Job, PredictionTable, images_in, model_settings, names_file, overlay_paths
 from utils import resolve_device
 
 # Errors that every later image would have too: no space, no quota, file size limit, nobody reads the output.
@@ -153,14 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", metavar="NAME", default="gradcam", help=method)
     parser.add_argument("--layer", metavar="NAME", nargs="+", help=layer)
     parser.add_argument("--boxes", metavar="SHARE", nargs="?", type=float, const=0.5, help=boxes)
-    parser.add_argument(
-        "--bar", action="store_true", help="draw a colour bar, with the raw scale, on the right"
-    )
+    parser.add_argument("--bar", action="store_true", help="draw a colour bar, with the raw scale, on the right")
     parser.add_argument("--lungs", metavar="FOLDER|none", help=lungs)
     parser.add_argument("--alpha", type=float, default=0.65, help="opacity at the map's peak (default: 0.65)")
-    parser.add_argument(
-        "--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …"
-    )
+    parser.add_argument("--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--json", action="store_true", help="print a JSON list, a record an image")
     return parser

@@ -64,9 +64,7 @@ def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_s
     """
     horizontal = len(table) > FEW or sum(map(len, table.index)) > 70
     colors = palette(list(table.columns))
-    table.plot(
-        kind="barh" if horizontal else "bar", ax=ax, color=colors, width=0.84, rot=0, edgecolor="white"
-    )
+    table.plot(kind="barh" if horizontal else "bar", ax=ax, color=colors, width=0.84, rot=0, edgecolor="white")
     for bars in ax.containers:
         ax.bar_label(bars, fmt=number, padding=2, fontsize=SMALL)
     names_axis, value_axis = (ax.yaxis, ax.xaxis) if horizontal else (ax.xaxis, ax.yaxis)
@@ -263,9 +261,7 @@ def plot_auc_by_label(areas: pd.DataFrame, mean: pd.Series, ax: Axes) -> Axes:
     return ax
 
 
-def plot_threshold_tradeoff(
-    points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]], ax: Axes
-) -> Axes:
+def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
     """Draw precision (solid) and recall (dashed) over the decision threshold: a thin line for each label, and their
     means as thick lines. Above the largest probability of a label its recall is 0 and it has no precision.
 

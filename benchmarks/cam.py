@@ -32,9 +32,7 @@ from networks import build_network
 from utils import resolve_device
 
 CLASSES = 14
-Maps = Callable[
-    [Tensor, int], Tensor
-]  # (N, 3, H, W) images and K: the (N, K, h, w) maps of the first K classes
+Maps = Callable[[Tensor, int], Tensor]  # (N, 3, H, W) images and K: the (N, K, h, w) maps of the first K classes
 
 
 @contextmanager
@@ -273,9 +271,7 @@ def library_rounds(number: int, options: argparse.Namespace) -> int:
 def record_of(case: Case, number: int, times: Timings, options: argparse.Namespace) -> dict[str, object]:
     """Return a row without its memory: medians of seconds and of ratios, None for a library that failed."""
     device = case.images.device
-    record: dict[str, object] = {
-        "name": f"{case.name}, {'one class' if number == 1 else f'all {number} classes'}"
-    }
+    record: dict[str, object] = {"name": f"{case.name}, {'one class' if number == 1 else f'all {number} classes'}"}
     record["forward"] = statistics.median(times.forward["ours"])
     for name in METHODS:
         prefix = "" if name == "ours" else f"{name} "

@@ -54,9 +54,7 @@ def seconds(name: str, training: Training, batches: dict[str, Batches], epochs: 
 
 def main() -> None:
     """Measure, and print a line for each network."""
-    parser = argparse.ArgumentParser(
-        description="Time frozen-backbone epochs with and without cached features."
-    )
+    parser = argparse.ArgumentParser(description="Time frozen-backbone epochs with and without cached features.")
     parser.add_argument("--networks", default="resnet101,densenet169,vgg19")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--size", type=int, default=224)
@@ -74,8 +72,7 @@ def main() -> None:
         once = study.training_of(name).model_copy(update={"weights": "none", "precision": "fp32"})
         usual = once.model_copy(update={"cache_features": False})
         rounds = [
-            (*seconds(name, once, batches, 5), seconds(name, usual, batches, 1)[1])
-            for _ in range(arguments.rounds)
+            (*seconds(name, once, batches, 5), seconds(name, usual, batches, 1)[1]) for _ in range(arguments.rounds)
         ]
         start, epoch, plain = (statistics.median(values) for values in zip(*rounds, strict=True))
         whole = {"name": f"20 epochs {name}", "ours": start + 20 * epoch, "plain": 20 * plain}

@@ -48,26 +48,12 @@ dropout = 0.3
 checkpoint_minutes = 0.03
 [networks.NETWORK]
 """
-COMPARED = (
-    "model.safetensors",
-    "history.csv",
-    "predictions_train.csv",
-    "predictions_val.csv",
-    "predictions_test.csv",
-)
+COMPARED = ("model.safetensors", "history.csv", "predictions_train.csv", "predictions_val.csv", "predictions_test.csv")
 
 
 def training(study: Path, runs: Path) -> subprocess.Popen:
     """Start the command that a user would."""
-    command = [
-        sys.executable,
-        str(PROJECT / "finetune.py"),
-        str(study),
-        "--runs",
-        str(runs),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, str(PROJECT / "finetune.py"), str(study), "--runs", str(runs), "--device", "cpu"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,9 +70,7 @@ def moment(folder: Path) -> str:
     if not (folder / "resume").is_dir():
         return "before the training" if not (folder / "model.json").is_file() else "after the training"
     done = len(history.read_text().splitlines()) - 1 if history.is_file() else 0
-    return f"after {done} epochs" + (
-        "" if (folder / "resume" / "state.pt").is_file() else ", nothing saved yet"
-    )
+    return f"after {done} epochs" + ("" if (folder / "resume" / "state.pt").is_file() else ", nothing saved yet")
 
 
 def compared(whole: Path, killed: Path) -> dict[str, bool]:
@@ -140,8 +124,7 @@ def main() -> int:
             runs += 1  # this run ended before its last kill: the next run takes the others
     title = f"after {killed} kills of {runs} run{'s' * (runs > 1)}: the same"
     rows = [
-        {"name": f"{name} {title}", "ours": int(same), "plain": 1, "ratio": int(same)}
-        for name, same in equal.items()
+        {"name": f"{name} {title}", "ours": int(same), "plain": 1, "ratio": int(same)} for name, same in equal.items()
     ]
     report("kills", rows)
     return 0 if all(equal.values()) else 1

@@ -47,15 +47,7 @@ batch_size = 64
 
 def peak(study: Path, runs: Path) -> float:
     """Train in a new process; return its greatest resident size in GB."""
-    command = [
-        sys.executable,
-        str(PROJECT / "finetune.py"),
-        str(study),
-        "--runs",
-        str(runs),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, str(PROJECT / "finetune.py"), str(study), "--runs", str(runs), "--device", "cpu"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -83,9 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
-        write_phantom(
-            folder / "drawn", images_per_class=dict.fromkeys(CLASSES, 100), size=arguments.size, seed=0
-        )
+        write_phantom(folder / "drawn", images_per_class=dict.fromkeys(CLASSES, 100), size=arguments.size, seed=0)
         drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"]
         random.Random(0).shuffle(drawn)  # the first few then have all classes
         peaks = []
@@ -93,17 +83,10 @@ def main() -> None:
             links(folder / str(number), drawn, number)
             text = STUDY.replace("ROWS", str(number)).replace("SIZE", str(arguments.size))
             study = folder / f"rows{number}.toml"
-            study.write_text(
-                text.replace("EPOCHS", str(arguments.epochs)).replace("NETWORK", arguments.network)
-            )
+            study.write_text(text.replace("EPOCHS", str(arguments.epochs)).replace("NETWORK", arguments.network))
             peaks.append(peak(study, folder / "runs"))
     few, many = peaks
-    row = {
-        "name": f"{arguments.rows} images of {arguments.size} px",
-        "ours": many,
-        "plain": few,
-        "ratio": many / few,
-    }
+    row = {"name": f"{arguments.rows} images of {arguments.size} px", "ours": many, "plain": few, "ratio": many / few}
     report("memory", [{**row, "difference": many - few, "images": arguments.rows * arguments.size**2 / 1e9}])
 
 

@@ -39,9 +39,7 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description="Time overlay_cam.py against bare imports and a forward pass."
-    )
+    parser = argparse.ArgumentParser(description="Time overlay_cam.py against bare imports and a forward pass.")
     parser.add_argument("-m", "--model", default="demo/resnet18")
     parser.add_argument("-i", "--image", default="assets/phantom.png")
     parser.add_argument("-n", "--rounds", type=int, default=7)

@@ -32,9 +32,7 @@ def write_table(root: Path, rows: int) -> Path:
     names = [f"{patient:08d}_{k:03d}.png" for patient, k in zip(patients, number, strict=True)]
     kinds = np.array(["No Finding", *FINDINGS, "|".join(FINDINGS[:3])])
     frame = pd.DataFrame({"Image Index": names, "Finding Labels": rng.choice(kinds, rows)})
-    frame = frame.assign(
-        **{"Follow-up #": number, "Patient ID": patients, "Patient Age": 50, "Patient Gender": "F"}
-    )
+    frame = frame.assign(**{"Follow-up #": number, "Patient ID": patients, "Patient Age": 50, "Patient Gender": "F"})
     frame.to_csv(root / "Data_Entry_2017.csv", index=False)
     (root / "images").mkdir()
     for name in names:

@@ -17,9 +17,7 @@ def machine(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     units = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     named = ", ".join(name for name in units if "512" in name or "bf16" in name or "amx" in name)
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores ({named or 'no AVX-512'}), torch {torch.__version__}"
-    )
+    return f"{platform.machine()}, {os.cpu_count()} cores ({named or 'no AVX-512'}), torch {torch.__version__}"
 
 
 def report(name: str, rows: Sequence[dict[str, object]]) -> None:

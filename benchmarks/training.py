@@ -122,18 +122,12 @@ def through(batches: Iterable, step: Step) -> None:
 
 def files(folder: Path, number: int) -> list[str]:
     """Draw X-rays of 1,024 px, as large as those of public archives."""
-    write_phantom(
-        folder / "drawn", images_per_class=dict.fromkeys(CLASSES, -(-number // 4)), size=256, seed=0
-    )
-    drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"][
-        :number
-    ]
+    write_phantom(folder / "drawn", images_per_class=dict.fromkeys(CLASSES, -(-number // 4)), size=256, seed=0)
+    drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"][:number]
     paths = []
     rng = np.random.default_rng(0)
     for place, path in enumerate(drawn):
-        large = cv2.resize(
-            cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (1024, 1024), interpolation=cv2.INTER_CUBIC
-        )
+        large = cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (1024, 1024), interpolation=cv2.INTER_CUBIC)
         noisy = (large + rng.normal(0, 3, large.shape)).clip(0, 255).astype(np.uint8)
         paths.append(str(folder / f"{place}.png"))
         cv2.imwrite(paths[-1], noisy)
@@ -205,12 +199,7 @@ def main() -> None:
         images = cached({"train": paths}, preprocessing, folder / "cache")["train"]
         dataset = XrayDataset(paths, np.arange(len(paths)) % 4, preprocessing, images=images)
         ours = Batches(dataset, arguments.batch, seed=0, prepare=preprocessing.normalise)
-        plain = DataLoader(
-            PlainDataset(paths, arguments.size),
-            arguments.batch,
-            shuffle=True,
-            drop_last=True,
-        )
+        plain = DataLoader(PlainDataset(paths, arguments.size), arguments.batch, shuffle=True, drop_last=True)
         rows = [loading(ours, plain, arguments.rounds, device)]
         for name in arguments.networks.split(","):
             rows += steps_and_epochs(name, ours, plain, arguments.rounds, device)

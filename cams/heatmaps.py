@@ -10,15 +10,11 @@ import cv2
 import numpy as np
 
 COLORMAPS = {
-    name.removeprefix("COLORMAP_").lower(): value
-    for name, value in vars(cv2).items()
-    if name.startswith("COLORMAP_")
+    name.removeprefix("COLORMAP_").lower(): value for name, value in vars(cv2).items() if name.startswith("COLORMAP_")
 }
 
 
-def overlay(
-    xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma"
-) -> np.ndarray:
+def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma") -> np.ndarray:
     """Return an X-ray with a map laid over it in colour: (H, W, 3) uint8 RGB.
 
     The colour of a pixel is mixed in with the weight alpha · map. So the X-ray is unchanged where the map is 0, and

@@ -227,9 +227,7 @@ def _evidence_bar(fig: FigureBase, axes: np.ndarray) -> None:
     # The bar shows the blended colours, over mid grey: those that the panels show.
     ramp = overlay(np.full((1, 256), 127, np.uint8), np.linspace(0, 1, 256)[None])[0] / 255
     label = "evidence (1 = the map's maximum)"
-    fig.colorbar(
-        ScalarMappable(cmap=ListedColormap(ramp)), ax=axes, label=label, shrink=0.9, aspect=40, pad=0.02
-    )
+    fig.colorbar(ScalarMappable(cmap=ListedColormap(ramp)), ax=axes, label=label, shrink=0.9, aspect=40, pad=0.02)
 
 
 def _grid(fig: FigureBase, count: int) -> np.ndarray:

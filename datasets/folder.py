@@ -7,11 +7,7 @@ from pathlib import Path
 from datasets.table import XrayTable, image_files, image_frame, refuse_empty, subfolder
 
 # Split -> the names that its folder may have; case does not matter.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 def read_folder(

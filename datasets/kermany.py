@@ -53,9 +53,7 @@ def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     root = next((top for top in (root, root / TOP_FOLDER) if (top / "train").is_dir()), root)
     images = _read_images(root)
     if not {"train", "test"} <= set(images["folder"]):
-        raise FileNotFoundError(
-            f"no train and test images of Kermany et al. in {root}: get them with: {DOWNLOAD}"
-        )
+        raise FileNotFoundError(f"no train and test images of Kermany et al. in {root}: get them with: {DOWNLOAD}")
     chosen = images[images["kind"].isin(labels)].reset_index(drop=True)
     columns = chosen[["path", "patient", "split"]].to_dict("series")
     frame = image_frame(**columns, label=chosen["kind"].map(labels))
@@ -85,9 +83,7 @@ def _read_images(root: Path) -> pd.DataFrame:
             for path in image_files(top) if top else []:
                 match = pattern.match(path.name)
                 if match is None:
-                    raise ValueError(
-                        f"{path} tells no patient and kind by its name: give it the source's name"
-                    )
+                    raise ValueError(f"{path} tells no patient and kind by its name: give it the source's name")
                 # The numbering begins again in the test set, so a number alone is no patient.
                 patient = f"{split}/{match['patient']}"
                 rows.append((str(path), patient, split, match.groupdict().get("kind", "normal"), folder))

@@ -215,9 +215,7 @@ def write_class(root: Path, name: str, count: int, drawing: Mapping) -> list[tup
         pictures = zip(drawn.images, drawn.lung_masks, drawn.lesion_masks, drawn.shortcut_masks, strict=True)
         for number, chest in zip(numbers + 1, pictures, strict=True):
             file = f"{folder}-{number}.png"
-            for kind, picture in zip(
-                kinds, chest, strict=False
-            ):  # without a shortcut there is no file for it
+            for kind, picture in zip(kinds, chest, strict=False):  # without a shortcut there is no file for it
                 grey = picture if kind == "images" else picture * np.uint8(255)
                 (root / folder / kind / file).write_bytes(cv2.imencode(".png", grey)[1].tobytes())
             rows += [(f"{folder}/images/{file}", name, *box) for box in lesion_boxes(chest[2])]

@@ -209,9 +209,7 @@ def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     raise AssertionError("the lungs reach into all four corners")
 
 
-def expose(
-    film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def expose(film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(S, S) -log of the detected share of the photons: scatter, blur and quantum noise included."""
     primary = film.soften(np.exp(-attenuation), patient.blur)
     arriving = primary + patient.scatter * film.soften(primary, 0.08)
@@ -221,9 +219,7 @@ def expose(
     return -np.log(np.maximum(arriving + film.soften(noise, 0.4 / film.size), 1e-4))
 
 
-def display(
-    patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, mask: np.ndarray
-) -> np.ndarray:
+def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(S, S) brightness, from 0 to a little above 1, of an exposed `signal`.
 
     The window is set by `healthy`, the attenuation without the disease, so that a lesion can only add brightness.

@@ -101,10 +101,7 @@ class Film:
         pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
         left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
         right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
-        near = (
-            slice(top, bottom),
-            slice(left, right),
-        )  # most rods are small, so only a part of the film is computed
+        near = (slice(top, bottom), slice(left, right))  # most rods are small, so only a part of the film is computed
         (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
         x, y = self.x[near] - x, self.y[near] - y
         along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)

@@ -66,9 +66,7 @@ def consolidation(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: n
     return Lesion(mask & (film.soften(lobe, 0.004) > 0.5), filled)
 
 
-def interstitial_lines(
-    film: Film, root: np.ndarray, sign: int, extent: float, rng: np.random.Generator
-) -> np.ndarray:
+def interstitial_lines(film: Film, root: np.ndarray, sign: int, extent: float, rng: np.random.Generator) -> np.ndarray:
     """(S, S) 0-1 of one lung's thickened interstitium within about `extent` of its root (body coordinates)."""
     heading, length = rng.uniform(-np.pi / 2, np.pi / 2, 170), rng.uniform(0.02, 0.08, (170, 1))
     outwards = np.stack([sign * np.cos(heading) * 0.9, np.sin(heading) * 1.25], axis=1)

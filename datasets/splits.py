@@ -28,9 +28,7 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
         ValueError: a class has too few patients for every split to get one.
     """
     present = set(table.frame["split"].dropna())
-    sizes = {
-        split: size for split, size in (("test", test), ("val", val)) if split not in present and size > 0
-    }
+    sizes = {split: size for split, size in (("test", test), ("val", val)) if split not in present and size > 0}
     frame = table.frame.copy()
     free = frame["split"].isna() | (frame["split"] == "train")
     patients = patients_of(frame[free], no_finding=table.no_finding)
@@ -58,9 +56,7 @@ def _held_out(images: pd.Series, sizes: Mapping[str, float]) -> dict[str, str]:
     """
     if len(images) <= len(sizes):
         splits = ", ".join(("train", *sizes))
-        raise ValueError(
-            f"{len(images)} patients: at least {len(sizes) + 1} are needed, one each for {splits}"
-        )
+        raise ValueError(f"{len(images)} patients: at least {len(sizes) + 1} are needed, one each for {splits}")
     total, split_of = int(images.sum()), {}
     targets = {split: max(1, round(size * total) if size < 1 else int(size)) for split, size in sizes.items()}
     if sum(targets.values()) >= total:

@@ -17,9 +17,7 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "patient", "split", "label", "mask", "lesion")
 BOX_COLUMNS = ("path", "label", "x", "y", "width", "height")
 NO_FINDING = "No Finding"  # the target of an image without any finding, in files
-FINGERPRINT = (
-    "sha256:"  # the begin of a fingerprint; older ones, without it, do not cover the images' content
-)
+FINGERPRINT = "sha256:"  # the begin of a fingerprint; older ones, without it, do not cover the images' content
 _known_digests: dict[tuple[str, int, int, int], str] = {}  # by path, size and times
 
 
@@ -93,9 +91,7 @@ class XrayTable:
 
     def _refuse_unfit_classes(self) -> None:
         if len(self.classes) < 2:
-            raise ValueError(
-                f"{self.root} has one class only, {self.classes[0]!r}: there is nothing to tell apart"
-            )
+            raise ValueError(f"{self.root} has one class only, {self.classes[0]!r}: there is nothing to tell apart")
         reserved = {"path", "patient", "target", *((*COLUMNS, NO_FINDING) if self.multilabel else ())}
         if reserved & set(self.classes) or len(set(self.classes)) < len(self.classes):
             names = ", ".join(sorted(reserved))

@@ -58,9 +58,7 @@ def both_classes(results: Results) -> Figure | Markdown:
     rows = []
     for image in table.subset("test").groupby("label").sample(2, random_state=seed).to_dict("records"):
         case = _case(table, image)._replace(probabilities=stored[image["path"]])
-        panels = {
-            name: cam_panel(trained, case._replace(class_index=i)) for i, name in enumerate(table.classes)
-        }
+        panels = {name: cam_panel(trained, case._replace(class_index=i)) for i, name in enumerate(table.classes)}
         predicted = panels[panels[table.classes[0]].predicted]
         (other,) = set(table.classes) - {predicted.predicted}
         unmarked = {"predicted": other, "probability": 1 - predicted.probability, "correct": None}
@@ -144,9 +142,7 @@ def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.Da
     return with_class[with_class["label"].isin(frequent)].groupby("label").sample(1, random_state=seed)
 
 
-def outcomes(
-    answers: Predictions, classes: Sequence[str], *, positive: int | None = None
-) -> dict[str, Outcome]:
+def outcomes(answers: Predictions, classes: Sequence[str], *, positive: int | None = None) -> dict[str, Outcome]:
     """Return the kinds of test images to look at, by name.
 
     - Two classes: the true and false positives and negatives of class `positive`, with the predicted class.
@@ -173,12 +169,7 @@ def outcomes(
 
 
 def cam_samples(
-    trained: TrainedNetwork,
-    table: XrayTable,
-    answers: Predictions,
-    kinds: Mapping[str, Outcome],
-    *,
-    seed: int,
+    trained: TrainedNetwork, table: XrayTable, answers: Predictions, kinds: Mapping[str, Outcome], *, seed: int
 ) -> dict[str, list[CamRow]]:
     """Return up to `OF_A_KIND` explained test images of each kind, drawn by `seed`, one of a patient, with the boxes of
     the shown class.
@@ -207,12 +198,7 @@ def _sample(table: XrayTable, image: Mapping[str, object], class_index: int) -> 
 
 
 def method_rows(
-    trained: TrainedNetwork,
-    cases: Sequence[MapCase],
-    names: Sequence[str],
-    *,
-    seed: int,
-    find_lungs: FindLungs = None,
+    trained: TrainedNetwork, cases: Sequence[MapCase], names: Sequence[str], *, seed: int, find_lungs: FindLungs = None
 ) -> list[CamRow]:
     """Return `METHOD_ROWS` cases, drawn by `seed`, one of each class first, with a panel for each method."""
     order = np.random.default_rng(seed).permutation(len(cases))

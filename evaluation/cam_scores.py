@@ -111,14 +111,11 @@ def score_maps(
     )
 
 
-def _maps(
-    trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]
-) -> dict[str, CamMaps]:
+def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]) -> dict[str, CamMaps]:
     """Return a map for each image and its class, by the methods' names."""
     with cam_of(trained) as cam:
         batches = [
-            cam.by_method(methods, *batch)
-            for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
+            cam.by_method(methods, *batch) for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
         ]
     maps = {}
     for name in methods:
@@ -185,9 +182,7 @@ def _chance(shape: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def _located(
-    cases: Sequence[MapCase],
-    kinds: Mapping[str, CamMaps],
-    find_lungs: Callable[[np.ndarray], LungMask] | None,
+    cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs: Callable[[np.ndarray], LungMask] | None
 ) -> pd.DataFrame:
     """Return `MapScores.located`, case by case."""
     rows = []
@@ -218,12 +213,7 @@ def _held_against(
 
 
 def _faithful(
-    subject: ClassifiedImages,
-    cases: Sequence[MapCase],
-    kinds: Mapping[str, CamMaps],
-    *,
-    steps: int,
-    seed: int,
+    subject: ClassifiedImages, cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], *, steps: int, seed: int
 ) -> pd.DataFrame:
     """Return `MapScores.faithful`, kind by kind."""
     size = tuple(subject.images.shape[2:])
@@ -255,9 +245,7 @@ def _randomised(
         fresh = random_network(trained.card, subject.images, seed=network_seed)
         stages = randomised(trained.network, fresh, subject.images[:1])
         for stage, (share, network) in enumerate(stages):
-            random_maps = _maps(
-                trained._replace(network=network), subject.images, subject.classes, list(maps)
-            )
+            random_maps = _maps(trained._replace(network=network), subject.images, subject.classes, list(maps))
             for name, of_method in maps.items():
                 correlation = rank_correlation(random_maps[name].raw[:, 0], of_method.raw[:, 0])
                 correlation[of_method.empty[:, 0].cpu().numpy()] = np.nan

@@ -39,9 +39,7 @@ def kinds_of(table: XrayTable) -> str:
 
 def overview(table: XrayTable) -> str:
     """Return how many images there are, and the remarks of their reader."""
-    ids = (
-        "with patient ids" if table.has_patient_ids else "without patient ids: each image counts as a patient"
-    )
+    ids = "with patient ids" if table.has_patient_ids else "without patient ids: each image counts as a patient"
     first = f"{len(table):,} images of {len(table.classes)} {kinds_of(table)}, {ids}"
     return "\n".join([first, *table.notes])
 
@@ -117,9 +115,7 @@ def augmentation_figure(
     if augment.views == 1:
         return Markdown("*Networks see every training image as it is.*")
     size = max(study.training_of(name).image_size for name in study.networks)
-    original = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs).resize(
-        xray
-    )
+    original = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs).resize(xray)
     draws = augment.draw(9, derived_generator(study.seed, "shown views"))
     augmented = augment(original.expand(9, -1, -1, -1), draws)[:, 0].round().byte().numpy()
     fig = Figure(figsize=(10, 4.4), layout="constrained")

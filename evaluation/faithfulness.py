@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCKS = (
-    14  # equal pixels change together in squares of 1/14 of the image's side, the patch size of many networks
-)
+BLOCKS = 14  # equal pixels change together in squares of 1/14 of the image's side, the patch size of many networks
 LEVELS = 2**16  # finer differences between map values are rounding errors of upsampling, not an order
 BLUR = 0.1  # sigma as a share of the image's shorter side: it hides a lesion or a rib
 BATCH = 32  # images in one forward pass
@@ -62,9 +60,7 @@ class MaskedConfidence(NamedTuple):
     increase: np.ndarray
 
 
-def deletion_insertion(
-    subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int
-) -> DeletionInsertion:
+def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> DeletionInsertion:
     """Return the areas under the class's probability as pixels are deleted or inserted, the most salient first.
 
     Petsiuk et al. 2018, "RISE", BMVC, arXiv:1806.07421. Deletion sets pixels to the baseline. Insertion brings them

@@ -69,10 +69,7 @@ def findings(results: Results) -> list[Figure | pd.DataFrame | Markdown]:
     """Return the areas under the ROC curve of several findings, their summary, and what a threshold costs."""
     if not results.table.multilabel:
         return [Markdown("*One class an image: see the curves above.*")]
-    scores, answers = (
-        results.scores[results.scores["network"] == results.example],
-        results.test[results.example],
-    )
+    scores, answers = (results.scores[results.scores["network"] == results.example], results.test[results.example])
     areas = scores[scores["metric"] == "roc_auc"].set_index("class")
     fig, ax = _panel(9, 5, results.example)
     plot_utils.plot_auc_by_label(areas.drop(index=metrics.MACRO), areas.loc[metrics.MACRO], ax)
@@ -127,10 +124,7 @@ def embedding(results: Results) -> Figure | Markdown:
         return Markdown("*Several findings an image: it belongs to no single class.*")
     test, seed = results.table.subset("test"), results.study.seed
     images = test.sample(min(len(test), EMBEDDED), random_state=seed)
-    inside, labels = (
-        embeddings_of(results.networks[results.example], images["path"]),
-        images["label"].to_numpy(),
-    )
+    inside, labels = (embeddings_of(results.networks[results.example], images["path"]), images["label"].to_numpy())
     silhouette = metrics.silhouette(inside, labels)
     fig, ax = _panel(8, 5.2, f"{results.example}: {len(images)} test images, silhouette {silhouette:.3f}")
     points = metrics.tsne(inside, seed=seed)

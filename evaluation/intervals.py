@@ -66,9 +66,7 @@ def patient_weights(patients: Sequence, *, rng: np.random.Generator) -> Iterator
         yield times[:, patient].astype(np.float64)
 
 
-def _resampled(
-    score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rng: np.random.Generator
-) -> np.ndarray:
+def _resampled(score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rng: np.random.Generator) -> np.ndarray:
     """Return (R, ...) scores of the resamples; `score` takes (r, N) weights and returns r scores."""
     return np.concatenate([score(weights) for weights in patient_weights(patients, rng=rng)])
 

@@ -83,9 +83,7 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
     return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
 
 
-def _case(
-    table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]
-) -> MapCase:
+def _case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
     boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
     return MapCase(
         image["path"],
@@ -114,9 +112,7 @@ def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str
     return {path: rows[name] for path, name in names.items()}
 
 
-def refuse_other_answer(
-    trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray
-) -> None:
+def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray) -> None:
     """Raise ValueError where a network's (C,) probabilities for an X-ray differ from those stored for it."""
     largest = int(np.nanargmax(np.abs(probabilities - stored)))  # findings that are not reported are NaN
     if abs(probabilities[largest] - stored[largest]) > ROUNDING:
@@ -132,9 +128,7 @@ def target_of(case: MapCase, shape: tuple[int, int]) -> np.ndarray:
     return box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
 
 
-def lungs_of(
-    case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None
-) -> np.ndarray | None:
+def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None) -> np.ndarray | None:
     """Return the (H, W) bool lungs of a case's X-ray.
 
     They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None where there is

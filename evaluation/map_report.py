@@ -77,10 +77,7 @@ def box_tables(results: Results, maps: MapReport) -> list[pd.DataFrame | Markdow
     """Return the shares of maps that meet the true boxes: of all networks, then finding by finding of one method."""
     if not len(results.table.boxes):
         return [Markdown("*This data has no boxes.*")]
-    shares = {
-        title: overlap_table(maps.scored[title].located, rng=results.rng()).iloc[:, :9]
-        for title in maps.scored
-    }
+    shares = {title: overlap_table(maps.scored[title].located, rng=results.rng()).iloc[:, :9] for title in maps.scored}
     if results.example not in shares:
         return [NO_MAPS]
     method = METHODS[results.study.maps.methods[0]].title

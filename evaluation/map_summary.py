@@ -60,14 +60,12 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     }
     stage = scores.randomised["stage"]
     head, all_random = (
-        _by_kind(scores.randomised[stage == number], _agreement, seed)
-        for number in (stage.min(), stage.max())
+        _by_kind(scores.randomised[stage == number], _agreement, seed) for number in (stage.min(), stage.max())
     )
     columns |= {"agreement, head random": head, "agreement, all random": all_random}
     kinds = scores.located["map"].unique()
     table = pd.DataFrame(
-        {name: [of.get(kind, Interval(np.nan)) for kind in kinds] for name, of in columns.items()},
-        index=kinds,
+        {name: [of.get(kind, Interval(np.nan)) for kind in kinds] for name, of in columns.items()}, index=kinds
     )
     estimates = table.map(lambda cell: cell.estimate)
     informative = estimates.notna().any()
@@ -121,8 +119,7 @@ def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.
     if fewer < 2:
         return Interval(agreement.mean() if defined.any() else np.nan)
     networks, images = (
-        np.concatenate(list(patient_weights(drawn, rng=rng)))
-        for drawn in (np.arange(len(agreement)), patients)
+        np.concatenate(list(patient_weights(drawn, rng=rng))) for drawn in (np.arange(len(agreement)), patients)
     )
     resampled = ((networks @ agreement) * images).sum(axis=1) / (networks.sum(axis=1) * images.sum(axis=1))
     tail = stats.norm.cdf(np.sqrt(fewer / (fewer - 1)) * stats.t.ppf(0.025, fewer - 1))

@@ -159,9 +159,7 @@ def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int)
     return RocCurve(false_positive_rate, true_positive_rate, area)
 
 
-def precision_recall_points(
-    targets: np.ndarray, probabilities: np.ndarray, class_index: int
-) -> PrecisionRecallCurve:
+def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> PrecisionRecallCurve:
     """Return precision and recall of one class against the rest at every threshold, and the average precision.
 
     There are no points and a NaN average where all or none of the images are of the class, or it has no probability.
@@ -213,9 +211,7 @@ def macro_classes(one_vs_rest: OneVsRest) -> np.ndarray:
     return present[:, None] & usable
 
 
-def weighted_scores(
-    one_vs_rest: OneVsRest, weights: np.ndarray, in_macro: np.ndarray | None = None
-) -> np.ndarray:
+def weighted_scores(one_vs_rest: OneVsRest, weights: np.ndarray, in_macro: np.ndarray | None = None) -> np.ndarray:
     """Return the scores of R sets of image weights.
 
     Args:

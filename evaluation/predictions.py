@@ -148,9 +148,7 @@ def choose_thresholds(
     return thresholds
 
 
-def checked(
-    targets: np.ndarray, probabilities: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def checked(targets: np.ndarray, probabilities: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 targets, (N,) or (N, C), and (N, C) float64 probabilities that belong together.
 
     Raises:

@@ -48,9 +48,7 @@ def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed every GPU. On the CPU the draw is the same for any device.
         torch.default_generator.manual_seed(seed)
-        network = build_network(
-            card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units
-        )
+        network = build_network(card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units)
         bare = not any(isinstance(module, _BatchNorm | nn.LayerNorm) for module in network.modules())
         if bare:
             add_batch_norm(network)
@@ -113,8 +111,7 @@ def _top_down(network: nn.Module, example: Tensor) -> list[str]:
     }
     ran: list[str] = []
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, module in holders.items()
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in holders.items()
     ]
     with torch.no_grad():
         network(example)

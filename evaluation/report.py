@@ -19,16 +19,7 @@ from datasets import XrayTable
 from datasets.splits import apply_splits
 from evaluation import intervals, metrics
 from evaluation.predictions import Predictions
-from evaluation.runs import (
-    Run,
-    ensembles,
-    out_of_fold,
-    read_runs,
-    read_seeds,
-    seed_scores,
-    seed_spread,
-    with_ensembles,
-)
+from evaluation.runs import Run, ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
 from inference.trained_networks import ModelCard, TrainedNetwork, load_network
 from studies.loading import read_images
 from studies.settings import Study
@@ -180,20 +171,14 @@ def overview(results: Results) -> str:
         if card.lung_masking:
             failed = len(pd.read_csv(results.runs[title].folder / "lungs_failed.csv"))
             images = len(results.runs[title].splits())
-            lines.append(
-                f"{title}: on segmented lungs, but {failed} of {images} images whole: no lungs found"
-            )
+            lines.append(f"{title}: on segmented lungs, but {failed} of {images} images whole: no lungs found")
     return "\n".join(lines)
 
 
-def _of_each(
-    score: Callable, answers: Mapping[str, Predictions], results: Results
-) -> dict[str, pd.DataFrame]:
+def _of_each(score: Callable, answers: Mapping[str, Predictions], results: Results) -> dict[str, pd.DataFrame]:
     """Return a table of scores for each network's answers, by title."""
     return {
-        title: score(
-            answer.targets, answer.probabilities, results.table.classes, thresholds=answer.thresholds
-        )
+        title: score(answer.targets, answer.probabilities, results.table.classes, thresholds=answer.thresholds)
         for title, answer in answers.items()
     }
 
@@ -220,9 +205,7 @@ def seed_tables(results: Results, study: str) -> list[pd.DataFrame | Markdown]:
 def differences(results: Results) -> pd.DataFrame:
     """Return, as texts, the paired differences between the leader and each other network or ensemble."""
     rows = {
-        f"{results.leader} − {title}": {
-            metric: str(_difference(results, title, metric)) for metric in COMPARED
-        }
+        f"{results.leader} − {title}": {metric: str(_difference(results, title, metric)) for metric in COMPARED}
         for title in results.test
         if title != results.leader
     }

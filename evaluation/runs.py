@@ -99,9 +99,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     _refuse_changed_images(trained, images)
     for title, run in trained.items():
         if run.fingerprint is None:
-            print(
-                f"{title} ({run.folder}) does not record what was in its images: they may have changed since"
-            )
+            print(f"{title} ({run.folder}) does not record what was in its images: they may have changed since")
     return trained
 
 

@@ -31,9 +31,7 @@ CHUNK = 4096  # thumbnails that are compared with all others at once
 
 def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
     """Return (N, size, size) uint8 small versions of the X-rays; each pixel is the mean of the area it covers."""
-    return np.stack(
-        [cv2.resize(read_xray(path), (size, size), interpolation=cv2.INTER_AREA) for path in paths]
-    )
+    return np.stack([cv2.resize(read_xray(path), (size, size), interpolation=cv2.INTER_AREA) for path in paths])
 
 
 def border_pixels(thumbnails: np.ndarray) -> np.ndarray:
@@ -86,12 +84,7 @@ def erased(xray: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def probe_table(
-    features: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    patients: Sequence,
-    classes: Sequence[str],
-    *,
-    seed: int,
+    features: Mapping[str, np.ndarray], labels: np.ndarray, patients: Sequence, classes: Sequence[str], *, seed: int
 ) -> pd.DataFrame:
     """Return how well a linear probe tells the classes from features that should say nothing about them.
 
@@ -119,16 +112,14 @@ def probe_table(
     for name, values in features.items():
         # Without equal class weights, a probe that learnt nothing would rank the folds by their class shares: the
         # more images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
-        probe = make_pipeline(
-            StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced")
-        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
         split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         probabilities = cross_val_predict(
             probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
         )
-        scores = bootstrap_scores(
-            labels, probabilities, patients, classes, rng=np.random.default_rng(seed)
-        ).set_index(["class", "metric"])
+        scores = bootstrap_scores(labels, probabilities, patients, classes, rng=np.random.default_rng(seed)).set_index(
+            ["class", "metric"]
+        )
         area, low, high = scores.loc[(MACRO, "roc_auc")]
         shortcut = bool(low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0])
         rows[name] = {"roc_auc": area, "low": low, "high": high, "shortcut": shortcut}

@@ -66,9 +66,7 @@ def _distinct(probability: float, threshold: float) -> tuple[str, str]:
 def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
     """Return what is said of a map: that it is empty, its share inside the lungs, the number of its boxes."""
     if entry["empty"]:
-        reason = (
-            "; it is predicted because its decision threshold is low" if _by_threshold(entry, record) else ""
-        )
+        reason = "; it is predicted because its decision threshold is low" if _by_threshold(entry, record) else ""
         return f" (empty: nothing in the image speaks for it{reason})"
     notes = ""
     if entry.get("in_lungs") is not None:

@@ -191,9 +191,7 @@ def _share_inside(map_: np.ndarray, lungs: np.ndarray, reason: str | None) -> fl
     return round(float(map_[lungs].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
 
 
-def _lungs(
-    question: Question, xray: np.ndarray, found_lungs: tuple[np.ndarray, str | None] | None
-) -> str | None:
+def _lungs(question: Question, xray: np.ndarray, found_lungs: tuple[np.ndarray, str | None] | None) -> str | None:
     """Return what the networks that mask lungs did with the X-ray, and why the lungs that another model found
     are not believed; None where there is nothing to say.
     """

@@ -22,9 +22,7 @@ THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarr
 }
 
 
-def decide(
-    probabilities: np.ndarray, thresholds: Thresholds = None, *, multilabel: bool = False
-) -> np.ndarray:
+def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilabel: bool = False) -> np.ndarray:
     """Return the predictions: (N,) class indices, or (N, C) bool for several labels.
 
     One class an image: without thresholds the most probable class. With thresholds there must be two classes: the
@@ -49,9 +47,7 @@ def decide(
     thresholds = np.asarray(thresholds, dtype=np.float64)  # None becomes NaN
     with_threshold = np.flatnonzero(~np.isnan(thresholds))
     if thresholds.shape != probabilities.shape[1:] or not (multilabel or len(with_threshold)):
-        raise ValueError(
-            f"thresholds {thresholds.tolist()} for {probabilities.shape[1]} classes: pass one each"
-        )
+        raise ValueError(f"thresholds {thresholds.tolist()} for {probabilities.shape[1]} classes: pass one each")
     if multilabel:
         return probabilities >= thresholds
     if len(thresholds) != 2:

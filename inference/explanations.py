@@ -18,9 +18,7 @@ class Explanation(NamedTuple):
     probabilities: np.ndarray  # (C,)
     classes: np.ndarray  # (K,) indices of the classes that the maps are of
     maps: np.ndarray  # (K, H, W), each 0 to 1, or all zero
-    peaks: (
-        np.ndarray
-    )  # (K,) the raw maps' maxima; NaN for several networks or layers: they have no common scale
+    peaks: np.ndarray  # (K,) the raw maps' maxima; NaN for several networks or layers: they have no common scale
 
 
 def explain(
@@ -75,9 +73,7 @@ def _decided_class(card: ModelCard, inputs: Sequence[tuple[TrainedNetwork, Tenso
     return int(mean.nan_to_num(-1).argmax() if card.multilabel else card.decide(mean))
 
 
-def cam_of(
-    trained: TrainedNetwork, method: str = "gradcam", layer: str | Sequence[str] | None = None
-) -> GradCAM:
+def cam_of(trained: TrainedNetwork, method: str = "gradcam", layer: str | Sequence[str] | None = None) -> GradCAM:
     """Return the `GradCAM` of a trained network, by default at the layer of its card."""
     card = trained.card
     return GradCAM(trained.network, layer or card.cam_layer, method, multilabel=card.multilabel)

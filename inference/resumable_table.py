@@ -59,9 +59,7 @@ class ResumableTable:
         set_aside: After `resume`, the new name of an older table that was made with other settings, else None.
     """
 
-    def __init__(
-        self, path: Path, columns: Sequence[str], settings: Mapping[str, object], share: Share
-    ) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], settings: Mapping[str, object], share: Share) -> None:
         self.path = path
         self.columns = tuple(columns)
         self.set_aside: Path | None = None

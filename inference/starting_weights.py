@@ -51,9 +51,7 @@ def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
     if card is not None and card.architecture != network:
         raise ValueError(f"the weights {weights} are of {card.architecture}, not of {network}")
     if file.parent.resolve() == (runs / study.name / network).resolve():
-        raise ValueError(
-            f"{file.parent} holds the weights to start from and would replace them: give another --runs"
-        )
+        raise ValueError(f"{file.parent} holds the weights to start from and would replace them: give another --runs")
     return StartingWeights(str(file), file, card)
 
 

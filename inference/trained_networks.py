@@ -102,9 +102,7 @@ class ModelCard:
         thresholds.
         """
         if self.multilabel:
-            unreported = torch.tensor(
-                [name in self.unreported for name in self.classes], device=logits.device
-            )
+            unreported = torch.tensor([name in self.unreported for name in self.classes], device=logits.device)
             return (logits.float() / self.temperature).sigmoid().masked_fill(unreported, torch.nan)
         return (class_logits(logits.float()) / self.temperature).softmax(dim=-1)
 
@@ -189,9 +187,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / "model.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no trained model in {folder}: run notebook 2, or give a folder that has one"
-        )
+        raise FileNotFoundError(f"no trained model in {folder}: run notebook 2, or give a folder that has one")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields.get("kind") == "lung segmentation":
@@ -251,8 +247,6 @@ def run_folder(model: str | Path, runs: Path | None = None) -> Path:
     for folder in (Path(model), *(base / model for base in bases)):
         if (folder / "model.json").is_file():
             return folder
-    models = {
-        card.parent.relative_to(base).as_posix() for base in bases for card in base.glob("*/*/model.json")
-    }
+    models = {card.parent.relative_to(base).as_posix() for base in bases for card in base.glob("*/*/model.json")}
     choice = f"; there are {', '.join(sorted(models))}" if models else ""
     raise FileNotFoundError(f"no trained model {str(model)!r}: run notebook 2, or give a run folder{choice}")

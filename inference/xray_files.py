@@ -184,9 +184,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[str]]:
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(path)]
     if not images:
-        raise ValueError(
-            f"no images in the folder {folder}: give PNG, JPEG, TIFF or BMP files or their folder"
-        )
+        raise ValueError(f"no images in the folder {folder}: give PNG, JPEG, TIFF or BMP files or their folder")
     others = {*paths}.difference(images)
     return images, sorted(path.name for path in others if not path.match("predictions*.csv"))
 
@@ -199,9 +197,7 @@ def _first_names(names: Sequence[str]) -> str:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
-def model_settings(
-    folders: Sequence[Path], cards: Sequence[ModelCard], lungs: Path | None
-) -> dict[str, object]:
+def model_settings(folders: Sequence[Path], cards: Sequence[ModelCard], lungs: Path | None) -> dict[str, object]:
     """Return what identifies the networks in run folders, the lung models that they need, and the one in `lungs`."""
     masking = [folder / "lungs" for folder, card in zip(folders, cards, strict=True) if card.lung_masking]
     return {"models": [*map(_fingerprint, folders)], "lungs": [*map(_fingerprint, (*masking, lungs))]}

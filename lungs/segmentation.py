@@ -60,9 +60,7 @@ def find_pairs(root: Path) -> list[Pair]:
         stems = {mask: mask.stem.removesuffix("_mask") for mask in sorted(folder.glob("*.*"))}
         pairs += [Pair(images[s], mask, patient_group(s)) for mask, s in stems.items() if s in images]
     if not pairs:
-        raise ValueError(
-            f"no X-rays with lung masks in {root}: put files of the same names into images/ and masks/"
-        )
+        raise ValueError(f"no X-rays with lung masks in {root}: put files of the same names into images/ and masks/")
     return pairs
 
 
@@ -197,9 +195,7 @@ class LungSegmenter:
         device = next(self.network.parameters()).device
         image = standardised(resized(xray, self.image_size)[None])
         with torch.inference_mode():
-            logits = (
-                self.network(image.to(device, memory_format=torch.channels_last))[0, 0].float().cpu().numpy()
-            )
+            logits = self.network(image.to(device, memory_format=torch.channels_last))[0, 0].float().cpu().numpy()
         # The logits are enlarged, not the decisions: so the outline is smooth in a large X-ray too.
         logits = cv2.resize(logits, xray.shape[::-1], interpolation=cv2.INTER_LINEAR)
         return two_lungs(logits > 0)  # a probability above 0.5

@@ -110,9 +110,7 @@ def _refuse_unused_settings(study: Study) -> None:
         for key in Phase.model_fields if settings.get("phases") else ():
             if key in settings:
                 remedy = "set it in each phase, or phases = []"
-                raise ValueError(
-                    f"study {study.name}: {key!r} of {network} does nothing beside `phases`: {remedy}"
-                )
+                raise ValueError(f"study {study.name}: {key!r} of {network} does nothing beside `phases`: {remedy}")
 
 
 def read_images(study: Study) -> XrayTable:
@@ -146,12 +144,8 @@ def positive_class(study: Study, table: XrayTable) -> str | None:
         if study.positive is None:
             return None
         names = ", ".join(table.classes)
-        raise ValueError(
-            f"study {study.name}: `positive` chooses between two classes: leave it out for {names}"
-        )
-    remedy = "set {} or {} at the top of the study".format(
-        *(f'positive = "{name}"' for name in table.classes)
-    )
+        raise ValueError(f"study {study.name}: `positive` chooses between two classes: leave it out for {names}")
+    remedy = "set {} or {} at the top of the study".format(*(f'positive = "{name}"' for name in table.classes))
     letters = {name: re.sub(r"[\W_]+", "", name.casefold()) for name in table.classes}
     sick = [name for name in table.classes if not re.fullmatch(HEALTHY, letters[name])]
     if study.positive is None and len(sick) != 1:
@@ -165,9 +159,7 @@ def positive_class(study: Study, table: XrayTable) -> str | None:
 def _read_source(source: Data) -> XrayTable:
     if source.phantom is not None:
         write_phantom(source.root, **source.phantom.model_dump())
-    options = source.model_dump(
-        include={"classes", "patient_pattern", "official_split"}, exclude_defaults=True
-    )
+    options = source.model_dump(include={"classes", "patient_pattern", "official_split"}, exclude_defaults=True)
     table = read_dataset(source.reader, source.root, **options)
     return relabelled(table, source.labels) if source.labels else table
 

@@ -74,10 +74,7 @@ def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = K
             first = 1000 if split == "val" else 0
             for k, picture in enumerate(drawn.images):
                 write_picture(folder / _kermany_name(kind, first + k), picture)
-    for left_behind in (
-        root / "__MACOSX/chest_xray/train/NORMAL/._IM-0001-0001.jpeg",
-        top / "train/.DS_Store",
-    ):
+    for left_behind in (root / "__MACOSX/chest_xray/train/NORMAL/._IM-0001-0001.jpeg", top / "train/.DS_Store"):
         left_behind.parent.mkdir(parents=True, exist_ok=True)
         left_behind.write_bytes(b"\0")
     write_picture(top / "chest_xray/train/NORMAL/IM-9999-0001.jpeg", np.zeros((size, size), np.uint8))
@@ -118,10 +115,7 @@ def write_chestxray14(
         write_picture(root / folder / name, drawn.images[k])
         if k % 4 == 1 and findings[k]:
             spelt = {new: old for old, new in BOX_NAMES.items()}.get(findings[k][0], findings[k][0])
-            boxes += [
-                (name, spelt, *(BOX_SIZE * side for side in box))
-                for box in lesion_boxes(drawn.lesion_masks[k])
-            ]
+            boxes += [(name, spelt, *(BOX_SIZE * side for side in box)) for box in lesion_boxes(drawn.lesion_masks[k])]
     _write_labels(root, names, findings, compressed=compressed)
     with open(root / "BBox_List_2017.csv", "w", newline="", encoding="utf-8") as file:
         file.write("Image Index,Finding Label,Bbox [x,y,w,h],,,\n")  # as it is published
@@ -151,9 +145,7 @@ def _chestxray14_rows(images: int) -> tuple[list[str], list[tuple[str, ...]], li
     return names, findings, labels[:images]
 
 
-def _write_labels(
-    root: Path, names: Sequence[str], findings: Sequence[Sequence[str]], *, compressed: bool
-) -> None:
+def _write_labels(root: Path, names: Sequence[str], findings: Sequence[Sequence[str]], *, compressed: bool) -> None:
     header = (
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"

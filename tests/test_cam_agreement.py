@@ -208,9 +208,7 @@ def test_layers_are_fused_as_torchcam_fuses_them(images):
     network = eval_network("vgg16", 4)
     layers = ["features.22", "features.29"]
     with GradCAM(network, layers, "layercam") as cam:
-        fused = cam(images, 1).upsampled((SIZE, SIZE))[
-            :, 0
-        ]  # a VGG's cells are evenly spread (test_grad_cam.py)
+        fused = cam(images, 1).upsampled((SIZE, SIZE))[:, 0]  # a VGG's cells are evenly spread (test_grad_cam.py)
     with torchcam.methods.LayerCAM(network, layers) as cam:
         scores = network(images.clone().requires_grad_())
         each = cam(1, scores, normalized=False)

@@ -291,10 +291,7 @@ def without_graph(m, a):
         (lambda m, a: m.parts[0](torch.ones(len(a), 4)), "no gradient comes from the output to 'trunk'"),
         (lambda m, a: (m.parts[0](a.mean((2, 3))),), "returns tuple and not"),
         (lambda m, a: a.mean((2, 3), keepdim=True), r"returns \(2, 4, 1, 1\) and not"),
-        (
-            lambda m, a: m.parts[0](a.mean((2, 3))).mean(0, keepdim=True),
-            "2 images are 2 at layer 'trunk' and 1",
-        ),
+        (lambda m, a: m.parts[0](a.mean((2, 3))).mean(0, keepdim=True), "2 images are 2 at layer 'trunk' and 1"),
     ],
 )
 def test_networks_that_cannot_be_explained_say_why(head, message):
@@ -333,11 +330,7 @@ def test_damaged_weights_are_an_error_for_every_method(narrow, images):
 def test_cells_without_padding_lie_where_arithmetic_says_for_both_ways_to_write_it():
     for padding in (0, "valid"):
         model = nn.Sequential(
-            nn.Conv2d(3, 2, 9, padding=padding),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(2, 2),
+            nn.Conv2d(3, 2, 9, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
         )
         with GradCAM(model, "1") as cam:
             assert cam(torch.randn(1, 3, 32, 32)).grid.rows == (4, 1, 32)

@@ -22,11 +22,7 @@ WRITERS = {
     "covid_radiography": partial(write_covid_radiography, per_class=150),
 }
 NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "demo")  # that one draws its data
-REAL = {
-    "kermany": "chest_xray",
-    "chestxray14": "ChestX-ray14",
-    "covid_radiography": "COVID-19_Radiography_Dataset",
-}
+REAL = {"kermany": "chest_xray", "chestxray14": "ChestX-ray14", "covid_radiography": "COVID-19_Radiography_Dataset"}
 
 
 @pytest.fixture(scope="module")

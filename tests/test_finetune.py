@@ -120,9 +120,7 @@ def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(train_smal
 
 def test_temperature_is_fitted_on_the_validation_images(train_small, small_study, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        finetune, "fit_temperature", lambda logits, targets: calls.append((logits, targets)) or 2.5
-    )
+    monkeypatch.setattr(finetune, "fit_temperature", lambda logits, targets: calls.append((logits, targets)) or 2.5)
     network, card, _ = load_network(train_small())
     ((logits, targets),) = calls
     rows = load_table(small_study).subset("val")
@@ -289,9 +287,7 @@ def test_the_outputs_of_starting_weights_are_put_into_the_order_of_the_classes(t
     folder, _, _ = trained_with(first, LUNGS, options=options)
     order = [2, 0, 1]
     classes = [LUNGS[i] for i in order]
-    other, _, printed = trained_with(
-        f"turned_{first}", classes, "--weights", f"{first}/lenet5", options=options
-    )
+    other, _, printed = trained_with(f"turned_{first}", classes, "--weights", f"{first}/lenet5", options=options)
     assert f"LeNet-5: head: reordered (in the weights: {', '.join(LUNGS)})\n" in printed
     torch.testing.assert_close(logits_of(other), logits_of(folder)[:, order])
     settings = json.loads((other / "model.json").read_text())["origin"]["study"]["training"]
@@ -314,12 +310,7 @@ def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_
     file.write_bytes((folder / "model.safetensors").read_bytes())
     first = load_network(folder).network.classifier
     for name, weights, classes, message in (
-        (
-            "foreign",
-            "first/lenet5",
-            (*LUNGS[:2], "Viral Pneumonia"),
-            f"that of the weights is for {', '.join(LUNGS)}",
-        ),
+        ("foreign", "first/lenet5", (*LUNGS[:2], "Viral Pneumonia"), f"that of the weights is for {', '.join(LUNGS)}"),
         ("unknown", str(file), LUNGS, "no model.json beside the weights names its classes"),
     ):
         other, _, printed = trained_with(name, classes, "--weights", weights, "--seed", "1")
@@ -329,9 +320,7 @@ def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_
         assert (started.fc3.weight - first.fc3.weight).abs().amax(1).min() > 0.01
 
 
-def test_weights_of_another_architecture_are_refused_before_any_work(
-    trained_with, study_file, tmp_path, capsys
-):
+def test_weights_of_another_architecture_are_refused_before_any_work(trained_with, study_file, tmp_path, capsys):
     folder, _, _ = trained_with("first", LUNGS)
     for weights in (str(folder), str(folder / "model.safetensors")):
         assert main([study_file, "--weights", weights, "--runs", str(tmp_path / "other")]) == 2
@@ -373,9 +362,7 @@ def test_limited_study_is_trained_under_its_own_name(study_file, tmp_path):
         ({"head": "sigmoid"}, "two classes apart, not 4"),
     ],
 )
-def test_settings_that_do_not_fit_the_classes_are_refused_before_the_training(
-    tiny_study, tmp_path, changes, message
-):
+def test_settings_that_do_not_fit_the_classes_are_refused_before_the_training(tiny_study, tmp_path, changes, message):
     study = tiny_study.overridden(**changes)
     with pytest.raises(ValueError, match=message):
         fine_tune_study(study, load_table(study), "resnet18", runs=tmp_path, device="cpu")
@@ -436,9 +423,7 @@ def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(find
     for c in ranked:  # no other threshold gives a better F1 on validation
         scores = predictions.probabilities[:, c]
         chosen = f1_score(predictions.targets[:, c], scores >= card.thresholds[c])
-        assert chosen == pytest.approx(
-            max(f1_score(predictions.targets[:, c], scores >= t) for t in scores), abs=1e-9
-        )
+        assert chosen == pytest.approx(max(f1_score(predictions.targets[:, c], scores >= t) for t in scores), abs=1e-9)
 
 
 def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(findings, tmp_path, capsys):
@@ -464,9 +449,7 @@ def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(fi
     predictions = read_predictions(
         folder / "predictions_val.csv", card.classes, multilabel=True, thresholds=card.thresholds
     )
-    ranked = [
-        c for c, name in enumerate(card.classes) if name not in without and predictions.targets[:, c].any()
-    ]
+    ranked = [c for c, name in enumerate(card.classes) if name not in without and predictions.targets[:, c].any()]
     areas = [roc_auc_score(predictions.targets[:, c], predictions.probabilities[:, c]) for c in ranked]
     assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
     assert not predictions.predicted[:, [card.classes.index(name) for name in without]].any()
@@ -508,9 +491,7 @@ def test_the_positive_class_of_the_study_is_what_thresholds_are_chosen_for(tmp_p
     assert chosen == pytest.approx(best, abs=1e-12)
 
 
-def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(
-    phantom_root, tmp_path, capsys, monkeypatch
-):
+def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.toml").write_text(
         f"""
         title = "Lungs"
@@ -537,6 +518,4 @@ def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(
     with torch.no_grad():
         logits = trained.network(trained.preprocessing(xray)[None])
     answer = trained.card.probabilities(logits)[0].numpy()
-    np.testing.assert_allclose(
-        answer, predictions.loc[0, list(trained.card.classes)].to_numpy(float), atol=1e-4
-    )
+    np.testing.assert_allclose(answer, predictions.loc[0, list(trained.card.classes)].to_numpy(float), atol=1e-4)

@@ -53,9 +53,7 @@ def test_maps_agree_with_the_grad_cam_package(network, images):
     ours = nn.functional.interpolate(maps.raw, (SIZE, SIZE), mode="bilinear")[:, 0].numpy()
     assert not maps.empty.any()
     targets = [ClassifierOutputTarget(int(index)) for index in classes]
-    with ReferenceGradCAM(
-        model=network, target_layers=[network.get_submodule(network.cam_layer)]
-    ) as reference:
+    with ReferenceGradCAM(model=network, target_layers=[network.get_submodule(network.cam_layer)]) as reference:
         theirs = reference(input_tensor=images, targets=targets)
     assert np.abs(min_max(ours) - min_max(theirs)).max() < 1e-5
 

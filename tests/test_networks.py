@@ -120,9 +120,7 @@ def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(s
     set_training_mode(network, trainable="head")
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=0.1)
-    functional.binary_cross_entropy_with_logits(
-        network(images)[:, 0], torch.tensor([0.0, 1, 1, 1])
-    ).backward()
+    functional.binary_cross_entropy_with_logits(network(images)[:, 0], torch.tensor([0.0, 1, 1, 1])).backward()
     optimizer.step()
     changed = {key for key, value in network.state_dict().items() if not torch.equal(before[key], value)}
     assert changed
@@ -153,9 +151,7 @@ def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
     # He et al. 2016, table 4: ResNet-164 has 1.7 million parameters.
     network = resnet_v2(10, n=18)
     weighted = [
-        m
-        for key, m in network.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in key
+        m for key, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in key
     ]
     assert len(weighted) == 164
     assert round(parameter_count(network) / 1e6, 1) == 1.7
@@ -188,10 +184,7 @@ def test_new_head_has_the_layers_that_were_asked_for(hidden_units, dropout, laye
 
 
 def test_dropout_without_a_place_for_it_is_refused():
-    with (
-        torch.device("meta"),
-        pytest.raises(ValueError, match=r"ResNet-18 has no dropout.*hidden_units = \[\]"),
-    ):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"ResNet-18 has no dropout.*hidden_units = \[\]"):
         build_network("resnet18", 3, dropout=0.5)
 
 
@@ -304,9 +297,7 @@ def test_imagenet_weights_go_into_the_trunk_under_a_new_head(torch_home):
 
 
 def test_network_without_imagenet_weights_names_those_that_have_them():
-    with pytest.raises(
-        ValueError, match=r"lenet5 has no ImageNet weights.*--weights none.*choose from vgg16"
-    ):
+    with pytest.raises(ValueError, match=r"lenet5 has no ImageNet weights.*--weights none.*choose from vgg16"):
         build_network("lenet5", 3, weights="imagenet")
 
 
@@ -326,17 +317,12 @@ def saved(network, path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_file_gives_the_trunk_under_a_new_head_and_its_head_where_the_order_is_known(
-    tmp_path, suffix
-):
+def test_weights_file_gives_the_trunk_under_a_new_head_and_its_head_where_the_order_is_known(tmp_path, suffix):
     torch.manual_seed(0)
     source = build_network("small_cnn", 3)
     path = saved(source, tmp_path / f"w{suffix}")
     same = build_network("small_cnn", 3, weights=path, head_order=(0, 1, 2))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(source.state_dict().values(), same.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), same.state_dict().values(), strict=True))
     for outputs in (3, 5):
         other = build_network("small_cnn", outputs, weights=path)
         assert torch.equal(other.features[4].conv.weight, source.features[4].conv.weight)
@@ -376,9 +362,7 @@ def test_weights_file_fits_under_any_head_and_a_head_of_another_form_is_not_take
         path = saved(network, tmp_path / f"{source}.safetensors")
         for target, head in heads.items():
             built = build_network("small_cnn", 3, weights=path, **head).state_dict()
-            assert torch.equal(
-                built["features.1.conv.weight"], network.state_dict()["features.1.conv.weight"]
-            )
+            assert torch.equal(built["features.1.conv.weight"], network.state_dict()["features.1.conv.weight"])
             if source != target:
                 with pytest.raises(ValueError, match="are not of a Small CNN"):
                     build_network("small_cnn", 3, weights=path, head_order=(0, 1, 2), **head)

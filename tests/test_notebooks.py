@@ -158,7 +158,5 @@ def test_committed_outputs_are_small_whole_and_free_of_this_machine(name):
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert kinds <= {"image/png", "image/jpeg", "text/plain", "text/html", "text/markdown"}
     assert str(PROJECT) not in path.read_text(encoding="utf-8")
-    texts = [
-        output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})
-    ]
+    texts = [output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
     assert any("synthetic" in text for text in texts)  # named as what it is

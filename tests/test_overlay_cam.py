@@ -57,9 +57,7 @@ def call(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(
-    capsys, xray, four_class_run, tmp_path
-):
+def test_overlay_has_the_size_of_the_xray_and_probabilities_sum_to_one(capsys, xray, four_class_run, tmp_path):
     status, out, err = call(capsys, "-i", xray, "-m", four_class_run, "-o", tmp_path / "out.png", "--json")
     assert (status, err) == (0, "")
     (record,) = json.loads(out)
@@ -81,15 +79,11 @@ def test_probabilities_are_the_models_own(capsys, xray, four_class_run, tmp_path
     np.testing.assert_allclose(list(probabilities.values()), expected.numpy(), atol=1e-4)
 
 
-def test_a_tiff_of_several_pages_is_answered_by_its_first_and_a_line_says_so(
-    capsys, xray, four_class_run, tmp_path
-):
+def test_a_tiff_of_several_pages_is_answered_by_its_first_and_a_line_says_so(capsys, xray, four_class_run, tmp_path):
     first = Image.open(xray)
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("L", first.size)])
     _, plain, _ = call(capsys, "-i", xray, "-m", four_class_run, "-o", tmp_path, "--json")
-    status, out, err = call(
-        capsys, "-i", tmp_path / "pages.tif", "-m", four_class_run, "-o", tmp_path, "--json"
-    )
+    status, out, err = call(capsys, "-i", tmp_path / "pages.tif", "-m", four_class_run, "-o", tmp_path, "--json")
     assert (status, err) == (0, f"{tmp_path / 'pages.tif'} holds 2 images: the first is read\n")
     assert json.loads(out)[0]["probabilities"] == json.loads(plain)[0]["probabilities"]
 
@@ -107,9 +101,7 @@ def test_all_labels_give_a_map_each(capsys, xray, four_class_run, tmp_path):
     status, out, _ = call(capsys, "-i", xray, "-m", four_class_run, "-l", "all", "-o", tmp_path, "--json")
     assert status == 0
     written = [Path(entry["overlay"]).name for entry in json.loads(out)[0]["maps"]]
-    assert written == [
-        f"patient 7_cam_{name}.png" for name in ("covid19", "lungopacity", "normal", "viralpneumonia")
-    ]
+    assert written == [f"patient 7_cam_{name}.png" for name in ("covid19", "lungopacity", "normal", "viralpneumonia")]
     assert all((tmp_path / name).is_file() for name in written)
 
 
@@ -156,9 +148,7 @@ def test_an_overlay_is_no_xray(capsys, xray, four_class_run, tmp_path):
     status, out, err = call(capsys, "-i", *overlays, "-m", four_class_run, "-o", tmp_path / "out")
     assert (status, out) == (2, "")
     assert err == "overlay_cam.py: no X-rays were given, but overlays of this program: a.png, b.jpg, c.jpeg\n"
-    status, out, err = call(
-        capsys, "-i", *overlays, xray, "-m", four_class_run, "-o", tmp_path / "out", "--json"
-    )
+    status, out, err = call(capsys, "-i", *overlays, xray, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert [record["image"] for record in json.loads(out)] == [str(xray)]
     assert "3 skipped, overlays of this program" in err
     # The files can be read in spite of the mark.
@@ -275,9 +265,7 @@ def test_nothing_done_is_status_2_and_an_overlay_that_cannot_be_written_costs_no
         ({"--device": "meta"}, "no device 'meta'"),
     ],
 )
-def test_a_mistake_is_one_line_with_a_remedy_and_status_2(
-    capsys, xray, four_class_run, tmp_path, change, message
-):
+def test_a_mistake_is_one_line_with_a_remedy_and_status_2(capsys, xray, four_class_run, tmp_path, change, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     stand_ins = {"TEXT": tmp_path / "text.png", "EMPTY": tmp_path / "empty", "XRAY": xray}
@@ -332,9 +320,7 @@ def noise(tmp_path):
 
 
 def test_several_runs_are_an_ensemble_of_mean_probability(capsys, noise, tmp_path):
-    runs = [
-        run_of(tmp_path / f"run{seed}", untrained(seed, ("no", "yes"), head="sigmoid")) for seed in range(3)
-    ]
+    runs = [run_of(tmp_path / f"run{seed}", untrained(seed, ("no", "yes"), head="sigmoid")) for seed in range(3)]
     alone = [json.loads(call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "--json")[1])[0] for run in runs]
     # A run that is named twice counts once.
     status, out, _ = call(capsys, "-i", noise, "-m", *runs, runs[0], "-o", tmp_path, "--json")
@@ -349,9 +335,7 @@ def test_several_runs_are_an_ensemble_of_mean_probability(capsys, noise, tmp_pat
 
 
 def test_runs_of_different_classes_are_no_ensemble(capsys, noise, tmp_path):
-    runs = [
-        run_of(tmp_path / "".join(classes), untrained(0, classes)) for classes in (("a", "b"), ("b", "a"))
-    ]
+    runs = [run_of(tmp_path / "".join(classes), untrained(0, classes)) for classes in (("a", "b"), ("b", "a"))]
     status, out, err = call(capsys, "-i", noise, "-m", *runs, "-o", tmp_path)
     assert (status, out) == (2, "")
     assert "an ensemble needs the same classes in the same order" in err
@@ -360,9 +344,7 @@ def test_runs_of_different_classes_are_no_ensemble(capsys, noise, tmp_path):
 def test_prediction_of_an_ensemble_is_by_the_mean_of_the_thresholds(capsys, noise, tmp_path):
     member = untrained(0, ("no", "yes"), head="sigmoid")
     with torch.no_grad():
-        p = float(
-            member.card.probabilities(member.network(member.preprocessing(read_xray(noise))[None]))[0, 1]
-        )
+        p = float(member.card.probabilities(member.network(member.preprocessing(read_xray(noise))[None]))[0, 1])
     runs = []
     for number, threshold in enumerate((p - 0.3, p + 0.1)):  # their mean lies 0.1 below p
         trained = untrained(0, ("no", "yes"), head="sigmoid", thresholds=(1 - threshold, threshold))
@@ -378,13 +360,10 @@ def test_findings_are_those_from_their_thresholds_on(capsys, noise, tmp_path):
     names = ("Mass", "Edema", "Hernia")
     trained = untrained(2, names, head="sigmoid", multilabel=True)
     with torch.no_grad():
-        probabilities = trained.card.probabilities(
-            trained.network(trained.preprocessing(read_xray(noise))[None])
-        )[0]
+        probabilities = trained.card.probabilities(trained.network(trained.preprocessing(read_xray(noise))[None]))[0]
     thresholds = tuple(float(p) + shift for p, shift in zip(probabilities, (-0.01, 0.01, -0.01), strict=True))
     run = run_of(
-        tmp_path / "run",
-        trained._replace(card=untrained(2, names, multilabel=True, thresholds=thresholds).card),
+        tmp_path / "run", trained._replace(card=untrained(2, names, multilabel=True, thresholds=thresholds).card)
     )
     record = json.loads(call(capsys, "-i", noise, "-m", run, "-o", tmp_path, "--json")[1])[0]
     np.testing.assert_allclose(list(record["probabilities"].values()), probabilities, atol=1e-4)
@@ -424,12 +403,8 @@ def test_threshold_that_decides_is_shown_and_why_its_map_is_empty(capsys, noise,
     ]
 
 
-@pytest.mark.parametrize(
-    "thresholds", [(0.7, None), (0.3, 0.7)]
-)  # the second as older cards have them: class 1 counts
-def test_class_without_a_threshold_is_predicted_where_the_other_does_not_reach_its(
-    capsys, noise, tmp_path, thresholds
-):
+@pytest.mark.parametrize("thresholds", [(0.7, None), (0.3, 0.7)])  # the second as older cards have them: class 1 counts
+def test_class_without_a_threshold_is_predicted_where_the_other_does_not_reach_its(capsys, noise, tmp_path, thresholds):
     shown = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
     run = always(tmp_path / "run", (0.69, 0.31), thresholds)
     record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
@@ -439,9 +414,7 @@ def test_class_without_a_threshold_is_predicted_where_the_other_does_not_reach_i
     assert f"  Predicted: {record['predicted']} {line}\n" in text
 
 
-def test_findings_that_were_not_learnt_or_have_no_threshold_are_no_numbers_and_never_found(
-    capsys, noise, tmp_path
-):
+def test_findings_that_were_not_learnt_or_have_no_threshold_are_no_numbers_and_never_found(capsys, noise, tmp_path):
     run = always(tmp_path / "run", (0.6, 0.9, 0.8), (0.5, None, None), multilabel=True)
     card = json.loads((run / "model.json").read_text())
     (run / "model.json").write_text(json.dumps(card | {"unreported": ["Edema"]}))
@@ -507,20 +480,14 @@ def test_probability_is_told_apart_from_its_threshold_also_when_they_are_close(
 
 
 def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
-    record, text = answered(
-        capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png"
-    )
+    record, text = answered(capsys, "-i", noise, "-m", always(tmp_path / "run", (0.6, 0.4)), "-o", tmp_path / "o.png")
     assert "thresholds" not in record
     assert "decision threshold" not in text
     assert "(empty: nothing in the image speaks for it): " in text
 
 
-def test_warning_is_one_line_on_stderr_and_leaves_the_list_whole(
-    capsys, noise, small_run, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 1500
-    )  # the image has 2000; Pillow warns, up to twice as many
+def test_warning_is_one_line_on_stderr_and_leaves_the_list_whole(capsys, noise, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # the image has 2000; Pillow warns, up to twice as many
     status, out, err = call(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--json")
     assert status == 0
     assert len(json.loads(out)) == 1
@@ -571,9 +538,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_ctrl_c_before_the_first_image_is_one_line_and_status_130(
-    capsys, noise, small_run, tmp_path, monkeypatch
-):
+def test_ctrl_c_before_the_first_image_is_one_line_and_status_130(capsys, noise, small_run, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -599,9 +564,7 @@ def test_ctrl_c_before_the_first_image_is_one_line_and_status_130(
 def test_overlay_shows_the_map_of_the_named_method_and_layers(
     capsys, noise, small_run, tmp_path, options, method, layer, name
 ):
-    record, text = answered(
-        capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "-l", "no", *options
-    )
+    record, text = answered(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "-l", "no", *options)
     trained, grey = load_network(small_run), read_xray(noise)
     expected = overlay(grey, explain(trained, grey, 0, method=method, layer=layer).maps[0])
     assert np.abs(pixels(tmp_path / "o.png") - expected).max() <= 1
@@ -646,9 +609,7 @@ def test_an_overlay_that_cannot_be_put_in_place_leaves_nothing_behind(capsys, no
     assert not [file for file in tmp_path.iterdir() if file.name.endswith(".tmp")]
 
 
-def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_scale(
-    capsys, noise, small_run, tmp_path
-):
+def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_scale(capsys, noise, small_run, tmp_path):
     trained = load_network(small_run)
     with GradCAM(trained.network) as cam:
         raw = cam(trained.preprocessing(read_xray(noise))[None], "all").raw[0].amax(dim=(1, 2))
@@ -660,9 +621,7 @@ def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_sc
     assert [e["peak"] for record in (two_layers, two_runs) for e in record["maps"]] == [None] * 4
 
 
-def test_boxes_are_those_of_the_map_in_white_in_the_picture_and_in_the_record(
-    capsys, noise, small_run, tmp_path
-):
+def test_boxes_are_those_of_the_map_in_white_in_the_picture_and_in_the_record(capsys, noise, small_run, tmp_path):
     layer = "features.1.relu"  # of small cells: its map has several regions
     common = "-i", noise, "-m", small_run, "-l", "no", "--layer", layer
     answered(capsys, *common, "-o", tmp_path / "plain.png")
@@ -804,9 +763,7 @@ def test_damaged_lung_model_costs_the_shares_and_a_line(capsys, chest, tmp_path)
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
-def test_shares_by_a_lung_model_that_knows_the_phantom_only_are_said_to_be(
-    capsys, noise, lung_runs, tmp_path
-):
+def test_shares_by_a_lung_model_that_knows_the_phantom_only_are_said_to_be(capsys, noise, lung_runs, tmp_path):
     lungs = load_segmenter(lung_runs / "lungs")
     save_segmenter(tmp_path / "lungs", replace(lungs, origin={"data": "synthetic phantom"}))
     run = lung_runs / "study" / "small_cnn"
@@ -862,15 +819,5 @@ def test_one_xray_is_answered_without_a_heavy_import(noise, small_run, tmp_path)
 
 def test_the_names_of_the_heavy_modules_are_those_of_installed_ones():
     """Otherwise the test above could not fail."""
-    for name in (
-        "pandas",
-        "sklearn",
-        "scipy",
-        "matplotlib",
-        "seaborn",
-        "pydantic",
-        "accelerate",
-        "tqdm",
-        "timm",
-    ):
+    for name in ("pandas", "sklearn", "scipy", "matplotlib", "seaborn", "pydantic", "accelerate", "tqdm", "timm"):
         assert importlib.util.find_spec(name) is not None, name

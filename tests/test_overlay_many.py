@@ -121,15 +121,10 @@ def test_rows_say_what_each_image_alone_is_answered(capsys, many_xrays, shared_r
         assert row[4:9] == ["", "", overlay.name, str(overlay.stat().st_size), str(image.stat().st_size)]
         assert datetime.fromisoformat(row[9]).timestamp() == pytest.approx(image.stat().st_mtime, abs=1e-5)
         assert row[10] == ""
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "20_cam.png",
-        "31_cam.png",
-    }  # of one image, no table
+    assert {file.name for file in tmp_path.iterdir()} == {"20_cam.png", "31_cam.png"}  # of one image, no table
 
 
-def test_findings_and_names_with_commas_quotes_and_line_breaks_stay_in_their_cells(
-    capsys, xrays, run, tmp_path
-):
+def test_findings_and_names_with_commas_quotes_and_line_breaks_stay_in_their_cells(capsys, xrays, run, tmp_path):
     names = ("Mass, large", 'so-called "Edema"', "Hernia")
     odd = xrays / 'a,"b"\nc.png'
     (xrays / "00.png").rename(odd)
@@ -183,9 +178,7 @@ def test_lungs_in_a_row_are_those_of_the_record(capsys, xrays, run, tmp_path):
 
 def test_two_names_of_one_file_are_one_image(capsys, xrays, run, tmp_path, monkeypatch):
     monkeypatch.chdir(xrays)
-    out = call(capsys, "-i", "00.png", xrays / "00.png", "01.png", "-m", run, "-o", tmp_path / "o", "--json")[
-        1
-    ]
+    out = call(capsys, "-i", "00.png", xrays / "00.png", "01.png", "-m", run, "-o", tmp_path / "o", "--json")[1]
     assert [record["image"] for record in json.loads(out)] == ["00.png", "01.png"]
     assert [row[0] for row in rows_of(tmp_path / "o")[1]] == [str(xrays / "00.png"), str(xrays / "01.png")]
 
@@ -407,9 +400,7 @@ def test_only_processes_that_share_the_work_on_the_same_settings_write_to_a_tabl
     second.append(["2"])
     others = [table(0, of=1), table(0, of=3), table(0, method="layercam")]
     for other in (*others, table(1)):  # the last: a second command with the same number of processes
-        with pytest.raises(
-            ValueError, match=r"another command is at work on .*: wait for it, or give another -o"
-        ):
+        with pytest.raises(ValueError, match=r"another command is at work on .*: wait for it, or give another -o"):
             other.resume(lambda row: False)
     first.close()
     for other in others:
@@ -495,20 +486,7 @@ def test_a_second_command_on_a_table_is_refused_while_the_first_works(capsys, xr
 
 
 def test_cells_of_different_names_differ_and_are_of_one_line():
-    names = [
-        "a\nb",
-        "a\\nb",
-        "a\\\nb",
-        "a\\\\nb",
-        "a\rb",
-        "a\\rb",
-        "\udcff",
-        "\\udcff",
-        "\\\\udcff",
-        "ÿ",
-        "a,b",
-        '"a"',
-    ]
+    names = ["a\nb", "a\\nb", "a\\\nb", "a\\\\nb", "a\rb", "a\\rb", "\udcff", "\\udcff", "\\\\udcff", "ÿ", "a,b", '"a"']
     cells = [cell(name) for name in names]
     assert len(set(cells)) == len(names)
     assert not any(end in text for end in "\n\r" for text in cells)
@@ -532,9 +510,7 @@ def test_bad_names_fail_alone(capsys, xrays, run, tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "dangling.png").symlink_to("gone")
     (tmp_path / "empty").mkdir()
-    (xrays / ("y" * 251 + ".png")).write_bytes(
-        (xrays / "00.png").read_bytes()
-    )  # its overlay's name is too long
+    (xrays / ("y" * 251 + ".png")).write_bytes((xrays / "00.png").read_bytes())  # its overlay's name is too long
     bad = [tmp_path / name for name in ("x" * 300, "loop.png", "dangling.png", "empty", "empty/gone.png")]
     status, out, err = call(capsys, "-i", *bad, xrays, "-m", run, "-o", tmp_path / "out")
     assert status == 1
@@ -560,9 +536,7 @@ def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
         if root:
             os.seteuid(65534)  # what may not be read root reads all the same
         try:
-            status, out, err = call(
-                capsys, "-i", locked, locked / "00.png", images, "-m", model, "-o", place / "out"
-            )
+            status, out, err = call(capsys, "-i", locked, locked / "00.png", images, "-m", model, "-o", place / "out")
         finally:
             if root:
                 os.seteuid(0)
@@ -642,9 +616,7 @@ def test_table_of_other_or_damaged_settings_is_kept_under_another_name(capsys, x
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_do_every_image_once(
-    capsys, many_xrays, shared_run, undisturbed, tmp_path, monkeypatch
-):
+def test_two_processes_at_once_do_every_image_once(capsys, many_xrays, shared_run, undisturbed, tmp_path, monkeypatch):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     common = "-i", broken, many_xrays, "-m", shared_run, "-o", tmp_path / "out"

@@ -30,15 +30,7 @@ def lines_by_label(ax):
 
 
 FINDINGS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"]
-FINDINGS += [
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
-]
+FINDINGS += ["Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 EIGHT = [f"a_network_of_long_name_{i}" for i in range(8)]
 
 
@@ -113,17 +105,11 @@ def test_image_sizes_are_drawn_once_each_with_areas_in_proportion(fig, ax):
     )
     plot_utils.plot_image_sizes(sizes, ax)
     normal, covid = ax.collections
-    points = {
-        tuple(xy): area for xy, area in zip(normal.get_offsets().tolist(), normal.get_sizes(), strict=True)
-    }
+    points = {tuple(xy): area for xy, area in zip(normal.get_offsets().tolist(), normal.get_sizes(), strict=True)}
     assert points[300, 200] == pytest.approx(4 * points[500, 600])
     assert covid.get_offsets().tolist() == [[300, 200]]
     assert covid.get_sizes()[0] == pytest.approx(points[300, 200] / 2)
-    assert legend_texts(ax.get_legend()) == [
-        "Normal: 50 images, 2 sizes",
-        "COVID-19: 20 images, 1 size",
-        "square",
-    ]
+    assert legend_texts(ax.get_legend()) == ["Normal: 50 images, 2 sizes", "COVID-19: 20 images, 1 size", "square"]
     assert ax.get_xlim()[0] == ax.get_ylim()[0] == 0
     assert inside_figure(fig)
 
@@ -334,9 +320,7 @@ def test_comparison_of_eight_networks_fits():
     fig = Figure(figsize=(10, 9), layout="constrained")
     ax = fig.subplots()
     rows = [(n, m, 0.8, 0.7, 0.85) for n in EIGHT for m in ("accuracy", "recall", "f1", "roc_auc")]
-    plot_utils.plot_comparison(
-        pd.DataFrame(rows, columns=["network", "metric", "estimate", "low", "high"]), ax
-    )
+    plot_utils.plot_comparison(pd.DataFrame(rows, columns=["network", "metric", "estimate", "low", "high"]), ax)
     heights = np.sort([text.xy[1] for text in ax.texts])
     gap = np.diff(heights).min() * ax.get_window_extent().height / 4
     assert gap > plot_utils.SMALL
@@ -368,8 +352,7 @@ def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax)
     scores = pd.Series(
         [0.8, 0.9, 0.9, 0.7, 0.6],
         pd.MultiIndex.from_tuples(
-            [("vgg16", 0), ("vgg16", 1), ("vgg16", 2), ("resnet18", 0), ("resnet18", 3)],
-            names=["network", "seed"],
+            [("vgg16", 0), ("vgg16", 1), ("vgg16", 2), ("resnet18", 0), ("resnet18", 3)], names=["network", "seed"]
         ),
     )
     first = pd.DataFrame(
@@ -386,16 +369,12 @@ def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax)
     np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
     np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])
     assert [text.get_text() for text in ax.texts] == ["mean 0.867 ± 0.058", "mean 0.650 ± 0.071"]
-    assert [text.xy[0] for text in ax.texts] == pytest.approx(
-        [2.6 / 3, 0.65]
-    )  # at the line that they tell of
+    assert [text.xy[0] for text in ax.texts] == pytest.approx([2.6 / 3, 0.65])  # at the line that they tell of
     assert inside_figure(fig)
 
 
 def test_reliability_points_are_the_filled_bins(ax):
-    table = pd.DataFrame(
-        {"confidence": [np.nan, 0.5, 0.9], "accuracy": [np.nan, 0.4, 0.95], "count": [0, 10, 30]}
-    )
+    table = pd.DataFrame({"confidence": [np.nan, 0.5, 0.9], "accuracy": [np.nan, 0.4, 0.95], "count": [0, 10, 30]})
     plot_utils.plot_reliability({"vgg16": table}, ax)
     (points,) = ax.collections
     assert points.get_offsets().tolist() == [[0.5, 0.4], [0.9, 0.95]]
@@ -405,11 +384,7 @@ def test_reliability_points_are_the_filled_bins(ax):
 
 def test_line_of_reliability_leaves_out_bins_of_few_images(ax):
     table = pd.DataFrame(
-        {
-            "confidence": [0.2, 0.4, 0.6, 0.8, 0.95],
-            "accuracy": [0, 0.5, 1, 0.7, 0.9],
-            "count": [1, 20, 9, 10, 99],
-        }
+        {"confidence": [0.2, 0.4, 0.6, 0.8, 0.95], "accuracy": [0, 0.5, 1, 0.7, 0.9], "count": [1, 20, 9, 10, 99]}
     )
     plot_utils.plot_reliability({"vgg16": table}, ax)
     np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0.4, 0.5], [0.8, 0.7], [0.95, 0.9]])

@@ -93,22 +93,15 @@ def test_a_fingerprint_is_of_the_content_whatever_size_and_time_say(study):
     assert data_fingerprint(load_table(study)) == before
 
 
-def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_start(
-    study, capsys, monkeypatch
-):
+def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_start(study, capsys, monkeypatch):
     before = data_fingerprint(load_table(study))
     picture = study.data.root / "dark" / "3.bmp"
     once_trained(monkeypatch, lambda: overwrite(picture))
     folder = train(study)
     printed = capsys.readouterr().out
-    assert (
-        f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has"
-        in printed
-    )
+    assert f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has" in printed
     assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
-    with pytest.raises(
-        ValueError, match=r"have changed since .*lenet5 was trained: put them back, or train again"
-    ):
+    with pytest.raises(ValueError, match=r"have changed since .*lenet5 was trained: put them back, or train again"):
         read_runs(study, folder.parent.parent, read_images(study))
 
 
@@ -197,9 +190,7 @@ def test_a_training_does_not_go_on_with_other_images(study, capsys, monkeypatch)
     capsys.readouterr()
     assert main(command) == 2
     errors = capsys.readouterr().err
-    assert (
-        "holds an unfinished training on other images: their content, their labels or their splits" in errors
-    )
+    assert "holds an unfinished training on other images: their content, their labels or their splits" in errors
     assert "start anew with --restart" in errors
     assert main([*command, "--restart"]) == 0
 
@@ -247,9 +238,7 @@ def divided(root, folders):
 def test_a_class_without_training_images_is_refused_by_name(study, balance):
     root = study.data.root
     divided(root, {"train/bright": 6, "val/bright": 2, "val/dark": 2, "test/bright": 2, "test/dark": 2})
-    with pytest.raises(
-        ValueError, match=r"no training image of dark: add some, .* leave the class out \(classes"
-    ):
+    with pytest.raises(ValueError, match=r"no training image of dark: add some, .* leave the class out \(classes"):
         train(study.overridden(balance=balance))
     assert not (root.parent / "runs" / "own").exists()
 

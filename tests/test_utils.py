@@ -12,14 +12,7 @@ from torchvision.transforms import v2
 
 from studies.settings import IMAGENET_MEAN, IMAGENET_STD
 from training.batches import XrayDataset
-from utils import (
-    Preprocessing,
-    class_weights,
-    derived_generator,
-    read_mask,
-    read_xray,
-    resolve_device,
-)
+from utils import Preprocessing, class_weights, derived_generator, read_mask, read_xray, resolve_device
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
 
@@ -106,9 +99,7 @@ def test_signed_integers_count_from_their_minimum(tmp_path, bits):
 def test_integers_of_more_than_sixteen_bits_span_their_own_range(tmp_path):
     for low, high in ((-(2**31), 2**31 - 1), (0, 2**31 - 1), (0, 100_000), (10**6, 10**6 + 9_999)):
         values = np.tile(np.linspace(low, high, 256).round().astype(np.int32), (16, 1))
-        assert (
-            np.abs(read_xray(save(tmp_path, Image.fromarray(values), "x.tif")).astype(int) - RAMP).max() <= 1
-        )
+        assert np.abs(read_xray(save(tmp_path, Image.fromarray(values), "x.tif")).astype(int) - RAMP).max() <= 1
 
 
 def test_unsigned_integers_of_32_bits_do_not_wrap(tmp_path):
@@ -350,9 +341,7 @@ def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
     image = np.full((20, 30), 200, np.uint8)
     inside = np.zeros((20, 30), bool)
     inside[:, 15:] = True
-    masked = Preprocessing(
-        16, (0, 0, 0), (1, 1, 1), lungs=lambda xray: np.where(inside, xray, 0).astype(np.uint8)
-    )
+    masked = Preprocessing(16, (0, 0, 0), (1, 1, 1), lungs=lambda xray: np.where(inside, xray, 0).astype(np.uint8))
     resized = masked.resize(image)[0]
     assert not resized[:, :7].any()
     assert (resized[:, 9:] == 200).all()

@@ -115,8 +115,7 @@ class Augmentation:
             draws: B draws, from `draw` of the same settings.
         """
         brightness, contrast, flip = (
-            values.to(images.device)[:, None, None, None]
-            for values in (draws.brightness, draws.contrast, draws.flip)
+            values.to(images.device)[:, None, None, None] for values in (draws.brightness, draws.contrast, draws.flip)
         )
         moved = self.smallest_crop < 1 or self.rotation or self.translation or self.scale != (1.0, 1.0)
         if self.horizontal_flip and not moved:
@@ -144,11 +143,7 @@ def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
     across = torch.stack([width * mirror * cos, -height * mirror * sin], 1)
     down = torch.stack([width * sin, height * cos], 1)
     origin = torch.stack(
-        [
-            2 * left + width - 1 - width * (cos * x + sin * y),
-            2 * top + height - 1 + height * (sin * x - cos * y),
-        ],
-        1,
+        [2 * left + width - 1 - width * (cos * x + sin * y), 2 * top + height - 1 + height * (sin * x - cos * y)], 1
     )
     centres = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
     columns = (across[..., None] * centres).to(device, torch.float32)[:, :, None]

@@ -130,12 +130,7 @@ class Batches:
         return torch.multinomial(self.weights, number, replacement=True, generator=generator)
 
     def epoch(
-        self,
-        number: int = 0,
-        *,
-        start: int = 0,
-        device: torch.device | str = "cpu",
-        share: Share = WHOLE,
+        self, number: int = 0, *, start: int = 0, device: torch.device | str = "cpu", share: Share = WHOLE
     ) -> Iterator[Batch]:
         """Yield a process's share of the batches of an epoch, from the `start`-th batch on."""
         order, on_gpu = self.chosen(number), torch.device(device).type == "cuda"
@@ -182,7 +177,5 @@ def make_batches(
     }
     sets["train_plain"] = train = sets.pop("train")
     weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
-    plain = {
-        name: Batches(dataset, batch_size, prepare=preprocessing.normalise) for name, dataset in sets.items()
-    }
+    plain = {name: Batches(dataset, batch_size, prepare=preprocessing.normalise) for name, dataset in sets.items()}
     return plain | {"train": replace(plain["train_plain"], seed=seed, weights=weights, augment=augment)}

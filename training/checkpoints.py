@@ -65,9 +65,7 @@ class Checkpoints:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.folder} holds no state that can be read ({reason}): {ANEW}") from None
         # Another seed or limit gives other data too: these come first.
-        different = sorted(
-            (key for key in now if before.get(key, now) != now[key]), key=lambda key: key == "data"
-        )
+        different = sorted((key for key in now if before.get(key, now) != now[key]), key=lambda key: key == "data")
         if not different:
             return state
         key, unfinished = different[0], f"{self.folder} holds an unfinished training"
@@ -79,9 +77,7 @@ class Checkpoints:
                 f"Put them back, or {ANEW}"
             )
         was, is_now = (json.dumps(settings[key], ensure_ascii=False) for settings in (before, now))
-        raise ValueError(
-            f"{unfinished} with other settings ({key} = {was}, now {is_now}): go on with those, or {ANEW}"
-        )
+        raise ValueError(f"{unfinished} with other settings ({key} = {was}, now {is_now}): go on with those, or {ANEW}")
 
     def save(self, state: Mapping[str, object]) -> None:
         """Save a state: numbers, texts, tensors, and lists and dictionaries of these.
@@ -228,9 +224,7 @@ class TrainingState:
         """Add a finished epoch to the history, and keep its weights if its `value` is the lowest so far."""
         progress = self.progress
         progress.rows.append(row)
-        progress.times.append(
-            {"epoch": row["epoch"], "seconds": self.seconds, "images_per_second": images_per_second}
-        )
+        progress.times.append({"epoch": row["epoch"], "seconds": self.seconds, "images_per_second": images_per_second})
         progress.step, progress.seconds, self.started = 0, 0.0, time.perf_counter()
         self.epoch_outputs = {}
         if value < progress.best_value or not progress.best_epoch:

@@ -23,9 +23,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        return (
-            "bf16" if any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
-        )
+        return "bf16" if any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
     return "fp32"
 
 

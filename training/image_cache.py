@@ -181,6 +181,4 @@ def reserve(stream: BinaryIO, number: int, content: str) -> None:
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + number)
     except OSError as error:
         folder = Path(stream.name).parent
-        raise CacheFailed(
-            f"no room for {number / 1e9:.2g} GB of {content} in {folder}: {error.strerror}"
-        ) from None
+        raise CacheFailed(f"no room for {number / 1e9:.2g} GB of {content} in {folder}: {error.strerror}") from None

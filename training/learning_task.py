@@ -90,14 +90,11 @@ def _objective(table: XrayTable) -> Objective:
     one_sided = table.one_sided("train")
     unlearnt = torch.tensor([name in one_sided for name in table.classes])
     return replace(
-        MULTI_LABEL,
-        score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets),
+        MULTI_LABEL, score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
     )
 
 
-def _uninformed_loss(
-    training: Training, table: XrayTable, objective: Objective, weights: Tensor | None
-) -> float:
+def _uninformed_loss(training: Training, table: XrayTable, objective: Objective, weights: Tensor | None) -> float:
     """Return the loss of the classes' frequencies as an answer. Balancing makes all classes equally frequent."""
     train, val = (torch.tensor(table.targets(split)) for split in ("train", "val"))
     number = len(table.classes)

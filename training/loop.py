@@ -108,9 +108,7 @@ def fine_tune(
     network.requires_grad_(True).eval()
     progress = loop.state.progress
     asked_to_stop, _ = processes.agreed(loop.requests.asked, False)
-    return FineTuned(
-        pd.DataFrame(progress.rows), pd.DataFrame(progress.times), progress.best_epoch, asked_to_stop
-    )
+    return FineTuned(pd.DataFrame(progress.rows), pd.DataFrame(progress.times), progress.best_epoch, asked_to_stop)
 
 
 class _Loop:

@@ -110,12 +110,7 @@ def alone() -> Iterator[None]:
 
 
 def fit(
-    start: LungSegmenter,
-    pairs: Sequence[Pair],
-    training: NetworkTraining,
-    *,
-    seed: int = 0,
-    device: str = "cpu",
+    start: LungSegmenter, pairs: Sequence[Pair], training: NetworkTraining, *, seed: int = 0, device: str = "cpu"
 ) -> LungSegmenter:
     """Return a segmenter, trained from the weights of `start`, with the weights of its best epoch.
 
@@ -141,9 +136,7 @@ def fit(
     }
     one_cycle = training.model_copy(update={"schedule": "one_cycle", "patience": training.epochs})
     with alone():
-        done = fine_tune(
-            network, batches, training=one_cycle, objective=LUNG_MASKS, device=device, title="lungs"
-        )
+        done = fine_tune(network, batches, training=one_cycle, objective=LUNG_MASKS, device=device, title="lungs")
     settings = training.model_dump(include={"epochs", "batch_size", "learning_rate"})
     begun = {"fingerprint": start.fingerprint, **start.origin} if start.origin else "random weights"
     best = float(done.history["val_dice"][done.best_epoch - 1])
@@ -187,11 +180,7 @@ def default_segmenter(folder: Path) -> LungSegmenter:
     # Older versions drew the phantoms with the seeds of studies.
     if segmenter is None or (segmenter.phantom_only and "phantom_seed" not in segmenter.origin):
         segmentation.refuse_other_models(folder)  # before the training, not after it
-        lacking = (
-            "no lung model"
-            if segmenter is None
-            else "a lung model of phantoms that may be a study's patients"
-        )
+        lacking = "no lung model" if segmenter is None else "a lung model of phantoms that may be a study's patients"
         print(f"{lacking} in {folder}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(untrained_segmenter(), PHANTOMS, PHANTOM_TRAINING)
         segmentation.save_segmenter(folder, segmenter)

@@ -91,9 +91,7 @@ class Objective:
     weighted_validation: bool
 
 
-SINGLE_LABEL = Objective(
-    single_label_loss, single_label_size, accuracy, "accuracy", weighted_validation=False
-)
+SINGLE_LABEL = Objective(single_label_loss, single_label_size, accuracy, "accuracy", weighted_validation=False)
 MULTI_LABEL = Objective(multi_label_loss, image_count, macro_auc, "auc", weighted_validation=True)
 
 

@@ -93,9 +93,7 @@ class Optimisation:
         self._schedule.load_state_dict(state["schedule"])
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, training: Training, phase: Phase, batches: int
-) -> LRScheduler:
+def _schedule(optimizer: torch.optim.Optimizer, training: Training, phase: Phase, batches: int) -> LRScheduler:
     """Return the schedule of the learning rate.
 
     "one_cycle" and "constant" step with every batch, "plateau" with every epoch.

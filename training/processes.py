@@ -55,9 +55,7 @@ def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) 
     for key in values:
         different = list(dict.fromkeys(str(each[key]) for each in everyone))
         if len(different) > 1:
-            raise ValueError(
-                f"the processes differ in {key} ({', '.join(different)}): start all of them alike"
-            )
+            raise ValueError(f"the processes differ in {key} ({', '.join(different)}): start all of them alike")
 
 
 @dataclass

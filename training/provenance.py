@@ -41,11 +41,7 @@ class Provenance:
 
 def process_settings(accelerator: Accelerator) -> dict[str, object]:
     """Return those settings that each process has by itself and that all processes must share."""
-    return {
-        "threads": torch.get_num_threads(),
-        "device": accelerator.device.type,
-        "torch": str(torch.__version__),
-    }
+    return {"threads": torch.get_num_threads(), "device": accelerator.device.type, "torch": str(torch.__version__)}
 
 
 def provenance_of(
@@ -63,9 +59,7 @@ def provenance_of(
     """
     content = content_digests(table.frame["path"])  # first: what changes from now on is noticed
     training = study.training_of(network)
-    groups = {
-        name: getattr(study, name).model_dump(mode="json") for name in ("preprocessing", "augmentation")
-    }
+    groups = {name: getattr(study, name).model_dump(mode="json") for name in ("preprocessing", "augmentation")}
     settings = {
         **training.model_dump(mode="json", exclude=COSTS | AFTER_TRAINING),
         **{f"{name} {key}": value for name, group in groups.items() for key, value in group.items()},
@@ -116,7 +110,5 @@ def changed_images(table: XrayTable, provenance: Provenance) -> list[str]:
     paths = table.frame["path"]
     rows = zip(paths, provenance.content, content_digests(paths), strict=True)
     return [
-        f"{path} {'is gone' if now is None else 'has other content'}"
-        for path, before, now in rows
-        if before != now
+        f"{path} {'is gone' if now is None else 'has other content'}" for path, before, now in rows if before != now
     ]

@@ -105,10 +105,7 @@ def cam_rows(**masks):
         "resnet18": CamPanel(np.zeros((24, 24)), "COVID-19", 0.6, False),
     }
     wrong = {name: panel._replace(correct=not panel.correct) for name, panel in panels.items()}
-    return [
-        CamRow(grey(0), "Normal", panels, **masks),
-        CamRow(grey(1), "COVID-19", wrong, **masks),
-    ]
+    return [CamRow(grey(0), "Normal", panels, **masks), CamRow(grey(1), "COVID-19", wrong, **masks)]
 
 
 def test_cam_panels_say_what_was_predicted_and_mark_right_and_wrong_twice(fig):

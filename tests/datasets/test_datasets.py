@@ -22,9 +22,7 @@ def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
     Image.new(mode, (8, 8), value if mode == "L" else (value,) * 3).save(path)
 
 
-def invented_table(
-    patients: list[str], labels: list[int], splits: list[str | None] | None = None
-) -> XrayTable:
+def invented_table(patients: list[str], labels: list[int], splits: list[str | None] | None = None) -> XrayTable:
     frame = pd.DataFrame(
         {
             "path": [f"/data/{i:05d}.png" for i in range(len(patients))],
@@ -337,12 +335,7 @@ def touch_kermany(root: Path) -> Path:
     """Every form of name that the source has, with the patients that they are in `KERMANY_PATIENTS`."""
     top = root / "chest_xray"
     touch(top / "train/NORMAL", "IM-0115-0001.jpeg", "IM-0117-0001-0002.jpeg", "NORMAL2-IM-0117-0001.jpeg")
-    touch(
-        top / "train/PNEUMONIA",
-        "person1_bacteria_1.jpeg",
-        "person1_virus_6.jpeg",
-        "person447_virus_921_1.jpeg",
-    )
+    touch(top / "train/PNEUMONIA", "person1_bacteria_1.jpeg", "person1_virus_6.jpeg", "person447_virus_921_1.jpeg")
     touch(top / "val/NORMAL", "NORMAL2-IM-1427-0001.jpeg")
     touch(top / "val/PNEUMONIA", "person1946_bacteria_4874.jpeg")
     touch(top / "test/NORMAL", "IM-0001-0001.jpeg", "NORMAL2-IM-0381-0001.jpeg")
@@ -381,10 +374,7 @@ def test_kermany_kinds_make_the_classes_that_are_asked_for(tmp_path):
         "Pneumonia": {"train": 4, "test": 2},
     }
     two = read_dataset("kermany", root, classes=["Viral", "Bacterial"])
-    assert two.counts().to_dict("index") == {
-        "Viral": {"train": 2, "test": 1},
-        "Bacterial": {"train": 2, "test": 1},
-    }
+    assert two.counts().to_dict("index") == {"Viral": {"train": 2, "test": 1}, "Bacterial": {"train": 2, "test": 1}}
     assert "6 images that are not Viral or Bacterial are left out" in two.notes
     assert len(read_dataset("kermany", root, classes=["Normal", "Viral", "Bacterial"])) == 12
 
@@ -465,11 +455,7 @@ def test_archives_and_a_compressed_table_are_read_alike(tmp_path):
     plain, packed = (read_dataset("chestxray14", tmp_path / name) for name in ("plain", "packed"))
     columns = ["patient", "label", *FINDINGS]
     pd.testing.assert_frame_equal(plain.frame[columns], packed.frame[columns])
-    assert {path.split("/")[0] for path in packed.relative_paths()} == {
-        "images_001",
-        "images_002",
-        "images_003",
-    }
+    assert {path.split("/")[0] for path in packed.relative_paths()} == {"images_001", "images_002", "images_003"}
     pd.testing.assert_frame_equal(plain.boxes.drop(columns="path"), packed.boxes.drop(columns="path"))
 
 
@@ -517,8 +503,7 @@ def test_boxes_are_fractions_whatever_the_size_of_the_files(chestxray14_root):
 
 
 @pytest.mark.parametrize(
-    "header",
-    ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n", "Image Index,Finding Label,Bbox [x,y,w,h]\n", ""],
+    "header", ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n", "Image Index,Finding Label,Bbox [x,y,w,h]\n", ""]
 )
 @pytest.mark.parametrize("end", ["", ",,,"])
 def test_every_known_form_of_the_list_of_boxes_is_read(tmp_path, header, end):

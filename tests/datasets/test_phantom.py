@@ -31,9 +31,7 @@ def halves(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    return float(
-        (positive[:, None] > negative[None]).mean() + 0.5 * (positive[:, None] == negative[None]).mean()
-    )
+    return float((positive[:, None] > negative[None]).mean() + 0.5 * (positive[:, None] == negative[None]).mean())
 
 
 def contents(root) -> dict[str, bytes]:
@@ -289,16 +287,12 @@ def test_the_layout_is_that_of_the_covid_radiography_database(written):
         for kind in ("images", "masks", "lesions", "shortcuts"):
             files = sorted(path.name for path in (written / folder / kind).iterdir())
             assert files == [f"{folder}-{k}.png" for k in (1, 2, 3)]
-            pictures = [
-                cv2.imread(str(written / folder / kind / file), cv2.IMREAD_UNCHANGED) for file in files
-            ]
+            pictures = [cv2.imread(str(written / folder / kind / file), cv2.IMREAD_UNCHANGED) for file in files]
             assert all(picture.shape == (64, 64) and picture.dtype == np.uint8 for picture in pictures)
             assert kind == "images" or set(np.unique(pictures)) <= {0, 255}
             assert kind != "lesions" or (name == "Normal") == (not np.any(pictures))
             assert kind != "shortcuts" or (name == "Normal") == np.any(pictures)
-    assert sorted(path.name for path in written.iterdir()) == sorted(
-        [*FOLDERS.values(), "boxes.csv", "phantom.json"]
-    )
+    assert sorted(path.name for path in written.iterdir()) == sorted([*FOLDERS.values(), "boxes.csv", "phantom.json"])
 
 
 def test_written_boxes_are_those_of_the_written_lesions(written):
@@ -307,11 +301,7 @@ def test_written_boxes_are_those_of_the_written_lesions(written):
     assert {row["label"] for row in rows} == {"COVID-19", "Lung Opacity", "Viral Pneumonia"}
     for path in {row["path"] for row in rows}:
         lesion = cv2.imread(str(written / path.replace("/images/", "/lesions/")), cv2.IMREAD_UNCHANGED) > 0
-        boxes = [
-            tuple(float(row[key]) for key in ("x", "y", "width", "height"))
-            for row in rows
-            if row["path"] == path
-        ]
+        boxes = [tuple(float(row[key]) for key in ("x", "y", "width", "height")) for row in rows if row["path"] == path]
         assert boxes == lesion_boxes(lesion)
 
 
@@ -324,11 +314,7 @@ def test_the_settings_say_that_it_is_synthetic(written):
 
 def test_a_larger_set_begins_with_the_smaller_one_and_no_patient_comes_twice(written, tmp_path):
     write_phantom(
-        tmp_path / "more",
-        images_per_class=dict.fromkeys(CLASSES, 5),
-        size=64,
-        seed=4,
-        shortcut_class="Normal",
+        tmp_path / "more", images_per_class=dict.fromkeys(CLASSES, 5), size=64, seed=4, shortcut_class="Normal"
     )
     more = contents(tmp_path / "more")
     for name, data in contents(written).items():
@@ -339,18 +325,14 @@ def test_a_larger_set_begins_with_the_smaller_one_and_no_patient_comes_twice(wri
 
 def test_writing_again_with_the_same_settings_touches_nothing(written):
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
-    write_phantom(
-        written, images_per_class=dict.fromkeys(CLASSES, 3), size=64, seed=4, shortcut_class="Normal"
-    )
+    write_phantom(written, images_per_class=dict.fromkeys(CLASSES, 3), size=64, seed=4, shortcut_class="Normal")
     assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == before
 
 
 def test_other_settings_are_refused_by_name(written):
     before = contents(written)
     with pytest.raises(ValueError, match=r"another seed, size.*(another folder|delete)"):
-        write_phantom(
-            written, images_per_class=dict.fromkeys(CLASSES, 3), size=32, seed=5, shortcut_class="Normal"
-        )
+        write_phantom(written, images_per_class=dict.fromkeys(CLASSES, 3), size=32, seed=5, shortcut_class="Normal")
     assert contents(written) == before
 
 

@@ -10,14 +10,7 @@ import pytest
 from layouts import write_chestxray14, write_covid_radiography, write_kermany
 
 from datasets import SPLITS, XrayTable, data_fingerprint, read_dataset
-from datasets.splits import (
-    apply_splits,
-    boxes_held_out,
-    split_by_patient,
-    split_into_folds,
-    splits_frame,
-    thinned,
-)
+from datasets.splits import apply_splits, boxes_held_out, split_by_patient, split_into_folds, splits_frame, thinned
 from datasets.table import (
     first_patients,
     merged,
@@ -31,9 +24,7 @@ from datasets.table import (
 FINDINGS = ("Effusion", "Mass", "Edema")
 
 
-def several(
-    findings: list[str], patients: list[str] | None = None, splits: list[str] | None = None
-) -> XrayTable:
+def several(findings: list[str], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
     """A multi-label table of images with findings such as "Effusion|Mass", a patient each unless told."""
     number = len(findings)
     columns = pd.DataFrame({name: [int(name in text.split("|")) for text in findings] for name in FINDINGS})
@@ -51,9 +42,7 @@ def several(
     return XrayTable(frame=frame, classes=FINDINGS, root=Path("/data"), has_patient_ids=True, multilabel=True)
 
 
-def single(
-    labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None
-) -> XrayTable:
+def single(labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
     """A single-label table of classes "class 0" and so on, a patient an image unless told."""
     number = len(labels)
     frame = pd.DataFrame(
@@ -82,10 +71,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, XrayTable]:
     write_kermany(root, size=32, per_kind={"train": 6, "val": 1, "test": 3})
     write_covid_radiography(root, size=32, per_class=5)
     covid = read_dataset("covid_radiography", root, classes=["COVID-19", "Normal", "Viral Pneumonia"])
-    return {
-        "kermany": read_dataset("kermany", root),
-        "covid": relabelled(covid, {"Viral Pneumonia": "Pneumonia"}),
-    }
+    return {"kermany": read_dataset("kermany", root), "covid": relabelled(covid, {"Viral Pneumonia": "Pneumonia"})}
 
 
 # --- several findings an image ----------------------------------------------------------------------------
@@ -194,12 +180,7 @@ def test_few_patients_of_very_different_sizes_still_fill_every_split(sizes):
 def test_the_first_patients_are_taken_to_the_nearest_number_of_images():
     assert first_patients(pd.Series(1, index=list("dcab")), 3) == ["d", "c", "a"]
     images = pd.Series({"a": 3, "b": 4, "c": 1, "d": 50})
-    assert [first_patients(images, target) for target in (4, 5, 6, 8)] == [
-        ["a"],
-        ["a"],
-        ["a", "b"],
-        ["a", "b", "c"],
-    ]
+    assert [first_patients(images, target) for target in (4, 5, 6, 8)] == [["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
     assert first_patients(images[["d", "a", "c"]], 4) == ["a", "c"]
     assert first_patients(images[["d", "b"]], 1) == ["b"]
 
@@ -426,9 +407,7 @@ def test_sources_share_the_union_of_their_classes_and_no_patient(sources):
 
 def test_same_ids_in_two_sources_are_two_patients():
     one = single([0, 1, 1], splits=["train", "train", "test"])
-    frame = one.frame.assign(
-        path=one.frame["path"].str.replace("one", "two"), split=["test", "test", "train"]
-    )
+    frame = one.frame.assign(path=one.frame["path"].str.replace("one", "two"), split=["test", "test", "train"])
     two = replace(one, frame=frame, root=Path("/data/two"))
     table = merged({"one": one, "two": two})
     assert table.frame["patient"].nunique() == 6
@@ -455,9 +434,7 @@ def test_merged_sources_of_findings_have_the_same_ones_in_any_order(nih, tmp_pat
         for path, text in zip(source.frame["path"], target_names(source), strict=True):
             assert set(names[path].split("|")) == set(text.split("|"))
     with pytest.raises(ValueError, match="not all sources look for Atelectasis"):
-        merged(
-            {"nih": nih, "other": read_dataset("chestxray14", tmp_path / "other", classes=["Mass", "Edema"])}
-        )
+        merged({"nih": nih, "other": read_dataset("chestxray14", tmp_path / "other", classes=["Mass", "Edema"])})
     with pytest.raises(ValueError, match="nih has several findings an image"):
         merged({"nih": nih, "one": single([0, 1])})
 
@@ -471,9 +448,7 @@ def test_merged_splits_come_back(sources, tmp_path):
 
 
 def test_real_findings_are_in_every_split(data_root):
-    table = split_by_patient(
-        read_dataset("chestxray14", data_root / "ChestX-ray14"), val=0.1, test=0.2, seed=0
-    )
+    table = split_by_patient(read_dataset("chestxray14", data_root / "ChestX-ray14"), val=0.1, test=0.2, seed=0)
     assert table.frame.groupby("patient")["split"].nunique().eq(1).all()
     frequent = table.counts().sum(axis=1) >= 50
     assert (table.counts()[frequent] >= 1).all(axis=None)

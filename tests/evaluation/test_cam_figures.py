@@ -207,14 +207,7 @@ def test_rows_of_methods_show_each_finding_once_before_any_twice(findings):
 
 
 def test_maps_of_a_network_that_is_made_random_begin_at_one_and_go_through_the_means():
-    rows = [
-        ("a", 0.1, 0.2),
-        ("a", 0.1, 0.4),
-        ("a", 1.0, 0.5),
-        ("a", 1.0, np.nan),
-        ("b", 1.0, 0.9),
-        ("b", 0.1, 1.0),
-    ]
+    rows = [("a", 0.1, 0.2), ("a", 0.1, 0.4), ("a", 1.0, 0.5), ("a", 1.0, np.nan), ("b", 1.0, 0.9), ("b", 0.1, 1.0)]
     randomised = pd.DataFrame(rows, columns=["map", "share", "agreement"])
     maps = MapReport({"LeNet-5": MapScores(None, None, randomised)}, {}, None, "")
     results = SimpleNamespace(example="LeNet-5", study=SimpleNamespace(maps=SimpleNamespace(faithful=2)))

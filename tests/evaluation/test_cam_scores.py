@@ -153,9 +153,7 @@ def test_scores_are_those_of_the_maps_computed_by_hand(honest, marked_cases):
     lung, lesion = (cv2.imread(path, cv2.IMREAD_GRAYSCALE) > 0 for path in (case.lung, case.lesion))
     with cam_of(honest, "layercam") as cam:
         map_ = cam(honest.preprocessing(xray)[None], 1).upsampled(xray.shape)[0, 0].numpy()
-    row = scores.located[(scores.located["map"] == "LayerCAM") & (scores.located["path"] == case.path)].iloc[
-        0
-    ]
+    row = scores.located[(scores.located["map"] == "LayerCAM") & (scores.located["path"] == case.path)].iloc[0]
     assert row["in_lungs"] == pytest.approx(map_[lung].sum() / map_.sum(), rel=1e-4)
     assert row["in_lesion"] == pytest.approx(map_[lesion].sum() / map_.sum(), rel=1e-4)
     assert row["peak"] == lesion[np.unravel_index(map_.argmax(), map_.shape)]
@@ -181,9 +179,7 @@ def test_scores_of_faithfulness_are_those_of_its_functions(honest, marked_cases)
     with cam_of(honest, "layercam") as cam:
         trained_maps = cam(images, 1)
     ones = torch.ones(4, dtype=torch.long)
-    subject = ClassifiedImages(
-        lambda batch: honest.network(batch).softmax(1), images, ones, torch.zeros_like(images)
-    )
+    subject = ClassifiedImages(lambda batch: honest.network(batch).softmax(1), images, ones, torch.zeros_like(images))
     maps = trained_maps.upsampled((SIZE, SIZE))[:, 0]
     areas, confidence = deletion_insertion(subject, maps, steps=4, seed=0), masked_confidence(subject, maps)
     layercam = scores.faithful[scores.faithful["map"] == "LayerCAM"]
@@ -207,9 +203,7 @@ def test_no_random_network_is_the_one_that_the_training_started_from(marked_case
     cases = marked_cases[0][:4]  # all are asked
     images = torch.stack([TrainedNetwork(None, card()).preprocessing(read_xray(case.path)) for case in cases])
     start = random_network(card(), images, seed=3)
-    scores = score_maps(
-        TrainedNetwork(start, card()), cases, methods=["eigencam"], faithful=4, steps=1, seed=3
-    )
+    scores = score_maps(TrainedNetwork(start, card()), cases, methods=["eigencam"], faithful=4, steps=1, seed=3)
     last = scores.randomised[scores.randomised["share"] == 1]
     assert last.groupby("network")["agreement"].mean().max() < 0.95
 
@@ -262,9 +256,7 @@ def test_images_of_one_patient_are_drawn_together_and_one_patient_has_no_interva
     together = mean_agreement(agreement, list("aabb"), rng=np.random.default_rng(0))
     assert together == (0.5, pytest.approx(0.2), pytest.approx(0.8))
     with_undefined = np.column_stack([agreement, np.full(10, np.nan)])
-    np.testing.assert_array_equal(
-        mean_agreement(with_undefined, list("aabbc"), rng=np.random.default_rng(0)), together
-    )
+    np.testing.assert_array_equal(mean_agreement(with_undefined, list("aabbc"), rng=np.random.default_rng(0)), together)
     alone = mean_agreement(agreement, ["a"] * 4, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(alone, [0.5, np.nan, np.nan])
 
@@ -286,16 +278,11 @@ def test_the_summary_holds_the_means_of_the_columns_that_it_names(honest, marked
         frame = scores.located if field in scores.located else scores.faithful
         for kind, rows in frame.groupby("map"):
             assert table.loc[kind, column].estimate == pytest.approx(rows[field].mean())
-    for column, stage in (
-        ("agreement, head random", 0),
-        ("agreement, all random", scores.randomised["stage"].max()),
-    ):
+    for column, stage in (("agreement, head random", 0), ("agreement, all random", scores.randomised["stage"].max())):
         expected = scores.randomised.loc[scores.randomised["stage"] == stage, "agreement"].mean()
         assert table.loc["Grad-CAM", column].estimate == pytest.approx(expected)
     assert "empty" not in table  # as none is
-    grad_cam, another = (
-        scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's")
-    )
+    grad_cam, another = (scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's"))
     paired = (grad_cam["in_lesion"].to_numpy() - another["in_lesion"].to_numpy()).mean()
     assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)
     expected = "6 cases, 6 with a lesion or box, 6 with lungs; the network was asked of 5"
@@ -393,13 +380,7 @@ def test_a_model_finds_the_lungs_where_the_data_has_none(honest, marked_cases):
     left[:, : SIZE // 2] = True
     lungs = iter([LungMask(left, None), LungMask(left, "one lung only")])
     scores = score_maps(
-        honest,
-        cases,
-        methods=["gradcam"],
-        faithful=1,
-        steps=1,
-        find_lungs=lambda xray: next(lungs),
-        seed=0,
+        honest, cases, methods=["gradcam"], faithful=1, steps=1, find_lungs=lambda xray: next(lungs), seed=0
     )
     shares = scores.located[scores.located["map"] == "uniform"]["in_lungs"]
     np.testing.assert_array_equal(shares, [0.5, np.nan])
@@ -446,16 +427,12 @@ def test_cases_of_several_findings_are_those_with_a_box_or_else_those_that_are_t
     findings = ("Mass", "Edema")
     rows = [("a.png", "p", 0, 1, 1), ("b.png", "q", 2, 0, 0), ("c.png", "r", 1, 0, 1)]
     paths = np.array([row[0] for row in rows])
-    predictions = Predictions(
-        np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), paths
-    )
+    predictions = Predictions(np.array([[1, 1], [0, 0], [0, 1]]), np.full((3, 2), 0.5), np.array(list("pqr")), paths)
     plain = map_cases(table_of(tmp_path, rows, findings=findings), predictions, most=10, seed=0)
     assert [(case.path[-5], case.label) for case in plain] == [("a", "Mass"), ("a", "Edema"), ("c", "Edema")]
     box = {"x": 0.1, "y": 0.2, "width": 0.3, "height": 0.4}
     boxes = pd.DataFrame([{"path": str(tmp_path / "c.png"), "label": 1} | box])
-    (boxed,) = map_cases(
-        table_of(tmp_path, rows, findings=findings, boxes=boxes), predictions, most=10, seed=0
-    )
+    (boxed,) = map_cases(table_of(tmp_path, rows, findings=findings, boxes=boxes), predictions, most=10, seed=0)
     assert (boxed.path[-5], boxed.label, boxed.boxes.tolist()) == ("c", "Edema", [[0.1, 0.2, 0.3, 0.4]])
 
 

@@ -19,9 +19,7 @@ from networks import ARCHITECTURES, build_network
 SIDE = 28  # blocks of 2 x 2
 EVIDENCE = torch.zeros(SIDE, SIDE)
 EVIDENCE[7:21, 7:21] = 1  # a quarter of the image
-CHECKERS = 1.0 - 2 * (
-    (torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2
-)  # what blurring leaves nothing of
+CHECKERS = 1.0 - 2 * ((torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2)  # what blurring leaves nothing of
 
 
 def checkered(n=3):
@@ -44,12 +42,7 @@ def conv_network(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(3, 4, 5),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4, 3),
-            nn.Softmax(1),
+            nn.Conv2d(3, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1)
         )
 
 
@@ -113,9 +106,7 @@ def test_within_the_map_the_greatest_values_go_first():
 def test_a_uniform_map_deletes_along_a_straight_line_where_every_pixel_counts_the_same():
     areas = deletion_insertion(mean_network, torch.ones(3, 3, SIDE, SIDE), torch.ones(3, SIDE, SIDE), ones())
     np.testing.assert_allclose(areas.deletion, 0.5, atol=1e-6)
-    np.testing.assert_allclose(
-        areas.insertion, 1, atol=1e-6
-    )  # the blurred copy of a constant is the constant
+    np.testing.assert_allclose(areas.insertion, 1, atol=1e-6)  # the blurred copy of a constant is the constant
 
 
 def deleted_one_by_one(maps, seed=0):
@@ -126,9 +117,7 @@ def deleted_one_by_one(maps, seed=0):
         seen.append(images[:, 0].clone())
         return mean_network(images)
 
-    deletion_insertion(
-        network, torch.ones(len(maps), 3, SIDE, SIDE), maps, ones(len(maps)), steps=196, seed=seed
-    )
+    deletion_insertion(network, torch.ones(len(maps), 3, SIDE, SIDE), maps, ones(len(maps)), steps=196, seed=seed)
     left = torch.cat(seen)[: 197 * len(maps)].reshape(len(maps), 197, SIDE, SIDE)
     gone = (left[:, :-1] - left[:, 1:]).reshape(len(maps), 196, 14, 2, 14, 2).sum(dim=(3, 5)).flatten(2)
     assert ((gone == 0) | (gone == 4)).all()
@@ -375,12 +364,7 @@ def test_modules_become_random_in_the_order_in_which_they_run_from_the_last(trai
     steps = [(share, changed(network, before)) for share, network in randomised(trained, fresh, EXAMPLE)]
     head, scale = {"head.weight", "head.bias"}, {"scale.factor"}
     norm = {key for key in before if key.startswith("norm.")}
-    assert steps == [
-        (0.25, head),
-        (0.5, head | scale),
-        (0.75, head | scale | norm),
-        (1.0, set(before)),
-    ]
+    assert steps == [(0.25, head), (0.5, head | scale), (0.75, head | scale | norm), (1.0, set(before))]
 
 
 def test_in_the_end_weights_and_running_statistics_are_those_of_the_random_network(trained, fresh):
@@ -395,9 +379,7 @@ def test_the_network_given_stays_as_it_is(trained, fresh):
     hooks = len(trained.stem._forward_pre_hooks)
     for _, network in randomised(trained, fresh, EXAMPLE):
         assert not any(module.training for module in network.modules())
-        assert [p.requires_grad for p in network.parameters()] == [
-            p.requires_grad for p in trained.parameters()
-        ]
+        assert [p.requires_grad for p in network.parameters()] == [p.requires_grad for p in trained.parameters()]
         assert network.cam_layer == "norm"
     assert not changed(trained, before)
     assert trained.training
@@ -412,9 +394,7 @@ def small_network(seed):
 def test_stages_that_are_the_same_number_of_modules_come_once():
     trained = small_network(0)
     before = state(trained)
-    steps = [
-        (share, changed(network, before)) for share, network in randomised(trained, small_network(1), EXAMPLE)
-    ]
+    steps = [(share, changed(network, before)) for share, network in randomised(trained, small_network(1), EXAMPLE)]
     assert steps == [(0.5, {"2.weight", "2.bias"}), (1.0, set(before))]
 
 

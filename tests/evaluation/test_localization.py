@@ -135,10 +135,7 @@ def test_a_box_made_of_pixels_is_that_mask_at_any_size():
 def test_the_mask_of_a_box_serves_the_pointing_game():
     map_ = np.zeros((10, 10))
     map_[3, 4] = 1
-    hits = [
-        localization.peak_inside(map_, localization.box_mask([[x, 0.3, 0.1, 0.1]], (10, 10)))
-        for x in (0.4, 0.5)
-    ]
+    hits = [localization.peak_inside(map_, localization.box_mask([[x, 0.3, 0.1, 0.1]], (10, 10))) for x in (0.4, 0.5)]
     assert hits == [1, 0]
 
 
@@ -233,7 +230,5 @@ def test_images_without_a_box_are_left_out_of_the_table():
 
 def test_what_of_a_true_box_lies_beyond_the_image_cannot_be_missed():
     truth = np.array([[0.8, 0.8, 0.3, 0.3]])
-    assert localization.best_overlap(
-        localization.box_mask(truth, (20, 20)) * 1.0, truth
-    ).iou == pytest.approx(1)
+    assert localization.best_overlap(localization.box_mask(truth, (20, 20)) * 1.0, truth).iou == pytest.approx(1)
     assert np.isnan(localization.best_overlap(np.ones((4, 4)), np.array([[1.2, 0.1, 0.2, 0.2]])).iou)

@@ -95,10 +95,7 @@ def test_precision_and_recall_are_not_swapped(counts):
     cells = np.repeat(np.arange(num_classes**2), counts.ravel())
     targets, predictions = cells // num_classes, cells % num_classes
     table = metrics.classification_scores(targets, certain(predictions, num_classes), CLASSES[:num_classes])
-    by_hand = {
-        2: ([2 / 3, 89 / 97], [2 / 10, 89 / 90]),
-        3: ([5 / 11, 40 / 47, 30 / 42], [5 / 10, 40 / 50, 30 / 40]),
-    }
+    by_hand = {2: ([2 / 3, 89 / 97], [2 / 10, 89 / 90]), 3: ([5 / 11, 40 / 47, 30 / 42], [5 / 10, 40 / 50, 30 / 40])}
     precision, recall = by_hand[num_classes]
     assert table["precision"][:-1].to_list() == pytest.approx(precision, abs=1e-12)
     assert table["recall"][:-1].to_list() == pytest.approx(recall, abs=1e-12)
@@ -154,9 +151,7 @@ def test_bootstrap_equals_a_plain_loop_that_repeats_rows_and_calls_sklearn(monke
     monkeypatch.setattr(intervals, "RESAMPLES", 12)
     targets, probabilities = skewed(n=240)
     patients = np.random.default_rng(1).integers(90, size=240)
-    table = intervals.bootstrap_scores(
-        targets, probabilities, patients, CLASSES, rng=np.random.default_rng(2)
-    )
+    table = intervals.bootstrap_scores(targets, probabilities, patients, CLASSES, rng=np.random.default_rng(2))
     weights = np.concatenate(list(intervals.patient_weights(patients, rng=np.random.default_rng(2))))
     looped = []
     for row in weights:
@@ -167,9 +162,7 @@ def test_bootstrap_equals_a_plain_loop_that_repeats_rows_and_calls_sklearn(monke
     inside = ~table["estimate"].isin((0, 1)).to_numpy().reshape(shape)
     assert inside.sum() > 25
     np.testing.assert_allclose(table["low"].to_numpy().reshape(shape)[inside], low[inside], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(
-        table["high"].to_numpy().reshape(shape)[inside], high[inside], rtol=0, atol=1e-9
-    )
+    np.testing.assert_allclose(table["high"].to_numpy().reshape(shape)[inside], high[inside], rtol=0, atol=1e-9)
     np.testing.assert_allclose(
         table["estimate"].to_numpy().reshape(shape), sklearn_scores(targets, probabilities), rtol=0, atol=1e-9
     )
@@ -191,9 +184,7 @@ def accuracy_interval(correct, patients, seed=0):
     """Return the bootstrap interval of the accuracy of a network that is right where `correct` is."""
     targets = np.arange(len(correct)) % 2
     probabilities = certain(np.where(correct, targets, 1 - targets), 2)
-    table = intervals.bootstrap_scores(
-        targets, probabilities, patients, CLASSES[:2], rng=np.random.default_rng(seed)
-    )
+    table = intervals.bootstrap_scores(targets, probabilities, patients, CLASSES[:2], rng=np.random.default_rng(seed))
     row = table[(table["class"] == "macro") & (table["metric"] == "accuracy")].iloc[0]
     return intervals.Interval(row["estimate"], row["low"], row["high"])
 
@@ -257,11 +248,7 @@ def test_proportions_of_none_and_all_have_scipys_exact_interval_over_patients(ri
     patients = np.r_[np.repeat(np.arange(9), 3), np.repeat(np.arange(9, 13), 2)]
     probabilities = certain(targets if right else 1 - targets, 2)
     table = intervals.bootstrap_scores(
-        targets,
-        probabilities,
-        patients,
-        ["a", "b"],
-        rng=np.random.default_rng(0),
+        targets, probabilities, patients, ["a", "b"], rng=np.random.default_rng(0)
     ).set_index(["class", "metric"])
     called = {"a": 9, "b": 4} if right else {"a": 4, "b": 9}
     for name, positives, negatives in (("a", 9, 4), ("b", 4, 9)):
@@ -319,17 +306,13 @@ def test_one_patient_has_no_interval():
     table = intervals.bootstrap_scores(targets, p, alone, CLASSES, rng=np.random.default_rng(0))
     assert table["estimate"].notna().all()
     assert table[["low", "high"]].isna().all(axis=None)
-    certainly = intervals.bootstrap_scores(
-        targets, certain(targets, 4), alone, CLASSES, rng=np.random.default_rng(0)
-    )
+    certainly = intervals.bootstrap_scores(targets, certain(targets, 4), alone, CLASSES, rng=np.random.default_rng(0))
     assert (certainly["estimate"] == 1).all()
     assert certainly[["low", "high"]].isna().all(axis=None)
     for values, options in ((np.arange(30.0), {}), (np.ones(30), {"proportion": True})):
         mean = intervals.bootstrap_mean(values, alone, **options, rng=np.random.default_rng(0))
         assert str(mean) == f"{values.mean():.3f} (no interval)"
-    difference = intervals.paired_difference(
-        targets, p, p[::-1], alone, CLASSES, rng=np.random.default_rng(0)
-    )
+    difference = intervals.paired_difference(targets, p, p[::-1], alone, CLASSES, rng=np.random.default_rng(0))
     assert np.isnan(difference.low)
 
 
@@ -377,9 +360,7 @@ def test_the_paired_difference_has_the_interval_of_the_mean_of_differences():
 def test_an_unknown_metric_is_refused_with_the_known_ones():
     targets, p = skewed()
     with pytest.raises(ValueError, match="roc_auc"):
-        intervals.paired_difference(
-            targets, p, p, np.arange(300), CLASSES, metric="auc", rng=np.random.default_rng(0)
-        )
+        intervals.paired_difference(targets, p, p, np.arange(300), CLASSES, metric="auc", rng=np.random.default_rng(0))
 
 
 def test_bootstrap_mean_leaves_out_missing_values_and_agrees_with_the_normal_interval(monkeypatch):
@@ -390,9 +371,7 @@ def test_bootstrap_mean_leaves_out_missing_values_and_agrees_with_the_normal_int
     interval = intervals.bootstrap_mean(with_missing, np.arange(600), rng=rng)
     half = 1.96 * values.std() / math.sqrt(500)
     assert interval.estimate == pytest.approx(values.mean())
-    assert (interval.low, interval.high) == pytest.approx(
-        (values.mean() - half, values.mean() + half), abs=0.02
-    )
+    assert (interval.low, interval.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
     nothing = intervals.bootstrap_mean(np.full(3, np.nan), np.arange(3), rng=rng)
     assert all(math.isnan(value) for value in nothing)
 
@@ -455,10 +434,7 @@ def test_two_classes_are_decided_by_whether_class_one_is_above_its_threshold():
 
 def test_labels_are_decided_one_by_one():
     probabilities = np.array([[0.5, 0.2, 0.9], [0.49, 0.1, 0.95]])
-    assert predictions.decide(probabilities, multilabel=True).tolist() == [
-        [True, False, True],
-        [False, False, True],
-    ]
+    assert predictions.decide(probabilities, multilabel=True).tolist() == [[True, False, True], [False, False, True]]
     decided = predictions.decide(probabilities, (0.5, 0.15, 0.92), multilabel=True)
     assert decided.tolist() == [[True, True, False], [False, False, True]]
 
@@ -483,10 +459,7 @@ def test_the_class_that_has_a_threshold_is_the_one_that_is_decided_on():
     findings = np.array([[0.9, 0.9, np.nan], [0.1, 1.0, np.nan]])
     decided = predictions.decide(findings, (0.5, None, None), multilabel=True)
     assert decided.tolist() == [[True, False, False], [False, False, False]]
-    assert predictions.decide(findings, multilabel=True).tolist() == [
-        [True, True, False],
-        [False, True, False],
-    ]
+    assert predictions.decide(findings, multilabel=True).tolist() == [[True, True, False], [False, True, False]]
 
 
 def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_alone():
@@ -507,22 +480,14 @@ def test_scores_with_thresholds_are_those_of_the_decisions_and_leave_the_area_al
     )
     assert resampled["estimate"].to_list() == table[list(metrics.METRICS)].to_numpy().ravel().tolist()
     gain = intervals.paired_difference(
-        targets,
-        probabilities,
-        probabilities,
-        np.arange(300),
-        classes,
-        thresholds_a=thresholds,
-        rng=rng,
+        targets, probabilities, probabilities, np.arange(300), classes, thresholds_a=thresholds, rng=rng
     )
     expected = table.loc["macro", "accuracy"] - plain.loc["macro", "accuracy"]
     assert gain.estimate == pytest.approx(expected, abs=1e-12)
 
 
 BY_RULE = {
-    "youden": lambda truth, called: (
-        sk.recall_score(truth, called) + sk.recall_score(truth, called, pos_label=0)
-    ),
+    "youden": lambda truth, called: sk.recall_score(truth, called) + sk.recall_score(truth, called, pos_label=0),
     "f1": lambda truth, called: sk.f1_score(truth, called, zero_division=0),
     "accuracy": sk.accuracy_score,
 }
@@ -640,20 +605,15 @@ def test_a_first_class_that_is_positive_has_sklearns_scores_by_its_own_threshold
     targets = (rng.random(200) < 0.7).astype(int)  # classes "abnormal", "healthy"
     probabilities = softmax(rng.normal(size=(200, 2)) + 1.2 * np.eye(2)[targets])
     thresholds = predictions.choose_thresholds(targets, probabilities, "f1", positive=0)
-    table = metrics.classification_scores(
-        targets, probabilities, ["abnormal", "healthy"], thresholds=thresholds
-    )
+    table = metrics.classification_scores(targets, probabilities, ["abnormal", "healthy"], thresholds=thresholds)
     decided = np.where(probabilities[:, 0] >= thresholds[0], 0, 1)
     f1 = sk.f1_score(targets, decided, pos_label=0)
     assert table.loc["abnormal", "f1"] == pytest.approx(f1)
     assert f1 == max(
-        sk.f1_score(targets, np.where(probabilities[:, 0] >= t, 0, 1), pos_label=0)
-        for t in probabilities[:, 0]
+        sk.f1_score(targets, np.where(probabilities[:, 0] >= t, 0, 1), pos_label=0) for t in probabilities[:, 0]
     )
     assert table.loc["abnormal", "recall"] == pytest.approx(sk.recall_score(targets, decided, pos_label=0))
-    assert table.loc["abnormal", "roc_auc"] == pytest.approx(
-        sk.roc_auc_score(targets == 0, probabilities[:, 0])
-    )
+    assert table.loc["abnormal", "roc_auc"] == pytest.approx(sk.roc_auc_score(targets == 0, probabilities[:, 0]))
 
 
 # Multi-label
@@ -722,24 +682,17 @@ def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no
     thresholds = (0.4, 0.3, None, 0.3)
     unlearnt = probabilities.copy()
     unlearnt[:, 3] = np.nan
-    names = [
-        "|".join(name for name, has in zip(LABELS, row, strict=True) if has) or "No Finding"
-        for row in targets
-    ]
+    names = ["|".join(name for name, has in zip(LABELS, row, strict=True) if has) or "No Finding" for row in targets]
     write_predictions(tmp_path / "p.csv", names, unlearnt, LABELS)
     read = predictions.read_predictions(tmp_path / "p.csv", LABELS, multilabel=True, thresholds=thresholds)
     assert read.reported.tolist() == [True, True, True, False]
     assert not read.predicted[:, 2:].any()
     decided_by = list(metrics.METRICS[:-1])
-    table = metrics.classification_scores(
-        read.targets, read.probabilities, LABELS, thresholds=read.thresholds
-    )
+    table = metrics.classification_scores(read.targets, read.probabilities, LABELS, thresholds=read.thresholds)
     assert table.loc["Edema", list(metrics.METRICS)].isna().all()
     assert table.loc["Hernia", decided_by].isna().all()
     expected = multilabel_scores(targets[:, :2], probabilities[:, :2], (0.4, 0.3))
-    np.testing.assert_allclose(
-        table.loc[["Effusion", "Mass", "macro"], decided_by], expected[:, :5], atol=1e-9
-    )
+    np.testing.assert_allclose(table.loc[["Effusion", "Mass", "macro"], decided_by], expected[:, :5], atol=1e-9)
     areas = [sk.roc_auc_score(targets[:, c], probabilities[:, c]) for c in range(3)]
     assert table.loc["Hernia", "roc_auc"] == pytest.approx(areas[2])
     assert table.loc["macro", "roc_auc"] == pytest.approx(np.mean(areas))
@@ -764,9 +717,7 @@ def test_the_paired_difference_of_multilabel_networks_is_that_of_their_mean_area
     difference = intervals.paired_difference(
         targets, a, b, np.arange(300), LABELS, metric="roc_auc", rng=np.random.default_rng(0)
     )
-    assert difference.estimate == pytest.approx(
-        sk.roc_auc_score(targets, a) - sk.roc_auc_score(targets, b), abs=1e-9
-    )
+    assert difference.estimate == pytest.approx(sk.roc_auc_score(targets, a) - sk.roc_auc_score(targets, b), abs=1e-9)
     assert 0 < difference.low < difference.estimate < difference.high
 
 
@@ -827,9 +778,7 @@ def test_roc_points_of_a_label_are_sklearns():
 def test_the_summary_of_areas_is_over_labels_without_the_macro_row():
     targets, probabilities = findings()
     targets[:, 3] = 0
-    scores = intervals.bootstrap_scores(
-        targets, probabilities, np.arange(300), LABELS, rng=np.random.default_rng(0)
-    )
+    scores = intervals.bootstrap_scores(targets, probabilities, np.arange(300), LABELS, rng=np.random.default_rng(0))
     areas = [sk.roc_auc_score(targets[:, c], probabilities[:, c]) for c in range(3)]
     expected = {"min": min(areas), "max": max(areas), "mean": np.mean(areas), "median": np.median(areas)}
     assert metrics.auc_summary(scores).to_dict() == pytest.approx(expected, abs=1e-9)
@@ -862,12 +811,8 @@ def test_the_report_follows_thresholds():
 
 def test_the_report_keeps_classes_without_images():
     targets, probabilities = skewed(num_classes=3)
-    table = metrics.classification_report_table(
-        targets, np.hstack([probabilities, np.zeros((300, 1))]), CLASSES
-    )
-    assert table.loc["accuracy", "f1"] == pytest.approx(
-        sk.accuracy_score(targets, probabilities.argmax(axis=1))
-    )
+    table = metrics.classification_report_table(targets, np.hstack([probabilities, np.zeros((300, 1))]), CLASSES)
+    assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, probabilities.argmax(axis=1)))
     assert table.loc[CLASSES[3]].to_list() == [0, 0, 0, 0]
 
 
@@ -875,9 +820,7 @@ def test_the_report_of_labels_has_the_mean_over_decisions():
     targets, probabilities = findings()
     table = metrics.classification_report_table(targets, probabilities, LABELS)
     assert table.index.to_list() == [*LABELS, "micro avg", "macro avg", "weighted avg", "samples avg"]
-    assert table.loc["micro avg", "f1"] == pytest.approx(
-        sk.f1_score(targets, probabilities >= 0.5, average="micro")
-    )
+    assert table.loc["micro avg", "f1"] == pytest.approx(sk.f1_score(targets, probabilities >= 0.5, average="micro"))
 
 
 # Predictions files and ensembles

@@ -11,15 +11,7 @@ from layouts import write_kermany
 from sklearn.metrics import roc_auc_score
 
 from evaluation.metrics import METRICS
-from evaluation.runs import (
-    ensembles,
-    out_of_fold,
-    read_runs,
-    read_seeds,
-    seed_scores,
-    seed_spread,
-    with_ensembles,
-)
+from evaluation.runs import ensembles, out_of_fold, read_runs, read_seeds, seed_scores, seed_spread, with_ensembles
 from finetune import fine_tune_study, main
 from studies.loading import load_study, load_table, read_images
 
@@ -81,9 +73,7 @@ def test_an_ensemble_is_the_mean_of_its_members(folds):
     predictions = with_ensembles(study, runs)["LeNet-5, ensemble of 2 folds"]
     files = [pd.read_csv(run.folder / "predictions_test.csv").set_index("path") for run in runs.values()]
     mean = (files[0]["Pneumonia"] + files[1]["Pneumonia"].reindex(files[0].index)) / 2
-    np.testing.assert_allclose(
-        pd.Series(predictions.probabilities[:, 1], predictions.paths)[mean.index], mean
-    )
+    np.testing.assert_allclose(pd.Series(predictions.probabilities[:, 1], predictions.paths)[mean.index], mean)
     assert roc_auc_score(predictions.targets, predictions.probabilities[:, 1]) == pytest.approx(
         roc_auc_score(files[0]["target"] == "Pneumonia", mean)
     )
@@ -125,9 +115,7 @@ def test_own_results_of_relabelled_images_are_refused(folds, tmp_path):
     assert list(runs_of(study, tmp_path / "runs")) == ["LeNet-5"]
     images = read_images(study)
     turned = replace(images, frame=images.frame.assign(label=1 - images.frame["label"]))
-    with pytest.raises(
-        ValueError, match=r"images of .*splits.csv have other labels now, for example .*train again"
-    ):
+    with pytest.raises(ValueError, match=r"images of .*splits.csv have other labels now, for example .*train again"):
         read_runs(study, tmp_path / "runs", turned)
 
 
@@ -209,9 +197,7 @@ def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_
     splits = pd.read_csv(folder / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(folder / "splits.csv", index=False)
-    with pytest.raises(
-        ValueError, match=r"LeNet-5, seed 5 \(.* and LeNet-5, seed 2 \(.*were tested on other images"
-    ):
+    with pytest.raises(ValueError, match=r"LeNet-5, seed 5 \(.* and LeNet-5, seed 2 \(.*were tested on other images"):
         seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")
 
 

@@ -58,9 +58,7 @@ def unseen():
 @pytest.fixture(scope="module")
 def segmenter(pairs):
     return fit(
-        untrained_segmenter(),
-        pairs[:40],
-        BRIEF.model_copy(update={"epochs": 8, "image_size": 64, "batch_size": 8}),
+        untrained_segmenter(), pairs[:40], BRIEF.model_copy(update={"epochs": 8, "image_size": 64, "batch_size": 8})
     )
 
 
@@ -119,10 +117,7 @@ def test_folder_without_pairs_is_an_error_that_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        (
-            "covid-19-pneumonia-evolution-over-a-week-1-day0-PA",
-            "covid-19-pneumonia-evolution-over-a-week-1-day3",
-        ),
+        ("covid-19-pneumonia-evolution-over-a-week-1-day0-PA", "covid-19-pneumonia-evolution-over-a-week-1-day3"),
         ("x-ards-admission", "x-ards-day-1", "x-ards-day-2"),
         ("y-rapidly-progressive-12-hours", "y-rapidly-progressive-3-days", "y-rapidly-progressive-admission"),
         ("auntminnie-a-2020_Vietnam", "auntminnie-b-2020_Vietnam"),
@@ -139,15 +134,7 @@ def test_images_of_one_patient_are_one_group(names):
 
 
 def test_names_that_only_count_are_patients_of_their_own():
-    names = [
-        "COVID-1",
-        "COVID-12",
-        "Normal-1",
-        "covid-19-pneumonia-12",
-        "covid-19-pneumonia-30-PA",
-        "fig1",
-        "a",
-    ]
+    names = ["COVID-1", "COVID-12", "Normal-1", "covid-19-pneumonia-12", "covid-19-pneumonia-30-PA", "fig1", "a"]
     assert len({patient_group(name) for name in names}) == len(names)
 
 
@@ -255,9 +242,7 @@ def test_true_lungs_of_patients_are_plausible_and_split_by_patient():
 
 
 @pytest.mark.slow
-def test_segmenter_finds_lungs_of_phantoms_it_has_not_seen_better_than_the_average_mask(
-    segmenter, pairs, unseen
-):
+def test_segmenter_finds_lungs_of_phantoms_it_has_not_seen_better_than_the_average_mask(segmenter, pairs, unseen):
     pairs_of_masks = zip(unseen.images, unseen.lung_masks, strict=True)
     scores = [dice(segmenter.predict(image), mask) for image, mask in pairs_of_masks]
     average = np.mean([read_xray(pair.mask) > 0 for pair in pairs[:40]], axis=0) > 0.5
@@ -426,9 +411,7 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_a_stopgap_whose_phantoms_may_be_a_studys_patients_is_trained_again(
-    segmenter, tmp_path, monkeypatch, capsys
-):
+def test_a_stopgap_whose_phantoms_may_be_a_studys_patients_is_trained_again(segmenter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lung_model, "PHANTOMS", 8)
     monkeypatch.setattr(lung_model, "PHANTOM_TRAINING", BRIEF)
     older = replace(segmenter, origin={"data": "synthetic phantom", "seed": 0})
@@ -468,9 +451,7 @@ LungMasking(load_segmenter(pathlib.Path({str(folder)!r})))(numpy.zeros((64, 64),
 heavy = {{"pandas", "sklearn", "matplotlib", "scipy", "pydantic", "seaborn", "accelerate"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -533,9 +514,7 @@ def test_xray_without_lungs_comes_back_whole_and_is_listed(segmenter, unseen, tm
 def test_each_image_is_predicted_once_whatever_its_path(untrained, unseen, tmp_path, monkeypatch, where):
     predicted = []
     predict = type(untrained).predict
-    monkeypatch.setattr(
-        type(untrained), "predict", lambda self, xray: predicted.append(xray) or predict(self, xray)
-    )
+    monkeypatch.setattr(type(untrained), "predict", lambda self, xray: predicted.append(xray) or predict(self, xray))
     masking = LungMasking(untrained, tmp_path / "cache" if where == "disk" else None)
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, xray in zip(files, unseen.images, strict=False):
@@ -616,10 +595,7 @@ def test_command_line_trains_scores_saves_and_predicts(pairs, tmp_path, capsys):
     assert about["origin"]["start"]["data"] == "synthetic phantom"
     assert load_segmenter(model).knows == "a lung model that learnt from 35 X-rays with lung masks"
     image = pairs[0].image
-    assert (
-        main(["predict", "-m", str(model), "-i", str(image), str(tmp_path / "none.png"), "-o", str(masks)])
-        == 1
-    )
+    assert main(["predict", "-m", str(model), "-i", str(image), str(tmp_path / "none.png"), "-o", str(masks)]) == 1
     written = cv2.imread(str(masks / image.name), cv2.IMREAD_UNCHANGED)
     predicted = load_segmenter(model).predict(read_xray(image))
     np.testing.assert_array_equal(written, predicted.astype(np.uint8) * 255)

@@ -31,11 +31,7 @@ def test_study_of_the_original_project_keeps_its_published_settings():
     assert list(study.networks) == ["vgg16", "resnet18", "densenet121"]
     training = study.training_of("vgg16")
     assert (training.learning_rate, training.batch_size, training.epochs) == (3e-5, 32, 25)
-    assert (training.weights, training.balance, study.augmentation.horizontal_flip) == (
-        "imagenet",
-        "oversample",
-        True,
-    )
+    assert (training.weights, training.balance, study.augmentation.horizontal_flip) == ("imagenet", "oversample", True)
 
 
 def test_default_split_is_80_10_10(tmp_path):
@@ -204,9 +200,7 @@ def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
     study = load_study(write(tmp_path, "mine", text))
     assert [study.training_of(name).image_size for name in study.networks] == [128, 64]
     assert [study.training_of(name).summary["image_size"] for name in study.networks] == [128, 64]
-    with pytest.raises(
-        ValueError, match=r"'image_size' in \[training\]: it belongs in \[preprocessing\]"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"'image_size' in \[training\]: it belongs in \[preprocessing\]") as caught:
         load_study(write(tmp_path, "twice", MINIMAL + "[training]\nimage_size = 96\n"))
     assert "\n" not in str(caught.value)
 
@@ -348,13 +342,7 @@ def test_several_sources_share_classes_and_all_are_in_every_split(tmp_path):
 
 def test_the_studies_of_the_project_name_studies_and_networks_that_exist():
     names = {path.stem for path in STUDIES.glob("*.toml")}
-    assert {
-        "covid_radiography",
-        "viral_vs_bacterial",
-        "covid_frozen",
-        "chestxray14",
-        "pneumonia_plain",
-    } <= names
+    assert {"covid_radiography", "viral_vs_bacterial", "covid_frozen", "chestxray14", "pneumonia_plain"} <= names
     for name in names:
         study = load_study(name)
         assert set(study.compare) <= names
@@ -362,9 +350,7 @@ def test_the_studies_of_the_project_name_studies_and_networks_that_exist():
 
 
 def test_the_pneumonia_variants_differ_in_one_line_each():
-    plain, augmented, lungs = (
-        load_study(f"pneumonia_{v}").model_dump() for v in ("plain", "augmented", "lungs")
-    )
+    plain, augmented, lungs = (load_study(f"pneumonia_{v}").model_dump() for v in ("plain", "augmented", "lungs"))
     assert {key for key in plain if plain[key] != augmented[key]} == {"name", "title", "augmentation"}
     assert {key for key in plain if augmented[key] != lungs[key]} == {"name", "title", "preprocessing"}
     assert augmented["preprocessing"] | {"lung_model": "lungs"} == lungs["preprocessing"]

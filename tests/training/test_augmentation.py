@@ -18,9 +18,7 @@ def seeded(seed=0):
 def smooth(number=4, size=SIZE):
     """Return (N, 1, S, S) uint8 waves without symmetry, 25 pixels long or more: interpolations agree on them."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    waves = [
-        130 + 60 * torch.sin(x / (4 + i) + 0.3) + 50 * torch.cos(y / 5 + x / 11 + i) for i in range(number)
-    ]
+    waves = [130 + 60 * torch.sin(x / (4 + i) + 0.3) + 50 * torch.cos(y / 5 + x / 11 + i) for i in range(number)]
     return torch.stack(waves)[:, None].clamp(0, 255).round().to(torch.uint8)
 
 
@@ -48,9 +46,7 @@ def test_rotation_scale_and_shift_are_torchvisions_affine(angle, shift_x, shift_
     )
     ours = Augmentation(rotation=180, translation=0.5, scale=(0.5, 2))(image, draws)
     expected, covered = (
-        functional.affine(
-            shown, angle, [shift_x * SIZE, shift_y * SIZE], scale, [0, 0], interpolation=BILINEAR, fill=0
-        )
+        functional.affine(shown, angle, [shift_x * SIZE, shift_y * SIZE], scale, [0, 0], interpolation=BILINEAR, fill=0)
         for shown in (image.float(), torch.ones(image.shape))
     )
     inside = covered == 1  # torchvision darkens twice what lies partly outside
@@ -103,9 +99,7 @@ def test_brightness_and_contrast_are_torchvisions_but_for_its_rounding(factor):
     both = Augmentation(brightness=0.9, contrast=0.9)(
         images, undisturbed(8, brightness=[factor] * 8, contrast=[0.5] * 8)
     )
-    expected = [
-        functional.adjust_contrast(functional.adjust_brightness(image, factor), 0.5) for image in images
-    ]
+    expected = [functional.adjust_contrast(functional.adjust_brightness(image, factor), 0.5) for image in images]
     assert (both - torch.stack(expected)).abs().max() <= 2
 
 
@@ -210,13 +204,7 @@ def test_views_are_float32_on_the_images_device_in_the_range_of_grey_and_leave_t
     images = torch.cat([noise(20), torch.full((4, 1, 33, 33), 255, dtype=torch.uint8)])
     before = images.clone()
     strong = Augmentation(True, 0.3, 180, 0.5, (0.3, 2), 0.9, 0.9)
-    for augment in (
-        EVERYTHING,
-        strong,
-        Augmentation(smallest_crop=0.3),
-        Augmentation(rotation=45),
-        Augmentation(),
-    ):
+    for augment in (EVERYTHING, strong, Augmentation(smallest_crop=0.3), Augmentation(rotation=45), Augmentation()):
         shown = augment(images, augment.draw(24, seeded()))
         assert (shown.dtype, shown.device, shown.shape) == (torch.float32, images.device, images.shape)
         assert shown.min() >= 0
@@ -235,9 +223,7 @@ def test_views_on_a_gpu_are_those_of_the_cpu_and_stay_there():
 def test_settings_that_do_nothing_give_the_images():
     images = noise()
     assert torch.equal(Augmentation()(images, Augmentation().draw(4, seeded())), images.float())
-    still = EVERYTHING(
-        images, undisturbed(4)
-    )  # through the interpolation, with draws that happen to do nothing
+    still = EVERYTHING(images, undisturbed(4))  # through the interpolation, with draws that happen to do nothing
     torch.testing.assert_close(still, images.float(), atol=0.01, rtol=0)
 
 

@@ -44,9 +44,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own_that_its_number_
     assert sorted(torch.cat(first).tolist()) == list(range(18))
     assert torch.equal(torch.cat(first), torch.cat(again))
     assert not torch.equal(torch.cat(first), torch.cat(second))
-    assert not torch.equal(
-        torch.cat(first), torch.cat([batch.images for batch in numbers(18, seed=6).epoch(1)])
-    )
+    assert not torch.equal(torch.cat(first), torch.cat([batch.images for batch in numbers(18, seed=6).epoch(1)]))
     assert torch.equal(torch.cat([batch.images for batch in numbers(18).epoch(1)]), torch.arange(18.0))
 
 
@@ -74,9 +72,7 @@ def test_views_are_of_the_seed_the_epoch_and_the_batch_whoever_computes_them():
     batches = Batches(TensorDataset(pictures, torch.arange(10)), 5, seed=2, augment=augment)
     whole = [batch.images for batch in batches.epoch(4)]
     halves = [[batch.images for batch in batches.epoch(4, share=Share(i, 2))] for i in (0, 1)]
-    assert torch.equal(
-        torch.cat(whole), torch.cat([part for pair in zip(*halves, strict=True) for part in pair])
-    )
+    assert torch.equal(torch.cat(whole), torch.cat([part for pair in zip(*halves, strict=True) for part in pair]))
     assert torch.equal(whole[1], next(batches.epoch(4, start=1)).images)
     order = batches.chosen(4)
     assert not torch.equal(torch.cat(whole), pictures[order].float())

@@ -11,20 +11,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[True, False], ids=["with units", "without units"])
 def units(request, monkeypatch):
     """Whether the processor has units for bf16, as a processor of either kind would say."""
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": request.param}
-    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": request.param})
     return request.param
 
 
 def test_bf16_is_used_where_the_processor_has_units_for_it_unless_the_study_says_otherwise(units):
     assert resolve_precision("auto", CPU) == ("bf16" if units else "fp32")
     assert [resolve_precision(setting, CPU) for setting in ("fp32", "bf16")] == ["fp32", "bf16"]
-    assert [autocast_options(setting, CPU)["enabled"] for setting in ("auto", "fp32", "bf16")] == [
-        units,
-        False,
-        True,
-    ]
+    assert [autocast_options(setting, CPU)["enabled"] for setting in ("auto", "fp32", "bf16")] == [units, False, True]
 
 
 def test_what_is_said_names_what_is_used_and_the_reason(units):

@@ -45,9 +45,7 @@ def write(path, mode="L", seed=0, size=(40, 56)):
 def splits(tmp_path):
     """Paths of X-rays of all modes and of many sizes: the splits overlap, and have orders of their own."""
     sizes = ((40, 56), (32, 32), (61, 33), (20, 100), (300, 7))
-    paths = [
-        write(tmp_path / "data" / f"{i}.png", MODES[i % 5], seed=i, size=sizes[i % 4]) for i in range(12)
-    ]
+    paths = [write(tmp_path / "data" / f"{i}.png", MODES[i % 5], seed=i, size=sizes[i % 4]) for i in range(12)]
     return {"train": [paths[i] for i in (7, 2, 9, 0, 4, 1)], "val": paths[9:12][::-1], "test": paths[:9]}
 
 
@@ -376,16 +374,11 @@ make(resource.RLIM_INFINITY)
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "posix_fallocate"), reason="takes limits to a process's files, and fallocate"
-)
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="takes limits to a process's files, and fallocate")
 def test_a_full_disk_is_told_in_a_line_and_leaves_nothing_until_there_is_room(many, tmp_path):
     folder = tmp_path / "cache"
     made = subprocess.run(
-        [sys.executable, "-c", FULL, str(folder), str(many[0])],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", FULL, str(folder), str(many[0])], cwd=PROJECT, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     printed = (line for line in made.stdout.splitlines() if ": decoding " not in line)
@@ -425,9 +418,7 @@ def test_going_through_a_large_file_does_not_fill_the_process_memory(tmp_path):
     large["pixels"] = rows[:, None, None]
     large["checksum"] = [zlib.crc32(np.full(224 * 224, row % 256, np.uint8)) for row in range(4_000)]
     large.flush()
-    walked = subprocess.run(
-        [sys.executable, "-c", WALK, str(file)], cwd=PROJECT, capture_output=True, text=True
-    )
+    walked = subprocess.run([sys.executable, "-c", WALK, str(file)], cwd=PROJECT, capture_output=True, text=True)
     assert walked.returncode == 0, walked.stderr
     total, most = map(int, walked.stdout.split())
     assert total == rows.sum(dtype=np.int64) * 224 * 224

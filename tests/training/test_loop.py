@@ -12,13 +12,7 @@ from studies.settings import Training
 from training.augmentation import Augmentation
 from training.batches import Batches, XrayDataset
 from training.loop import fine_tune, predict_logits
-from training.objectives import (
-    MULTI_LABEL,
-    SINGLE_LABEL,
-    multi_label_loss,
-    single_label_loss,
-    uninformed_loss,
-)
+from training.objectives import MULTI_LABEL, SINGLE_LABEL, multi_label_loss, single_label_loss, uninformed_loss
 from utils import Preprocessing, label_weights
 
 
@@ -40,9 +34,7 @@ def loader(values, labels, **options):
     return Batches(TensorDataset(images, torch.tensor(labels)), 4, **options)
 
 
-def run(
-    model, loaders, *, loss_weights=None, objective=SINGLE_LABEL, on_epoch=lambda history: None, **settings
-):
+def run(model, loaders, *, loss_weights=None, objective=SINGLE_LABEL, on_epoch=lambda history: None, **settings):
     defaults = {"epochs": 5, "learning_rate": 0.05, "patience": 5, "precision": "fp32"}
     training = Training(**(defaults | settings))
     return fine_tune(
@@ -108,8 +100,7 @@ def test_history_has_a_row_an_epoch_with_the_contracted_columns():
 def test_one_cycle_rises_and_falls_and_constant_stays():
     loaders = {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}
     rates = {
-        s: run(Linear(), loaders, epochs=10, schedule=s).history["learning_rate"]
-        for s in ("constant", "one_cycle")
+        s: run(Linear(), loaders, epochs=10, schedule=s).history["learning_rate"] for s in ("constant", "one_cycle")
     }
     assert rates["constant"].eq(0.05).all()
     assert rates["one_cycle"].idxmax() in (2, 3, 4)
@@ -140,11 +131,7 @@ def test_a_loss_that_is_not_finite_is_named():
 def test_bf16_training_learns_too():
     torch.manual_seed(0)
     done = run(
-        Linear(),
-        {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)},
-        epochs=40,
-        patience=40,
-        precision="bf16",
+        Linear(), {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}, epochs=40, patience=40, precision="bf16"
     )
     assert done.history["val_accuracy"].iloc[-1] == 1
 
@@ -156,9 +143,7 @@ def test_a_plateau_divides_the_learning_rate_by_ten_when_the_validation_loss_sto
     loaders = {"train": loader(*SEPARABLE), "val": loader(*opposite)}
     done = run(Linear(), loaders, epochs=7, patience=7, schedule="plateau", plateau_patience=2)
     assert done.best_epoch == 1
-    np.testing.assert_allclose(
-        done.history["learning_rate"], [0.05, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005]
-    )
+    np.testing.assert_allclose(done.history["learning_rate"], [0.05, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
 
 
 def test_one_logit_has_the_loss_of_the_binary_cross_entropy():

@@ -81,9 +81,7 @@ def trained(phantom_root, tmp_path_factory):
         .replace("horizontal_flip = true", "horizontal_flip = true\nrotation = 10")
         .replace(
             "[networks.resnet18]",
-            "".join(
-                ['optimizer = "sgd"\n', *(f"[networks.{name}]\n{more}\n" for name, more in NETWORKS.items())]
-            ),
+            "".join(['optimizer = "sgd"\n', *(f"[networks.{name}]\n{more}\n" for name, more in NETWORKS.items())]),
         )
     )
     runs = tmp_path_factory.mktemp("shared")
@@ -96,9 +94,7 @@ def test_two_processes_give_the_weights_of_one(trained):
     folders, _ = trained
     one, two = (load_file(folders[number] / "lenet5" / "model.safetensors") for number in (1, 2))
     for key, value in one.items():
-        torch.testing.assert_close(
-            two[key], value, rtol=0, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_losses_and_scores_over_two_processes_count_every_image_once(trained):

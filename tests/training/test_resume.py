@@ -33,15 +33,9 @@ from utils import Preprocessing, write_whole
 pytestmark = pytest.mark.slow
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
-ODD, KILLS = (
-    PROJECT / "tests" / "training" / "odd_training.py",
-    (4, 8, 9),
-)  # in the first, third and fifth epoch
-LONGER = TINY_STUDY.replace(
-    "epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0"
-).replace(
-    "learning_rate = 1e-3",
-    "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]",
+ODD, KILLS = (PROJECT / "tests" / "training" / "odd_training.py", (4, 8, 9))  # in the first, third and fifth epoch
+LONGER = TINY_STUDY.replace("epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0").replace(
+    "learning_rate = 1e-3", "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]"
 )
 
 
@@ -96,10 +90,7 @@ class Pictures(XrayDataset):
 
 
 SETTINGS = {
-    "phases": [
-        {"trainable": "head", "epochs": 2, "learning_rate": 1e-2},
-        {"epochs": 3, "learning_rate": 1e-2},
-    ],
+    "phases": [{"trainable": "head", "epochs": 2, "learning_rate": 1e-2}, {"epochs": 3, "learning_rate": 1e-2}],
     "schedule": "plateau",
     "plateau_patience": 1,
     "precision": "fp32",
@@ -164,9 +155,7 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(
-    ("augment", "number"), [*((VARIED, n) for n in (1, 5, 9, 20)), *((FLIP, n) for n in (3, 12))]
-)
+@pytest.mark.parametrize(("augment", "number"), [*((VARIED, n) for n in (1, 5, 9, 20)), *((FLIP, n) for n in (3, 12))])
 def test_an_unreadable_image_is_named_and_costs_nothing_that_was_done(tmp_path, augment, number):
     with pytest.raises(ValueError, match="broken image"):
         train(tmp_path, at(number, ValueError("broken image")), augment=augment)
@@ -204,12 +193,9 @@ def test_ctrl_c_while_features_are_computed_again_costs_nothing_that_was_done(tm
 
 
 @pytest.mark.parametrize(
-    ("number", "signal_number"),
-    [(2, signal.SIGINT), (7, signal.SIGTERM), (13, signal.SIGINT), (19, signal.SIGTERM)],
+    ("number", "signal_number"), [(2, signal.SIGINT), (7, signal.SIGTERM), (13, signal.SIGINT), (19, signal.SIGTERM)]
 )
-def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_go_on(
-    whole_training, tmp_path, heard, number, signal_number
-):
+def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_go_on(whole_training, tmp_path, heard, number, signal_number):
     def press(count):
         if count == number:
             signal.raise_signal(signal_number)
@@ -279,9 +265,7 @@ def test_a_full_disk_is_named_and_the_last_state_kept(whole_training, tmp_path):
 def test_a_state_of_other_settings_is_refused_and_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="later"):
         train(tmp_path, at(7, ValueError("later")))
-    with pytest.raises(
-        ValueError, match=r"other settings \(rate = .*, now .*patience.*: go on with those, or start"
-    ):
+    with pytest.raises(ValueError, match=r"other settings \(rate = .*, now .*patience.*: go on with those, or start"):
         train(tmp_path, patience=9)
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"no state that can be read .* start anew with --restart"):
@@ -320,9 +304,7 @@ def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
 # --- the run folder ---
 
 
-def test_a_state_in_bf16_is_refused_where_there_are_no_units_for_it(
-    phantom_root, tmp_path, capsys, monkeypatch
-):
+def test_a_state_in_bf16_is_refused_where_there_are_no_units_for_it(phantom_root, tmp_path, capsys, monkeypatch):
     study = phantom_root.parent / "auto.toml"
     study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("resnet18", "lenet5"))
     save = Checkpoints.save
@@ -388,12 +370,8 @@ def folder_with_users_files(tmp_path):
     return folder, {"notes.txt": "mine", "figures/old/model.json": "mine too", "images": "../../elsewhere"}
 
 
-NEWER = {
-    name: "newer" for name in ("model.json", "model.safetensors", "predictions_test.csv", "lungs/model.json")
-}
-OLDER = {
-    name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "lungs/model.json")
-}
+NEWER = {name: "newer" for name in ("model.json", "model.safetensors", "predictions_test.csv", "lungs/model.json")}
+OLDER = {name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "lungs/model.json")}
 
 
 def test_new_results_replace_the_older_ones_and_nothing_else(folder_with_users_files):
@@ -500,9 +478,7 @@ def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(ph
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"lenet5", "small_cnn"}
 
 
-def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_on_from(
-    phantom_root, tmp_path, capsys
-):
+def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_on_from(phantom_root, tmp_path, capsys):
     command, (folder, _) = two_networks(phantom_root, tmp_path)
     command += ["--networks", "lenet5"]
     assert main(command) == 0
@@ -523,9 +499,7 @@ def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, caps
     command += ["--networks", "lenet5"]
     assert main(command) == 0
     lost = sorted(path for path in folder.iterdir() if path.is_file())
-    assert {"model.safetensors", "history.csv", "predictions_test.csv", "splits.csv"} <= {
-        p.name for p in lost
-    }
+    assert {"model.safetensors", "history.csv", "predictions_test.csv", "splits.csv"} <= {p.name for p in lost}
     for path in lost:
         content = path.read_bytes()
         path.unlink()
@@ -582,8 +556,7 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
     assert written(folder) != halved
     plain, table = load_study(study), load_table(load_study(study))
     digests = {
-        digest(each, table, "lenet5")
-        for each in (plain, plain.overridden(threshold="f1"), plain.overridden(seed=1))
+        digest(each, table, "lenet5") for each in (plain, plain.overridden(threshold="f1"), plain.overridden(seed=1))
     }
     assert len(digests) == 3
     assert digest(plain.overridden(cache_images=False), table, "lenet5") in digests
@@ -618,12 +591,8 @@ def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root
     command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
     assert main([*command, "--networks", "lenet5"]) == 0
     before = (tmp_path / "pair" / "lenet5" / "model.json").read_bytes()
-    settings = finetune._checked_job(
-        study, load_table(study), "small_cnn", tmp_path, "cpu"
-    ).provenance.settings
-    Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save(
-        {"best_epoch": 0, "best_state": {}}
-    )
+    settings = finetune._checked_job(study, load_table(study), "small_cnn", tmp_path, "cpu").provenance.settings
+    Checkpoints(tmp_path / "pair" / "small_cnn" / "resume", settings).save({"best_epoch": 0, "best_state": {}})
     names_before = sorted(path.name for path in (tmp_path / "pair").iterdir())
     capsys.readouterr()
     assert main([*command, "--epochs", "7"]) == 2
