@@ -1,6 +1,7 @@
 """The plan of the house: what lies in the root, who imports whom, and how long a function, class or module may be."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def modules():
     return {".".join(file.relative_to(PROJECT).with_suffix("").parts): file for file in files}
 
 
+@cache
 def imports():
     """The arrows of the graph: module -> the project's modules that it imports anywhere in its text."""
     files = modules()
