@@ -56,7 +56,7 @@ def expected(paths, preprocessing=SMALL):
 def pixels(splits, folder, preprocessing=SMALL):
     """Return the images of each split, all rows."""
     files = cached(splits, preprocessing, folder)
-    return {split: file.images(range(len(file))) for split, file in files.items()}
+    return {split: file.images(range(len(splits[split]))) for split, file in files.items()}
 
 
 def same(images, wanted):
@@ -95,7 +95,6 @@ def test_each_split_has_its_own_images_in_its_own_order_bit_for_bit(splits, tmp_
 
 def test_rows_come_in_the_order_in_which_they_are_asked_for_repeated_ones_too(splits, tmp_path):
     file = cached(splits, SMALL, tmp_path / "cache")["test"]
-    assert len(file) == 9
     for rows in ([3], [8, 0, 0, 5, 8], torch.tensor([4, 2, 4])):
         assert torch.equal(file.images(rows), expected([splits["test"][row] for row in rows]))
 
@@ -276,7 +275,7 @@ slow, paths = Slow(), sorted(map(str, names.glob("*.png")))
 print("ready", flush=True)
 sys.stdin.readline()
 file = cached({"all": paths}, Preprocessing(96, (0.5,) * 3, (0.2,) * 3, lungs=slow), folder)["all"]
-print(sha256(file.images(range(len(file))).numpy()).hexdigest(), slow.calls)
+print(sha256(file.images(range(len(paths))).numpy()).hexdigest(), slow.calls)
 """
 NUMBER = 300
 
@@ -359,7 +358,7 @@ def make(room):
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
         file = cached({"all": paths}, Preprocessing(96, (0.5,) * 3, (0.2,) * 3), folder)["all"]
-        print("made of", len(file))
+        print("made of", len(file.images(range(len(paths)))))
     except CacheFailed as error:
         print(error)
         assert {path.suffix for path in folder.iterdir()} <= {".lock"}

@@ -33,7 +33,10 @@ from utils import Preprocessing, write_whole
 pytestmark = pytest.mark.slow
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
-ODD, KILLS = (PROJECT / "tests" / "training" / "odd_training.py", (4, 8, 9))  # in the first, third and fifth epoch
+ODD = PROJECT / "tests" / "training" / "odd_training.py"
+# Four saves an epoch, after each of its three batches and at its end. Each run is killed within one of its saves and
+# goes on after the one before: the kills are in the first, third and fifth epoch.
+KILLS = (4, 8, 9)
 LONGER = TINY_STUDY.replace("epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0").replace(
     "learning_rate = 1e-3", "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]"
 )
