@@ -21,11 +21,11 @@ from utils import read_xray
 pytestmark = pytest.mark.slow
 
 # LeNet-5 has no batch normalisation: two processes train it like one, except for rounding. Therefore the tests use
-# double precision and SGD (Adam divides a gradient by its own size). The small CNN has batch normalisation: on CPUs each
-# process normalises its own share of a batch. Dropout is off, because each process draws its own.
+# double precision and SGD (Adam divides a gradient by its own size). The small CNN has batch normalisation: on CPUs
+# each process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
-KILL = 6  # the state is saved after each of four batches and after the epoch: this save is in the second epoch
+KILL = 6  # the state is saved after each of an epoch's four batches, perhaps also at its end: this is the second epoch
 LAUNCHER = [
     "-m",
     "accelerate.commands.launch",
