@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,12 +30,7 @@ class XrayDataset(Dataset):
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        targets: Sequence[int] | np.ndarray,
-        preprocessing: Preprocessing,
-        *,
-        images: ImageFile | None = None,
+        self, paths: Sequence[str], targets: ArrayLike, preprocessing: Preprocessing, *, images: ImageFile | None = None
     ) -> None:
         self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
         values = torch.from_numpy(np.array(targets))
@@ -144,7 +140,7 @@ class Batches:
 
 
 def make_batches(
-    rows: Mapping[str, tuple[Sequence[str], Sequence[int] | np.ndarray]],
+    rows: Mapping[str, tuple[Sequence[str], ArrayLike]],
     preprocessing: Preprocessing,
     *,
     num_classes: int,

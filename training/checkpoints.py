@@ -255,6 +255,6 @@ class StopRequests:
 
 
 def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of a network's tensors, contiguous on the CPU, as safetensors files hold them."""
-    plain = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    return {key: tensor.detach().to(**plain) for key, tensor in state.items()}
+    """Return contiguous copies of a network's tensors on the CPU, as safetensors files need them."""
+    order = torch.contiguous_format
+    return {key: tensor.detach().to("cpu", copy=True, memory_format=order) for key, tensor in state.items()}

@@ -21,7 +21,7 @@ from training.optimisation import Optimisation, Setup
 from training.processes import Processes, put_rows, synchronise_batch_norms
 from utils import resolve_device
 
-# Several processes agree every so many batches on whether to stop or to save. The program waits for a GPU meanwhile.
+# Several processes agree every so many batches on whether to stop or to save. On GPUs that costs waiting.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}
 
 
@@ -157,8 +157,8 @@ class _Loop:
             train = self._train(batches["train"])
             val = self._validate(batches["val"])
         except (ValueError, OSError):  # such as an image that cannot be read
-            if state.checkpoints is not None and not self.processes.several:  # several would have to agree
-                self._save()
+            if not self.processes.several:  # several would have to agree
+                self._save_or_stop(every=0)
             raise
         self._record(train, val)
         waited = state.progress.waited
@@ -243,15 +243,12 @@ class _Loop:
             return
         stop, save = self.processes.agreed(self.requests.asked, done or checkpoints.due(every))
         if stop or save:
-            self._save()
+            self._refuse_infinite()
+            self.state.save(self.optimisation)
         if stop and not done:
             raise KeyboardInterrupt(
                 f"stopped in {self._name}: its state is in {checkpoints.folder}, run the same again to go on"
             )
-
-    def _save(self) -> None:
-        self._refuse_infinite()
-        self.state.save(self.optimisation)
 
     def _refuse_infinite(self) -> None:
         """Raise FloatingPointError for the first batch of the epoch whose loss is not finite."""
