@@ -43,7 +43,7 @@ def feature_batches(
 ) -> Iterator[dict[str, Batches]]:
     """Yield batches of features (B, D) in place of images, in the same order and the same views.
 
-    The features are in temporary files, not in memory: a view has 100 kB in a VGG-19.
+    The features are in temporary files, not in memory: those of a VGG-19 take 100 kB for each view.
 
     Args:
         setup: its network is frozen except the head (`set_training_mode`).

@@ -16,7 +16,7 @@ def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None =
     """Return the mean cross-entropy, for one class per image.
 
     Args:
-        outputs: (N, C) logits, or (N, 1) logits z, whose binary cross-entropy is that of a softmax of (-z/2, z/2).
+        outputs: (N, C) logits; or (N, 1) logits z, whose loss is the binary cross-entropy: a softmax of (-z/2, z/2).
         targets: (N,) class indices.
         weights: (C,) weights of the classes.
     """
