@@ -198,7 +198,7 @@ class _Loop:
             if not processes.several or progress.step % AGREE_EVERY[device.type] == 0:
                 self._save_or_stop(every=60 * self.setup.training.checkpoint_minutes)
         self._refuse_infinite()
-        processes.copy_from_main(self.setup.network.buffers())  # where each process has normalised its own share
+        processes.copy_from_main(self.setup.network.buffers())  # batch statistics may differ between processes
         whole = {key: processes.summed(tensor).cpu() for key, tensor in state.epoch_outputs.items()}
         return {
             "loss": float(whole["losses"].double().sum()) / sum(sizes),
