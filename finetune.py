@@ -202,7 +202,6 @@ def _trained(job: Job, images: PreparedImages, working: Path) -> Trained:
         title=job.title,
         on_epoch=after_epoch,
         checkpoints=Checkpoints(working, job.provenance.settings),
-        scratch=working,
     )
     if training.temporary_batch_norm:
         fold_batch_norm(model)

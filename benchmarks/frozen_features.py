@@ -1,11 +1,10 @@
-"""How long an epoch of a frozen network takes with features that are computed once, compared with the usual way.
+"""How long an epoch of a frozen network takes on features that are computed once, compared with the usual way.
 
     python benchmarks/frozen_features.py [--networks resnet101,densenet169,vgg19] [--images 48] [--size 224]
 
 The usual way sends every image through the frozen trunk in every epoch. Both ways train the same new head (as in
-`studies/covid_frozen.toml`) on the same random images with a random flip. Runs alternate; medians are printed.
-There are two ratios: of an epoch once the features are computed, and of a training of 20 epochs, in which computing the
-features counts.
+`studies/covid_frozen.toml`) on the same random images with random flips, in turns. The script prints medians and two
+ratios: of an epoch without the computing of the features, and of a training of 20 epochs with it.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from utils import Preprocessing
 
 
 class RandomXrays(XrayDataset):
-    """Noise in place of files: the benchmark must not measure the disk."""
+    """Noise in memory: the benchmark must not measure the disk."""
 
     def __init__(self, number: int, size: int) -> None:
         super().__init__([""] * number, np.arange(number) % 4, Preprocessing(size, (0, 0, 0), (1, 1, 1)))
@@ -43,7 +42,7 @@ class RandomXrays(XrayDataset):
 def seconds(name: str, training: Training, batches: dict[str, Batches], epochs: int) -> tuple[float, float]:
     """Return how much longer the first epoch takes than the median of the others, and that median.
 
-    Of a single epoch it is 0 and the epoch's own time.
+    A single epoch is its own median.
     """
     network = build_network(name, 4, hidden_units=training.hidden_units)
     settings = training.model_copy(update={"epochs": epochs, "patience": epochs})

@@ -1,11 +1,11 @@
-"""Kill a training at random moments, again and again. It must end with the same bytes as one that nobody kills.
+"""Kill a training again and again at random moments. It must end with the same bytes as one without kills.
 
     python benchmarks/kills.py [--kills 20] [--seed 0] [--network resnet18]
 
-One training of a small study on synthetic X-rays is left alone. Another one is killed by SIGKILL, which no program can
-catch, and started again each time. The kills come at random moments: while it imports, draws, decodes, trains,
-validates, saves or writes its results. The script prints when each kill came. It exits with status 1 where
-`model.safetensors`, `history.csv` or a file of predictions differs ("ours" 0).
+One training of a small study on synthetic X-rays runs without kills. Another one is killed by SIGKILL, which no program
+can catch, and started again each time. A kill may come while it imports, draws, decodes, trains, validates, saves or
+writes its results; the script prints when it came. The script exits with status 1 if `model.safetensors`,
+`history.csv` or a file of predictions differs ("ours" 0).
 """
 
 import argparse
@@ -52,7 +52,7 @@ COMPARED = ("model.safetensors", "history.csv", "predictions_train.csv", "predic
 
 
 def training(study: Path, runs: Path) -> subprocess.Popen:
-    """Start the command that a user would."""
+    """Start the training as a user does."""
     command = [sys.executable, str(PROJECT / "finetune.py"), str(study), "--runs", str(runs), "--device", "cpu"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -65,7 +65,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def moment(folder: Path) -> str:
-    """Return how far a killed training had come, judged by its files."""
+    """Return how far the files of a killed training say that it had come."""
     history = folder / "resume" / "history.csv"
     if not (folder / "resume").is_dir():
         return "before the training" if not (folder / "model.json").is_file() else "after the training"

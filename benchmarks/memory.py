@@ -1,11 +1,11 @@
-"""How much memory a study of 112,120 X-rays takes, as many as ChestX-ray14 has.
+"""How much memory a study of 112,120 X-rays takes, the number in ChestX-ray14.
 
     python benchmarks/memory.py [--rows 112120] [--size 224] [--network lenet5] [--epochs 1]
 
-`finetune.py` trains on so many files: hard links, each with its own name, to some hundred synthetic X-rays. "ours" is
-the greatest resident size (`ru_maxrss`, GB) of that training. "plain" is that of the same training on a hundredth of
-the files, which Python, the libraries and the network need anyway. The difference is the cost of the images. "images"
-is the size of the decoded images alone, in GB.
+`finetune.py` trains on this number of files, which are hard links to 400 synthetic X-rays. "ours" is the largest
+resident size (`ru_maxrss`, GB) of that training. "plain" is that of the same training on a hundredth of the files:
+Python, the libraries and the network. The difference is the memory for the images. "images" is the size of the decoded
+images in GB.
 """
 
 import argparse
@@ -46,7 +46,7 @@ batch_size = 64
 
 
 def peak(study: Path, runs: Path) -> float:
-    """Train in a new process; return its greatest resident size in GB."""
+    """Train in a new process; return its largest resident size in GB."""
     command = [sys.executable, str(PROJECT / "finetune.py"), str(study), "--runs", str(runs), "--device", "cpu"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run(command, check=True)

@@ -6,12 +6,12 @@
 The plain loop decodes each file with PIL in a `DataLoader`. torchvision resizes it and makes a tensor of it. It uses
 fp32, the default memory format and Adam. Our loop takes images from the memory-mapped file of `training.image_cache`,
 computes by the rule of `training.devices` (bf16 where the device has units for it, channels last) and uses fused Adam.
-Both train the same network on the same files. They take turns, and medians are printed.
+Both train the same network on the same files, in turns. The script prints medians.
 
-    step NETWORK    seconds of a training step on a batch that is in memory already
-    loading         seconds to bring an epoch from the disk to the device, from the second epoch on
-    loop NETWORK    seconds of an epoch of our loop, with images from the file and ("plain") from memory: 0.95 means
-                    that loading takes a twentieth of the time
+    step NETWORK    seconds of a training step on a batch in memory
+    loading         seconds to load the images of an epoch to the device, from the second epoch on
+    loop NETWORK    seconds of an epoch of our loop with images from the file ("ours") and from memory ("plain"): a
+                    ratio of 0.95 means that loading takes a twentieth of the time
     epoch NETWORK   seconds of a whole epoch with loading, in our loop and in the plain loop
 
 The files are synthetic X-rays of 1,024 px in PNG files, unless `--data` names a folder with images.
@@ -50,7 +50,7 @@ Step = Callable[[Tensor, Tensor], object]
 
 
 class PlainDataset(Dataset):
-    """A tutorial's dataset: an image file and its transforms an item."""
+    """A tutorial's dataset: it reads and transforms one file for each item."""
 
     def __init__(self, paths: list[str], size: int) -> None:
         self.paths = paths
@@ -100,7 +100,7 @@ def our_step(name: str, device: torch.device) -> Step:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how many seconds a piece of work takes until the device has done it."""
+    """Return the seconds until the device has done a piece of work."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -110,18 +110,18 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def in_turns(rounds: int, *works: Callable[[], object], device: torch.device) -> list[float]:
     """Return the median seconds of each piece of work, after one round to warm up."""
-    took = [[seconds(work, device) for work in works] for _ in range(rounds + 1)][1:]
-    return [statistics.median(times) for times in zip(*took, strict=True)]
+    times_of_rounds = [[seconds(work, device) for work in works] for _ in range(rounds + 1)][1:]
+    return [statistics.median(times) for times in zip(*times_of_rounds, strict=True)]
 
 
-def through(batches: Iterable, step: Step) -> None:
+def train_on(batches: Iterable, step: Step) -> None:
     """Train on all batches."""
     for images, targets, *_ in batches:
         step(images, targets)
 
 
 def files(folder: Path, number: int) -> list[str]:
-    """Draw X-rays of 1,024 px, as large as those of public archives."""
+    """Draw X-rays of 1,024 px, the size in public archives; return their paths."""
     write_phantom(folder / "drawn", images_per_class=dict.fromkeys(CLASSES, -(-number // 4)), size=256, seed=0)
     drawn = [path for path in sorted((folder / "drawn").rglob("*.png")) if path.parent.name == "images"][:number]
     paths = []
@@ -164,9 +164,9 @@ def steps_and_epochs(
     more = {"images_per_second": ours.batch_size / step[0], "computed in": described("auto", device)}
     from_file, from_memory, tutorial = in_turns(
         rounds,
-        lambda: through(ours.epoch(1, device=device), quick),
-        lambda: through(ready, quick),
-        lambda: through(plain, slow),
+        lambda: train_on(ours.epoch(1, device=device), quick),
+        lambda: train_on(ready, quick),
+        lambda: train_on(plain, slow),
         device=device,
     )
     return [

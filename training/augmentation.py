@@ -1,19 +1,19 @@
 """Random views of whole batches of X-rays.
 
-Random numbers are drawn first, for the whole batch, and used afterwards. Processes that share a batch draw the same
-numbers and take their own rows: an image gets the same view however many processes there are.
+Random numbers are first drawn for the whole batch, then used. Processes that share a batch draw the same numbers and
+take their own rows. So an image gets the same view with any number of processes.
 """
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 
-class Draws(NamedTuple):
+class Draws(namedtuple("Draws", "flip left top width height angle shift_x shift_y scale brightness contrast")):
     """The random numbers for N images: (N,) tensors on the CPU, float32 (`flip`: bool).
 
     Attributes:
@@ -24,18 +24,6 @@ class Draws(NamedTuple):
         scale, brightness, contrast: factors.
     """
 
-    flip: Tensor
-    left: Tensor
-    top: Tensor
-    width: Tensor
-    height: Tensor
-    angle: Tensor
-    shift_x: Tensor
-    shift_y: Tensor
-    scale: Tensor
-    brightness: Tensor
-    contrast: Tensor
-
     def rows(self, which: slice | Tensor) -> "Draws":
         """Return the draws of some of the images, given as a slice, indices or bool."""
         return Draws(*(values[which] for values in self))
@@ -43,19 +31,19 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; nothing by default.
+    """The random changes of training images; by default there are none.
 
     Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter. There are two differences: shifts are not
-    rounded to pixels, and a crop that would not fit gets closer to a square rather than being drawn again.
+    rounded to pixels, and a crop that would not fit gets closer to a square, where torchvision draws again.
 
     Attributes:
-        horizontal_flip: whether every second image, by chance, is mirrored.
-        smallest_crop: the smallest share of the image's area (0 to 1) of a window that is enlarged to the full size;
-            its width over height is 0.9 to 1.1.
+        horizontal_flip: whether images are mirrored with probability 0.5.
+        smallest_crop: the smallest area of a crop, as a share (0 to 1) of the image's area. A crop is enlarged to the
+            full size; its width over height is 0.9 to 1.1.
         rotation: the largest angle in degrees (0 to 180), to either side.
         translation: the largest shift as a share of the side (0 to below 1), along either axis.
         scale: the smallest and the largest factor.
-        brightness: the factor is 1 - brightness to 1 + brightness (0 to below 1).
+        brightness: b for factors from 1 - b to 1 + b (0 to below 1).
         contrast: the same for the contrast.
     """
 
@@ -69,13 +57,13 @@ class Augmentation:
 
     @property
     def views(self) -> int | None:
-        """How many views an image has: 1 (as it is), 2 (as it is and mirrored), or None for any number."""
+        """The number of views of an image: 1 (as it is), 2 (as it is and mirrored), or None for any number."""
         return {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}.get(self)
 
     def draw(self, number: int, generator: torch.Generator) -> Draws:
-        """Return draws for `number` images from a CPU generator, whose state alone decides them.
+        """Return draws for `number` images from a CPU generator.
 
-        Only what these settings use is drawn; the rest leaves an image as it is.
+        Numbers that these settings do not use are not drawn; their values leave an image as it is.
         """
 
         def uniform(low: float, high: float) -> Tensor:
@@ -87,7 +75,7 @@ class Augmentation:
         crop = torch.zeros(number), torch.zeros(number), torch.ones(number), torch.ones(number)
         if self.smallest_crop < 1:
             area = uniform(self.smallest_crop, 1)
-            # Where a window would not fit into the image, its aspect gets closer to 1, and its area stays as drawn.
+            # The aspect of a crop that would not fit into the image gets closer to 1; its area stays.
             aspect = uniform(math.log(0.9), math.log(1.1)).clamp(area.log(), -area.log())
             width, height = (((area.log() + sign * aspect) / 2).exp() for sign in (1, -1))
             crop = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height), width, height
@@ -103,12 +91,11 @@ class Augmentation:
         )
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return (B, 1, S, S) uint8 images as (B, 1, S, S) float32, 0 to 255, on the same device.
+        """Return views (B, 1, S, S) float32, 0 to 255, of (B, 1, S, S) uint8 images, on their device.
 
-        The crop is enlarged, turned and scaled about the centre, shifted and mirrored, in this order and in one
-        bilinear interpolation. Brightness follows, then contrast about the image's own mean. A flip alone is exact.
-        What lies outside of the image is black, and its last half pixel fades into black. What lies in the image but
-        outside of the crop may come into view.
+        One bilinear interpolation enlarges the crop, turns and scales it about the centre, shifts it and mirrors it, in
+        this order. Brightness follows, then contrast about the image's mean. A flip alone is exact. Around the image
+        all is black; its last half pixel fades into black. Parts of the image outside of the crop may come into view.
 
         Args:
             images: the images.
@@ -123,29 +110,28 @@ class Augmentation:
         shown = images.float()
         if moved:
             shown = grid_sample(shown, _grid(draws, images.shape[-1], images.device), align_corners=False)
-            shown.clamp_(0, 255)  # the four weights add up to 1 but for rounding
+            shown.clamp_(0, 255)  # rounding may leave this range
         if self.brightness:
             shown.mul_(brightness).clamp_(0, 255)
         if self.contrast:
-            # Row by row: torch splits one sum over a whole image among threads when there are few images, and the
-            # result is then rounded differently.
+            # Row by row: for few images torch splits the sum over an image among threads, which changes the rounding.
             mean = shown.mean(-1, keepdim=True).mean(-2, keepdim=True)
             shown.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
         return shown
 
 
 def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
-    """Return (B, S, S, 2) float32: the position (x, y) in the image, -1 to 1, that each pixel of a view shows."""
-    # In float64, then rounded: the last bit of a cosine may depend on the position of the angle in its tensor.
+    """Return (B, S, S, 2) float32: for each pixel of a view its position (x, y) in the image, -1 to 1."""
+    # In float64, then rounded: the last bit of a cosine may depend on the position of its angle in the tensor.
     _, left, top, width, height, angle, shift_x, shift_y, scale, *_ = (values.double() for values in draws)
     cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
     mirror, x, y = 1 - 2 * draws.flip.double(), 2 * shift_x, 2 * shift_y
     across = torch.stack([width * mirror * cos, -height * mirror * sin], 1)
     down = torch.stack([width * sin, height * cos], 1)
-    origin = torch.stack(
-        [2 * left + width - 1 - width * (cos * x + sin * y), 2 * top + height - 1 + height * (sin * x - cos * y)], 1
-    )
+    origin_x = 2 * left + width - 1 - width * (cos * x + sin * y)
+    origin_y = 2 * top + height - 1 + height * (sin * x - cos * y)
+    origin = torch.stack([origin_x, origin_y], 1)
     centres = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
     columns = (across[..., None] * centres).to(device, torch.float32)[:, :, None]
     rows = (origin[..., None] + down[..., None] * centres).to(device, torch.float32)[..., None]
-    return (columns + rows).permute(0, 2, 3, 1)  # x and y apart in memory: faster to add and to sample
+    return (columns + rows).permute(0, 2, 3, 1)  # x and y lie apart in memory, which is faster to add and to sample

@@ -1,4 +1,4 @@
-"""Batches of X-rays: decoded, augmented and weighted, in an order that depends on the seed and the epoch alone."""
+"""Batches of X-rays: decoded and augmented, in an order that depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,22 +20,17 @@ from utils import Preprocessing, balanced_weights, derived_generator
 
 
 class XrayDataset(Dataset):
-    """Images and targets by the batch: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for (B,) row numbers.
+    """Images and targets: `dataset[rows]` is ((B, 1, S, S) uint8, targets) for (B,) row numbers.
 
     Args:
         paths: N image files.
-        targets: (N,) class indices, which come as (B,) int64; or (N, C) of 0 and 1, which come as (B, C) float32.
+        targets: (N,) class indices, returned as (B,) int64; or (N, C) of 0 and 1, returned as (B, C) float32.
         preprocessing: how an image is read and resized.
-        images: the resized images; without them each file is read whenever a batch needs it, on all cores.
+        images: the resized images. Without them each batch reads its files, on all cores.
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        targets: Sequence[int] | np.ndarray,
-        preprocessing: Preprocessing,
-        *,
-        images: ImageFile | None = None,
+        self, paths: Sequence[str], targets: ArrayLike, preprocessing: Preprocessing, *, images: ImageFile | None = None
     ) -> None:
         self.paths, self.preprocessing, self._file = list(paths), preprocessing, images
         values = torch.from_numpy(np.array(targets))
@@ -50,22 +46,20 @@ class XrayDataset(Dataset):
         """Return (B, 1, S, S) uint8, the images before augmentation and normalisation."""
         if self._file is not None:
             return self._file.images(rows)
-        if not len(rows):  # a process may have no image of a last batch
-            size = self.preprocessing.image_size
-            return torch.empty(0, 1, size, size, dtype=torch.uint8)
+        size, paths = self.preprocessing.image_size, [self.paths[row] for row in rows.tolist()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            paths = [self.paths[row] for row in rows.tolist()]
-            return torch.stack(list(pool.map(self.preprocessing.read, paths)))
+            images = list(pool.map(self.preprocessing.read, paths))
+        return torch.stack(images) if images else torch.empty(0, 1, size, size, dtype=torch.uint8)
 
 
 class Share(NamedTuple):
-    """Which part of every batch this process computes: part `index` (from 0) of `of` parts."""
+    """The part of every batch that this process computes: number `index` (from 0) of `of` parts."""
 
     index: int = 0
     of: int = 1
 
     def slice(self, number: int) -> slice:
-        """Return this process's rows of a batch of `number`. Shares differ by one row at most."""
+        """Return this process's rows in a batch of `number` images; shares differ by at most one row."""
         each, more = divmod(number, self.of)
         start = self.index * each + min(self.index, more)
         return slice(start, start + each + (self.index < more))
@@ -78,9 +72,9 @@ class Batch(NamedTuple):
     """A process's share of a batch, on the process's device.
 
     Attributes:
-        images: (b, 3, S, S) float32, channels last in memory, b ≥ 0.
+        images: (b, 3, S, S) float32, b ≥ 0; or (b, D) features.
         targets: (b,) or (b, …).
-        rows: the places of the images among all images of the epoch.
+        rows: the places of the images in the order of the epoch.
     """
 
     images: Tensor
@@ -90,19 +84,19 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches:
-    """The batches of a dataset. Their order and the views of their images depend on the seed and the epoch alone.
+    """The batches of a dataset. Their order and the views of their images depend only on the seed and the epoch.
 
-    Therefore a training that was broken off goes on with the batch that would have been next, and each of several
-    processes takes its share of the same batch. A shuffled epoch leaves out a last batch of a single image, or of
-    fewer images than there are processes, because batch normalisation cannot train on a single image.
+    Therefore a training that was broken off goes on with the next batch, and several processes share the same batches.
+    A shuffled epoch leaves out a last batch of one image, which batch normalisation cannot train on, or of fewer images
+    than processes.
 
     Attributes:
         dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.
-        batch_size: images a batch, over all processes.
-        seed: what the order and the views are drawn from; None keeps the order of the dataset.
-        weights: (N,) weights by which images are drawn with replacement; None shows each image once.
-        augment: what makes random views of the images, None for none.
-        prepare: what makes network inputs of the images, on their device.
+        batch_size: images per batch, over all processes.
+        seed: the seed of the order and the views; None keeps the order of the dataset.
+        weights: (N,) weights for drawing images with replacement; None shows each image once.
+        augment: makes random views of the images; None makes none.
+        prepare: turns images into network inputs, on their device.
     """
 
     dataset: Dataset
@@ -114,13 +108,13 @@ class Batches:
     prepare: Callable[[Tensor], Tensor] = lambda images: images
 
     def sizes(self, share: Share = WHOLE) -> list[int]:
-        """Return how many images each batch of an epoch has, over all processes."""
+        """Return the number of images in each batch of an epoch, over all processes."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
         left_out = self.seed is not None and whole and rest < max(2, share.of)
         return [self.batch_size] * whole + ([] if left_out or not rest else [rest])
 
     def chosen(self, epoch: int) -> Tensor:
-        """Return (N,) the image at each place of an epoch."""
+        """Return (N,) row numbers of the dataset in the order of an epoch."""
         number = len(self.dataset)
         if self.seed is None:
             return torch.arange(number)
@@ -146,7 +140,7 @@ class Batches:
 
 
 def make_batches(
-    rows: Mapping[str, tuple[Sequence[str], Sequence[int] | np.ndarray]],
+    rows: Mapping[str, tuple[Sequence[str], ArrayLike]],
     preprocessing: Preprocessing,
     *,
     num_classes: int,
@@ -158,24 +152,24 @@ def make_batches(
 ) -> dict[str, Batches]:
     """Return the batches of "train", "train_plain", "val" and "test".
 
-    "train" is augmented and shuffled. The others keep the order of their images and show them as at inference;
-    "train_plain" has the training images.
+    "train" is augmented and shuffled. "train_plain" has the same images. It, "val" and "test" keep the order of their
+    images and show them as at inference.
 
     Args:
         rows: the paths and the targets of "train", "val" and "test", see `XrayDataset`.
         preprocessing: how images are read, resized and normalised.
-        num_classes: how many classes the targets have.
-        batch_size: images a batch, over all processes.
-        augment: what makes random views of the training images.
+        num_classes: the number of classes.
+        batch_size: images per batch, over all processes.
+        augment: makes random views of the training images.
         oversample: whether training images are drawn so that classes are equally frequent.
-        seed: what the order and the views are drawn from.
-        images: the resized images of each split, None to read the files in every epoch.
+        seed: the seed of the order and the views.
+        images: the resized images of each split; None reads the files in every epoch.
     """
-    sets = {
-        split: XrayDataset(paths, targets, preprocessing, images=images and images[split])
-        for split, (paths, targets) in rows.items()
-    }
-    sets["train_plain"] = train = sets.pop("train")
-    weights = balanced_weights(train.targets.tolist(), num_classes) if oversample else None
-    plain = {name: Batches(dataset, batch_size, prepare=preprocessing.normalise) for name, dataset in sets.items()}
-    return plain | {"train": replace(plain["train_plain"], seed=seed, weights=weights, augment=augment)}
+    batches = {}
+    for split, (paths, targets) in rows.items():
+        dataset = XrayDataset(paths, targets, preprocessing, images=images and images[split])
+        batches[split] = Batches(dataset, batch_size, prepare=preprocessing.normalise)
+    plain = batches["train"]
+    weights = balanced_weights(plain.dataset.targets.tolist(), num_classes) if oversample else None
+    train = replace(plain, seed=seed, weights=weights, augment=augment)
+    return batches | {"train_plain": plain, "train": train}

@@ -1,4 +1,4 @@
-"""The state of a training: what it is, and how it gets to the disk and back (`resume/` in the run folder)."""
+"""The state of a training, and how it is saved and loaded (`resume/` in the run folder)."""
 
 import json
 import math
@@ -9,39 +9,34 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from training.optimisation import Optimisation
-from training.processes import Processes, SharedRows
+from training.processes import Processes
 from utils import derived_seed, write_whole
 
 STATE = "state.pt"
 ANEW = "start anew with --restart, or delete that folder"
-PATIENCE = 3.0  # seconds after the first Ctrl-C within which a second one counts as the same
-
-
-class NotSaved(OSError):
-    """The state of a training could not be saved; the state before it is still there."""
+SAME_KEY_PRESS = 3.0  # seconds after the first Ctrl-C in which another one does not interrupt
 
 
 class Checkpoints:
-    """The folder with the unfinished state of a training, a file that is complete at any moment.
+    """The folder with the state of an unfinished training. The file in it is complete at any moment.
 
     Args:
         folder: where the state is kept.
-        settings: what is trained, as JSON has it; a state of other settings is refused.
+        settings: what is trained, in types that JSON has. A state of other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self.folder, self.settings = Path(folder), dict(settings)
+        self.folder, self.settings = folder, settings
         self._saved_at, self._saving_took = time.perf_counter(), 0.0
 
     def due(self, every: float | None) -> bool:
-        """Return whether the last state is `every` seconds old; None: so old that saving takes 5 % of the time."""
+        """Return whether the last save is `every` seconds ago; None: so long ago that saving takes 5 % of the time."""
         every = 20 * self._saving_took if every is None else every
         return time.perf_counter() - self._saved_at >= every
 
@@ -64,62 +59,58 @@ class Checkpoints:
         except Exception as error:  # torch has many types for a damaged file
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.folder} holds no state that can be read ({reason}): {ANEW}") from None
-        # Another seed or limit gives other data too: these come first.
-        different = sorted((key for key in now if before.get(key, now) != now[key]), key=lambda key: key == "data")
+        different = [key for key in now if before.get(key, now) != now[key]]
         if not different:
             return state
-        key, unfinished = different[0], f"{self.folder} holds an unfinished training"
+        key = min(different, key=lambda key: key == "data")  # another seed or limit gives other data too: name these
         if not now.keys() <= before.keys():
-            raise ValueError(f"{unfinished} of another version: {ANEW}")
-        if key == "data":
-            raise ValueError(
-                f"{unfinished} on other images: their content, their labels or their splits have changed since. "
-                f"Put them back, or {ANEW}"
-            )
-        was, is_now = (json.dumps(settings[key], ensure_ascii=False) for settings in (before, now))
-        raise ValueError(f"{unfinished} with other settings ({key} = {was}, now {is_now}): go on with those, or {ANEW}")
+            difference = "of another version:"
+        elif key == "data":
+            difference = "on other images: their content, their labels or their splits have changed. Put them back, or"
+        else:
+            was, is_now = (json.dumps(settings[key], ensure_ascii=False) for settings in (before, now))
+            difference = f"with other settings ({key} = {was}, now {is_now}): go on with those, or"
+        raise ValueError(f"{self.folder} holds an unfinished training {difference} {ANEW}")
 
     def save(self, state: Mapping[str, object]) -> None:
         """Save a state: numbers, texts, tensors, and lists and dictionaries of these.
 
         Raises:
-            NotSaved: the disk has no room; the state before this one is still there.
+            OSError: the disk has no room; the state before this one is still there.
         """
+
+        def write(path: Path) -> None:
+            with path.open("wb") as stream:  # with a path torch's writer hides why a disk refuses
+                torch.save({**state, "settings": json.dumps(self.settings)}, stream)
+
         started = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            whole = {**state, "settings": json.dumps(self.settings)}
-            write_whole(self.folder / STATE, partial(_save_state, whole))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / STATE, write)
         except (OSError, RuntimeError) as error:
-            reason = error  # torch's writer wraps the system's error in a RuntimeError
-            while reason is not None and not isinstance(reason, OSError):
-                reason = reason.__cause__ or reason.__context__
-            if reason is None:
+            # torch's writer hides the system's error behind a RuntimeError.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
                 raise
             last = "the last state is kept there" if self.exists else "there is none yet"
-            raise NotSaved(
+            raise OSError(
                 f"cannot save the training's state in {self.folder} ({reason.strerror}); {last}: make room and run "
                 "the same again"
             ) from None
         self._saved_at, self._saving_took = time.perf_counter(), time.perf_counter() - started
 
 
-def _save_state(state: Mapping[str, object], path: Path) -> None:
-    with path.open("wb") as stream:  # given a path, torch's own writer hides why a disk refuses
-        torch.save(state, stream)
-
-
 @dataclass
 class Progress:
-    """How far a training has come. Values are those by which validation judges, the lower the better.
+    """How far a training has come. Validation judges an epoch by its value; a lower value is better.
 
     Attributes:
-        phase, epoch: the present phase and epoch, from 1; epochs are counted in each phase.
-        step: how many batches of the present epoch are done.
+        phase, epoch: the present phase and epoch, from 1; each phase counts its own epochs.
+        step: the number of finished batches of the present epoch.
         phase_best: the best value of the phase.
-        waited: how many epochs have passed since.
+        waited: the number of epochs since then.
         best_epoch, best_value: the best epoch of all phases (from 1; 0 before there is one) and its value.
-        seconds: how long the present epoch took before the training was broken off.
+        seconds: the time that the present epoch took before the training was broken off.
         rate: the learning rate at the start of the present epoch.
         rows, times: the history and the timing of the finished epochs.
     """
@@ -141,37 +132,35 @@ class TrainingState:
     """What a training has reached: its progress, its best weights, and the outputs of the present epoch.
 
     Attributes:
-        checkpoints: where the state is saved, None for nowhere.
+        checkpoints: where the state is saved; None saves nothing.
         progress: how far the training has come.
-        best_weights: the weights of the best epoch, on the CPU; empty before the first epoch is done.
         epoch_outputs: the outputs, targets and losses of the present epoch so far.
-        started: when this process took up the present epoch (`time.perf_counter`).
     """
 
     def __init__(self, network: nn.Module, processes: Processes, checkpoints: Checkpoints | None) -> None:
         self.network, self.processes, self.checkpoints = network, processes, checkpoints
-        self.progress, self.best_weights = Progress(), {}
-        self.epoch_outputs: dict[str, SharedRows] = {}
-        self.started = time.perf_counter()
-        self._resumed: dict[str, object] | None = None
+        self.progress = Progress()
+        self.epoch_outputs: dict[str, Tensor] = {}
+        self._best_weights: dict[str, Tensor] = {}  # on the CPU; empty before the first epoch is done
+        self._started = time.perf_counter()  # when this process began the present epoch, or went on with it
+        self._resumed: dict[str, object] | None = None  # the loaded state, until its phase goes on
 
-    def resume(self) -> Progress | None:
-        """Go back to the state that was saved last and return its progress, None where there is no state."""
+    def resume(self) -> bool:
+        """Load the state that was saved last; return whether there is one."""
         state = None if self.checkpoints is None else self.checkpoints.saved()
-        found = torch.tensor(float(state is not None), device=self.processes.device)
-        if 0 < float(self.processes.summed(found)) < self.processes.share.of:
+        number_with_state = self.processes.summed(torch.tensor(float(state is not None), device=self.processes.device))
+        if 0 < number_with_state < self.processes.share.of:
             raise ValueError(f"{self.checkpoints.folder} must be on a disk that all machines share")
-        if state is None:
-            if index := self.processes.share.index:  # each process draws its own dropout
-                torch.manual_seed(derived_seed(torch.initial_seed(), "dropout", index))
-            return None
-        self.network.load_state_dict(state["network"])
-        self.best_weights, self.progress = state["best_weights"], Progress(**state["place"])
+        if state is not None:
+            self.network.load_state_dict(state["network"])
+            self._best_weights, self.progress = state["best_weights"], Progress(**state["place"])
+        elif index := self.processes.share.index:  # each process draws its own dropout
+            torch.manual_seed(derived_seed(torch.initial_seed(), "dropout", index))
         self._resumed = state
-        return self.progress
+        return state is not None
 
     def resume_phase(self, optimisation: Optimisation) -> None:
-        """Give a phase that was broken off its optimiser, the outputs of its epoch and its random numbers back."""
+        """Load the optimiser, the outputs of the epoch and the random numbers of a phase that was broken off."""
         state, self._resumed = self._resumed, None
         if state is None:
             return
@@ -180,7 +169,7 @@ class TrainingState:
         for key, values in state["outputs"].items():
             # The main process has the rows of all processes so far.
             rows = values.to(self.processes.device)
-            self.epoch_outputs[key] = SharedRows(len(rows), rows if self.processes.is_main else rows.zero_())
+            self.epoch_outputs[key] = rows if self.processes.is_main else rows.zero_()
         # Clones: torch reads a generator's state from the start of the whole tensor, wherever the row is.
         random = {key: rows[self.processes.share.index].clone() for key, rows in state["random"].items()}
         torch.set_rng_state(random["cpu"])
@@ -190,54 +179,50 @@ class TrainingState:
     def save(self, optimisation: Optimisation | None) -> None:
         """Save everything that is needed to go on; `optimisation` is None between two phases."""
         if self._resumed is not None:
-            return  # The phase of the state on the disk has not started again, so that state is still right.
+            return  # the loaded state is still right: its phase has not gone on yet
         processes = self.processes
-        random = {"cpu": torch.get_rng_state()}  # what dropout draws from
+        random = {"cpu": torch.get_rng_state()}  # dropout draws from it
         if processes.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(processes.device)
         random = {key: processes.gathered(state.to(processes.device)).cpu() for key, state in random.items()}
-        begun = {key: rows.tensor for key, rows in self.epoch_outputs.items() if rows.tensor is not None}
-        outputs = {key: processes.summed(tensor) for key, tensor in begun.items()}
+        state = {
+            "place": asdict(self.progress) | {"seconds": self._seconds},
+            "best_weights": self._best_weights,
+            "network": self.network.state_dict(),
+            "optimisation": optimisation and optimisation.state_dict(),
+            "outputs": {key: processes.summed(tensor) for key, tensor in self.epoch_outputs.items()},
+            "random": random,
+        }
         if processes.is_main:
-            self.checkpoints.save(
-                {
-                    "place": asdict(self.progress) | {"seconds": self.seconds},
-                    "best_weights": self.best_weights,
-                    "network": self.network.state_dict(),
-                    "optimisation": optimisation and optimisation.state_dict(),
-                    "outputs": outputs,
-                    "random": random,
-                }
-            )
+            self.checkpoints.save(state)
 
     @property
-    def seconds(self) -> float:
-        """The seconds that have gone into the present epoch, those before a break included."""
-        return self.progress.seconds + time.perf_counter() - self.started
+    def _seconds(self) -> float:
+        """The seconds of the present epoch so far, with those before a break."""
+        return self.progress.seconds + time.perf_counter() - self._started
 
     def restore_best(self) -> None:
-        """Go back to the best weights so far, if there are any."""
-        if self.best_weights:
-            self.network.load_state_dict(self.best_weights)
+        """Give the network its best weights so far, if there are any."""
+        if self._best_weights:
+            self.network.load_state_dict(self._best_weights)
 
     def record(self, row: dict[str, float], value: float, images_per_second: float) -> None:
-        """Add a finished epoch to the history, and keep its weights if its `value` is the lowest so far."""
+        """Add a finished epoch to the history; keep its weights if its `value` is the lowest so far."""
         progress = self.progress
         progress.rows.append(row)
-        progress.times.append({"epoch": row["epoch"], "seconds": self.seconds, "images_per_second": images_per_second})
-        progress.step, progress.seconds, self.started = 0, 0.0, time.perf_counter()
+        progress.times.append({"epoch": row["epoch"], "seconds": self._seconds, "images_per_second": images_per_second})
+        progress.step, progress.seconds, self._started = 0, 0.0, time.perf_counter()
         self.epoch_outputs = {}
         if value < progress.best_value or not progress.best_epoch:
             progress.best_epoch, progress.best_value = len(progress.rows), value
-            self.best_weights = on_cpu(self.network.state_dict())
+            self._best_weights = on_cpu(self.network.state_dict())
         progress.waited = 0 if value < progress.phase_best else progress.waited + 1
         progress.phase_best = min(value, progress.phase_best)
 
     def start_next_phase(self) -> None:
         """Go on to the first epoch of the next phase."""
         progress = self.progress
-        progress.phase, progress.epoch = progress.phase + 1, 1
-        progress.phase_best, progress.waited = math.inf, 0
+        progress.phase, progress.epoch, progress.phase_best, progress.waited = progress.phase + 1, 1, math.inf, 0
 
 
 class StopRequests:
@@ -248,13 +233,12 @@ class StopRequests:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Hear the signals; afterwards they do what they did before."""
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows it there only
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # Keep signals ignored that were ignored before (nohup, background jobs).
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    handlers[number] = signal.signal(number, self._ask)
+        """Take these signals as requests inside the block; restore their old handlers at its end."""
+        is_main_thread = threading.current_thread() is threading.main_thread()  # Python sets handlers there only
+        signals = (signal.SIGINT, signal.SIGTERM) if is_main_thread else ()
+        # Keep signals ignored that were ignored before (nohup, background jobs).
+        listened = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._ask) for number in listened}
         try:
             yield
         finally:
@@ -262,15 +246,15 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        # accelerate's launcher forwards Ctrl-C, so one key press arrives twice.
-        if self.asked and time.monotonic() - self._asked_at > PATIENCE and number == signal.SIGINT:
-            raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._asked_at = True, time.monotonic()
-            print("stopping after this batch; once more, in a while, to stop at once", file=sys.stderr)
+            print("stopping after this batch; press Ctrl-C again after a few seconds to stop at once", file=sys.stderr)
+        # accelerate's launcher forwards Ctrl-C, so one key press arrives twice.
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_KEY_PRESS:
+            raise KeyboardInterrupt
 
 
 def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of a network's tensors, contiguous on the CPU, as safetensors files hold them."""
-    plain = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    return {key: tensor.detach().to(**plain) for key, tensor in state.items()}
+    """Return contiguous copies of a network's tensors on the CPU, as safetensors files need them."""
+    order = torch.contiguous_format
+    return {key: tensor.detach().to("cpu", copy=True, memory_format=order) for key, tensor in state.items()}

@@ -1,21 +1,20 @@
-"""How a network is computed on a device: in which precision, and in which order in memory.
+"""How a network is computed on a device: its precision, and the order of its images in memory.
 
-A rule decides, never a measurement: the same seed on the same kind of machine gives the same weights, whatever else the
-machine is doing.
+A rule decides it, not a measurement. Therefore the same seed gives the same weights on every machine of the same kind.
 """
 
 import torch
 from torch import Tensor
 
-# The order in memory of images and of convolutions: most devices compute this one faster.
+# Most devices compute convolutions faster in this memory order.
 CHANNELS_LAST = torch.channels_last
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return "bf16" or "fp32" for the precision of a study. "auto" is bf16 where the device has units for it.
+    """Return "bf16" or "fp32" for the precision of a study; "auto" is bf16 where the device has units for it.
 
-    Without units bf16 is emulated, which is slower than fp32 (at half the speed, measured on a processor with AVX-512
-    but without AVX512-BF16).
+    Without units bf16 is emulated, which is slower than fp32 (half the speed on a processor with AVX-512 but without
+    AVX512-BF16).
     """
     if precision != "auto":
         return precision
@@ -34,18 +33,14 @@ def autocast_options(precision: str, device: torch.device) -> dict[str, object]:
 
 
 def in_order(images: Tensor) -> Tensor:
-    """Return (B, C, H, W) images in channels-last memory order; other tensors, such as features, as they are."""
+    """Return (B, C, H, W) images in channels-last memory order; other tensors (features) as they are."""
     return images.contiguous(memory_format=CHANNELS_LAST) if images.ndim == 4 else images
 
 
 def described(precision: str, device: torch.device) -> str:
-    """Return a line that says how a network is computed on a device, and why. `precision` is the study's setting."""
-    used = resolve_precision(precision, device)
-    kind = {"cpu": "this processor", "cuda": "this GPU"}.get(device.type, f"a device of type {device.type}")
-    if device.type in ("cpu", "cuda"):
-        units = "units" if resolve_precision("auto", device) == "bf16" else "no units"
-        reason = f"{kind} has {units} for bf16"
-    else:
-        reason = f"bf16 is not used on {kind}"
+    """Return a line that says how a network is computed on a device, and why; `precision` is the study's setting."""
+    units = "units" if resolve_precision("auto", device) == "bf16" else "no units"
+    kinds = {"cpu": f"this processor has {units} for bf16", "cuda": f"this GPU has {units} for bf16"}
+    reason = kinds.get(device.type, f"bf16 is not used on a device of type {device.type}")
     reason = reason if precision == "auto" else f"the study says so ({reason})"
-    return f"{used}, channels last: {reason}"
+    return f"{resolve_precision(precision, device)}, channels last: {reason}"

@@ -1,8 +1,8 @@
-"""Features for the head of a frozen network, computed once in place of the images.
+"""Features of a frozen network, computed once and then used to train the head.
 
-A frozen trunk gives the same features for an image in every epoch. Where an image has one or two views only (no
-augmentation, or a flip), each view goes through the trunk once. Every further epoch costs the head alone and gives the
-same weights.
+A frozen trunk gives the same features for an image in every epoch. Without augmentation an image has one view, with
+flips alone it has two. Then each view goes through the trunk once, and every epoch trains the head on the features.
+The weights are those that training on the images would give.
 """
 
 import math
@@ -15,21 +15,17 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from networks import trunk_features
 from training.augmentation import Augmentation, Draws
 from training.batches import Batches
 from training.image_cache import reserve
 from training.optimisation import Setup
-from training.processes import SharedRows
+from training.processes import put_rows
 
 
-class DrawnView:
-    """An augmentation of features (B, 2, D) of two views: it picks the view that `augment` would draw."""
-
-    def __init__(self, augment: Augmentation) -> None:
-        self.draw = augment.draw
+class FlippedFeatures(Augmentation):
+    """Flips for features (B, 2, D) of images as they are and mirrored: it picks the view that is drawn."""
 
     def __call__(self, features: Tensor, draws: Draws) -> Tensor:
         """Return (B, 1, D)."""
@@ -37,7 +33,7 @@ class DrawnView:
 
 
 def can_be_cached(batches: Batches) -> bool:
-    """Return whether images have so few views that the features of each view can be computed once."""
+    """Return whether images have at most two views, so that the features of each can be computed once."""
     return batches.augment is None or batches.augment.views is not None
 
 
@@ -45,67 +41,50 @@ def can_be_cached(batches: Batches) -> bool:
 def feature_batches(
     setup: Setup, batches: Mapping[str, Batches], folder: Path | None, before_batch: Callable[[], None]
 ) -> Iterator[dict[str, Batches]]:
-    """Yield batches of features (B, D) in place of images: the same images, in the same order and the same views.
+    """Yield batches of features (B, D) in place of images, in the same order and the same views.
 
-    The features lie in temporary files, not in memory: those of a VGG-19 are 100 kB a view.
+    The features are in temporary files, not in memory: those of a VGG-19 take 100 kB for each view.
 
     Args:
-        setup: its network is frozen but for the head (`set_training_mode`).
+        setup: its network is frozen except the head (`set_training_mode`).
         batches: the batches of images, "train" and "val".
-        folder: where the temporary files are, None for the system's folder.
+        folder: where the temporary files are; None for the system's folder.
         before_batch: called before each batch of images.
     """
     setup.network.eval()  # the head is computed too, and its dropout would draw random numbers
     with TemporaryDirectory(dir=folder, prefix="features-") as scratch:
-        features = {
-            split: _features(setup, images, Path(scratch) / split, before_batch)
-            for split, images in batches.items()
-            if split in ("train", "val")
-        }
-        yield {
-            split: replace(
-                batches[split],
-                dataset=TensorDataset(values, batches[split].dataset.targets),
-                augment=DrawnView(batches[split].augment) if values.shape[1] > 1 else None,
-                prepare=lambda values: values[:, 0],
+        of_features = {}
+        for split in ("train", "val"):
+            images = batches[split]
+            values = _features(setup, images, Path(scratch) / split, before_batch)
+            of_features[split] = replace(
+                images,
+                dataset=TensorDataset(values, images.dataset.targets),
+                augment=FlippedFeatures(horizontal_flip=True) if values.shape[1] > 1 else None,
+                prepare=lambda views: views[:, 0],
             )
-            for split, values in features.items()
-        }
+        yield of_features
 
 
 def _features(setup: Setup, images: Batches, file: Path, before_batch: Callable[[], None]) -> Tensor:
     """Return (N, V, D) float32 features of all V views of the images, mapped from `file`."""
-    processes, features = setup.processes, None
-    number = images.augment.views if images.augment else 1
+    processes, number, features = setup.processes, images.augment.views if images.augment else 1, None
     plain = Batches(images.dataset, images.batch_size)
-    batches = plain.epoch(device=processes.device, share=processes.share)
-    bar = tqdm(
-        batches,
-        f"{setup.title} {file.name} features",
-        len(plain.sizes()),
-        leave=False,
-        disable=None if processes.is_main else True,
-    )
+    sizes, batches = plain.sizes(), plain.epoch(device=processes.device, share=processes.share)
+    bar = processes.bar(batches, f"{setup.title} {file.name} features", len(sizes))
     with torch.inference_mode(), torch.autocast(**setup.autocast):
-        for size, batch in zip(plain.sizes(), bar, strict=True):
+        for size, batch in zip(sizes, bar, strict=True):
             before_batch()
-            rows, share = SharedRows(size), processes.share.slice(size)
-            if len(batch.images) or features is None:  # a process may have no image of a last batch
-                views = [batch.images, batch.images.flip(-1)][:number]
-                computed = [trunk_features(setup.network, images.prepare(view)).float() for view in views]
-                rows.put(share, torch.stack(computed, dim=1))
-            else:
-                rows.tensor = torch.zeros(size, *features.shape[1:], device=processes.device)
-            whole = processes.summed(rows.tensor).cpu()
+            rows, share = {}, processes.share.slice(size)
+            views = [batch.images, batch.images.flip(-1)][:number]
+            computed = [trunk_features(setup.network, images.prepare(view)).float() for view in views]
+            put_rows(rows, "features", size, share, torch.stack(computed, dim=1))
+            whole = processes.summed(rows["features"]).cpu()
             if features is None:
-                features = _on_disk(file, (len(images.dataset), *whole.shape[1:]))
+                shape = (len(plain.dataset), *whole.shape[1:])
+                with file.open("wb") as stream:
+                    reserve(stream, 4 * math.prod(shape), "features")
+                features = torch.from_file(str(file), shared=True, size=math.prod(shape)).view(shape)
             start = batch.rows.start - share.start
             features[start : start + size] = whole
     return features
-
-
-def _on_disk(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """Return a float32 tensor of this shape that is mapped from a new file."""
-    with file.open("wb") as stream:
-        reserve(stream, 4 * math.prod(shape), "features")
-    return torch.from_file(str(file), shared=True, size=math.prod(shape)).view(shape)

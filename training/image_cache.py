@@ -1,4 +1,4 @@
-"""The X-rays of a dataset, decoded and resized once, in one memory-mapped file that every epoch reads."""
+"""The X-rays of a dataset, decoded and resized once into a memory-mapped file that every epoch reads."""
 
 import functools
 import hashlib
@@ -20,20 +20,20 @@ from tqdm import tqdm
 from utils import Preprocessing, flush
 
 VERSION = 2  # of the files' content: raise it when that or `Preprocessing.read` changes
-SHOWN = 20  # how many unreadable images an error names
-CHUNK = 256  # images that are decoded between two writes
+SHOWN = 20  # an error names at most so many unreadable images
+CHUNK = 256  # so many images are decoded between two writes
 
 
 class CacheFailed(OSError):
-    """A file could not be written: there is no room on the disk, or no permission."""
+    """A file cannot be written: the disk has no room, or permission is missing."""
 
 
 class ImageFile:
-    """Resized X-rays in a file, mapped into memory: the system drops its pages when it needs room.
+    """The resized X-rays of one split, in a memory-mapped file: the system drops its pages when it needs room.
 
     Args:
-        file: the file.
-        paths: the images of this split: `images(rows)` returns those of `paths[rows]`.
+        file: the file with the images of all splits.
+        paths: the images of this split; `images(rows)` returns those of `paths[rows]`.
         all_paths: the images in the file, in its order.
     """
 
@@ -44,20 +44,15 @@ class ImageFile:
         # Opened at once: another process may put a newer file in its place.
         self._array = np.load(file, mmap_mode="r")
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """Return (B, 1, S, S) uint8 images. Raises ValueError where the disk has lost some of the file."""
+        """Return (B, 1, S, S) uint8 images. Raises ValueError where the file is damaged."""
         places = self._places[np.asarray(rows)]
         pixels, checksums = self._array["pixels"][places], self._array["checksum"][places]
         if hasattr(mmap, "MADV_DONTNEED"):
-            # Mapped pages, up to 2 MB around each image, count as memory of this process: a large file would fill it.
+            # The process would keep the pages that it has read (up to 2 MB around each image): a large file fills it.
             self._array.base.madvise(mmap.MADV_DONTNEED)
         if [zlib.crc32(image) for image in pixels] != checksums.tolist():
-            raise ValueError(
-                f"{self.file} is damaged, perhaps by a crash: delete it and start again, and it is made anew"
-            )
+            raise ValueError(f"{self.file} is damaged, perhaps by a crash: delete it and start again")
         return torch.from_numpy(pixels)[:, None]
 
 
@@ -66,16 +61,15 @@ def cached(
 ) -> dict[str, ImageFile]:
     """Return the resized images of each split, from one file in `folder` for all splits.
 
-    The file is found again by the names, sizes and times of the images, by where links lead, and by the preprocessing.
-    Where images have changed on the disk, a new file replaces the old one. Other images, or another preprocessing, have
-    a file of their own. The file appears when it is complete. When two processes want it at the same time, one makes
-    it and the other waits.
+    The file is used again for the same images and preprocessing. It replaces an older one where the size, a time or
+    the real path of an image has changed. Other images and other preprocessings have files of their own. The file
+    appears when it is complete. If two processes want it at the same time, one makes it and the other waits.
 
     Args:
         paths: the image files of each split.
         preprocessing: how they are read and resized.
         folder: where the file is kept.
-        title: what is decoded, in what is printed.
+        title: the name of the images in printed lines.
 
     Raises:
         CacheFailed: the file cannot be written.
@@ -84,7 +78,7 @@ def cached(
     names = sorted({path for split in paths.values() for path in split})
     kind = _digest([preprocessing.key, *names])
     state = _digest([f"{VERSION}", *_states(names)])
-    file = Path(folder) / f"{kind}-{preprocessing.image_size}px-{state}.npy"
+    file = folder / f"{kind}-{preprocessing.image_size}px-{state}.npy"
     if not _is_whole(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +95,7 @@ def cached(
 
 
 def _is_whole(file: Path) -> bool:
-    """Return whether the file exists and has as many bytes as it should have."""
+    """Return whether the file exists and has the number of bytes that its header says."""
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, EOFError, ValueError):
@@ -111,12 +105,12 @@ def _is_whole(file: Path) -> bool:
 
 def _states(names: Sequence[str]) -> Iterator[str]:
     """Yield the size, the times of change and the real path of each file."""
-    real_folder = functools.cache(os.path.realpath)  # to resolve the path of every file takes long
+    real_folder = functools.cache(os.path.realpath)  # resolving the path of every file takes long
     for name in names:
         folder, file = os.path.split(name)
         place = os.path.realpath(name) if os.path.islink(name) else os.path.join(real_folder(folder), file)
         stat = os.stat(name)
-        # A copy can keep the first time, but not the second.
+        # A changed file can have its old time of modification (mtime), but not its old ctime.
         yield f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {place}"
 
 
@@ -125,7 +119,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _locked(file: Path) -> FileLock:
-    """Return a lock that this process holds."""
+    """Return a lock, acquired; print a line if another process has it."""
     lock = FileLock(file)
     try:
         return lock.acquire(timeout=1)
@@ -135,7 +129,7 @@ def _locked(file: Path) -> FileLock:
 
 
 def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, title: str) -> None:
-    """Decode and resize all images, on all cores. The file gets its name when it is complete."""
+    """Decode and resize all images on all cores; the file gets its name when it is complete."""
     size = preprocessing.image_size
     print(f"{title}: decoding {len(names):,} images to {size} px, once", flush=True)
     unreadable: list[str] = []
@@ -150,7 +144,7 @@ def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, ti
     record = np.dtype([("pixels", np.uint8, (size, size)), ("checksum", "<u4")])
     header = {"descr": record.descr, "fortran_order": False, "shape": (len(names),)}
     bar = tqdm(total=len(names), desc=f"{title}: decoding", unit="image", leave=False, disable=None)
-    unfinished = file.with_suffix(".part")  # written over where a killed process has left one
+    unfinished = file.with_suffix(".part")  # a killed process may have left one: it is overwritten
     try:
         with open(unfinished, "wb") as stream, bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             np.lib.format.write_array_header_1_0(stream, header)
@@ -170,10 +164,10 @@ def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, ti
 
 
 def reserve(stream: BinaryIO, number: int, content: str) -> None:
-    """Reserve `number` bytes on the disk behind the content of a new file, where the system can do that.
+    """Reserve `number` more bytes on the disk for a new file, where the system can do that.
 
     Raises:
-        CacheFailed: the disk has no room for this `content`.
+        CacheFailed: the disk has no room. The message names the `content` of the file.
     """
     stream.flush()
     try:

@@ -1,4 +1,4 @@
-"""What a network is trained for: losses, and the scores that are shown beside them."""
+"""Objectives of a training: losses, and the scores that are shown beside them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,10 @@ from networks import class_logits
 
 
 def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of one class an image.
+    """Return the mean cross-entropy, for one class per image.
 
     Args:
-        outputs: (N, C) logits, or (N, 1) logits z: for these it is the binary cross-entropy of sigmoid(z), as a
-            softmax of (-z/2, z/2).
+        outputs: (N, C) logits; or (N, 1) logits z, whose loss is the binary cross-entropy: a softmax of (-z/2, z/2).
         targets: (N,) class indices.
         weights: (C,) weights of the classes.
     """
@@ -25,7 +24,7 @@ def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None =
 
 
 def multi_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean binary cross-entropy of several labels an image.
+    """Return the mean binary cross-entropy, for several labels per image.
 
     Args:
         outputs: (N, C) logits.
@@ -37,14 +36,14 @@ def multi_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = 
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the share of rows whose highest logit is that of the true class."""
+    """Return the share of images whose highest logit is that of the true class."""
     return float((class_logits(outputs).argmax(dim=1) == targets).double().mean())
 
 
 def macro_auc(outputs: Tensor, targets: Tensor) -> float:
-    """Return the mean over labels of the area under the ROC curve.
+    """Return the area under the ROC curve, averaged over the labels; NaN where no label has one.
 
-    Labels that all or none of the images have, and labels with a NaN output, are left out; NaN if all are.
+    A label has none where all images or no image has it, or where an output is NaN.
 
     Args:
         outputs: (N, C) logits or probabilities, on the CPU.
@@ -52,7 +51,7 @@ def macro_auc(outputs: Tensor, targets: Tensor) -> float:
     """
     truth = targets.numpy() == 1
     positives = truth.sum(axis=0)
-    # The Mann-Whitney U of the positives from their ranks, ties at their mean rank.
+    # The Mann-Whitney U of the positives, from their ranks; ties get their mean rank.
     ranks = np.where(truth, rankdata(outputs.double().numpy(), axis=0), 0).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         areas = (ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
@@ -61,12 +60,12 @@ def macro_auc(outputs: Tensor, targets: Tensor) -> float:
 
 
 def single_label_size(targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return what the cross-entropy of a batch is divided by: the sum of its images' weights."""
+    """Return the divisor of the mean cross-entropy: the sum of the images' weights."""
     return weights[targets].sum() if weights is not None else image_count(targets)
 
 
 def image_count(targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return what the loss of several labels is divided by, apart from their number: the images."""
+    """Return the divisor of the mean loss over images: their number."""
     return torch.tensor(float(len(targets)))
 
 
@@ -75,13 +74,12 @@ class Objective:
     """What a network is trained for.
 
     Attributes:
-        loss: the loss of (outputs, targets, weights), a mean.
-        size: what the mean of (targets, weights) is divided by. With it the losses of parts of a batch make the loss
-            of the whole batch.
+        loss: the mean loss of (outputs, targets, weights).
+        size: the divisor of that mean, of (targets, weights). It weighs the loss of each process's share of a batch.
         score: the score of (outputs, targets), shown beside the loss.
         score_name: its name in the history.
-        weighted_validation: whether the validation loss has the weights too. Without them the loss of several rare
-            labels is another quantity, several times as large; of one class an image it is the usual cross-entropy.
+        weighted_validation: whether the validation loss has the weights too. Several rare labels need them: without
+            weights their loss is several times as large. One class per image has the usual cross-entropy.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -96,17 +94,15 @@ MULTI_LABEL = Objective(multi_label_loss, image_count, macro_auc, "auc", weighte
 
 
 def uninformed_loss(objective: Objective, shares: Tensor, targets: Tensor, weights: Tensor | None) -> float:
-    """Return the validation loss of a network that knows how frequent the classes are, and nothing else.
+    """Return the validation loss of a network whose answer for every image is how frequent the classes are.
 
     Args:
         objective: what the network is trained for.
-        shares: (C,) frequencies, which it answers as probabilities for every image.
+        shares: (C,) frequencies of the classes.
         targets: (N,) class indices or (N, C) of 0 and 1.
         weights: the loss weights; used where the objective weighs the validation loss.
     """
-    probabilities = shares.double().clamp(1e-6, 1 - 1e-6)
-    multilabel = targets.ndim == 2
-    logits = probabilities.logit() if multilabel else probabilities.log()
-    outputs = logits.float().expand(len(targets), -1)
-    used_weights = weights if objective.weighted_validation else None
-    return float(objective.loss(outputs, targets.float() if multilabel else targets, used_weights))
+    shares = shares.double().clamp(1e-6, 1 - 1e-6)
+    logits, targets = (shares.logit(), targets.float()) if targets.ndim == 2 else (shares.log(), targets)
+    weights = weights if objective.weighted_validation else None
+    return float(objective.loss(logits.float().expand(len(targets), -1), targets, weights))

@@ -1,4 +1,4 @@
-"""How a network learns from a batch: the model, its optimiser and its learning-rate schedule."""
+"""How a network learns from a batch: the module, its optimiser and its learning-rate schedule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ OPTIMISERS = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, for what and where. `loss_weights` are on the device of `processes`."""
+    """What is trained, for which objective and on which device; `loss_weights` are on the device of `processes`."""
 
     network: nn.Module
     training: Training
@@ -40,35 +40,31 @@ class Optimisation:
 
     Args:
         setup: what is trained.
-        module: the part of the network that learns: the whole network, or its head.
+        module: the whole network, or its head where the head learns from features.
         phase: the phase of the training.
-        batches: how many batches an epoch has.
+        batches: the number of batches in an epoch.
     """
 
     def __init__(self, setup: Setup, module: nn.Module, phase: Phase, batches: int) -> None:
         self.setup, self.module = setup, module
         self._model = DistributedDataParallel(module) if setup.processes.several else module
-        self.optimizer = OPTIMISERS[setup.training.optimizer](
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
-            lr=phase.learning_rate,
-            fused=setup.processes.device.type != "mps",
-        )
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = OPTIMISERS[setup.training.optimizer](learning, lr=phase.learning_rate, fused=True)
         self._schedule = _schedule(self.optimizer, setup.training, phase, batches)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Learn from this process's share of a batch.
 
         Returns:
-            The outputs (b, …) and the loss (), both detached. Over all processes the mean of the losses is the loss
-            of the whole batch.
+            The outputs (b, …) and the loss (), both detached. The mean of the losses of all processes is the loss of
+            the whole batch.
         """
         objective, weights, processes = self.setup.objective, self.setup.loss_weights, self.setup.processes
         with torch.autocast(**self.setup.autocast):
             outputs = self._model(in_order(batch.images))
         loss = objective.loss(outputs.float(), batch.targets, weights)
         if processes.several:
-            # DistributedDataParallel averages the gradients. The loss of a share must therefore weigh as much as
-            # the images of the share do in the whole batch.
+            # DistributedDataParallel averages the gradients of the processes. Their shares may differ in size.
             size = objective.size(batch.targets, weights).to(processes.device)
             loss = loss * size / processes.summed(size) * processes.share.of
         self.optimizer.zero_grad(set_to_none=True)
@@ -79,12 +75,12 @@ class Optimisation:
         return outputs.detach().float(), loss.detach()
 
     def end_epoch(self, value: float) -> None:
-        """Tell the schedule what validation says of the epoch: the lower `value`, the better."""
+        """Tell the schedule how validation judges the epoch; a lower `value` is better."""
         if isinstance(self._schedule, ReduceLROnPlateau):
             self._schedule.step(value)
 
     def state_dict(self) -> dict[str, object]:
-        """Return what `load_state_dict` takes."""
+        """Return the state of the optimiser and the schedule, for `load_state_dict`."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -94,12 +90,14 @@ class Optimisation:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, training: Training, phase: Phase, batches: int) -> LRScheduler:
-    """Return the schedule of the learning rate.
+    """Return the schedule of the learning rate: "constant", "one_cycle" (by batch) or "plateau" (by epoch).
 
-    "one_cycle" and "constant" step with every batch, "plateau" with every epoch.
+    - "one_cycle" rises to the learning rate over the first 30 % of the steps, then falls almost to 0 (Smith & Topin
+      2018).
+    - "plateau" divides the rate by ten when validation has not got better for `plateau_patience` epochs.
     """
     if training.schedule == "one_cycle":
-        # Adam's betas stay as they are: cycling the momentum is a habit from SGD.
+        # By default the momentum (for Adam its first beta) would be cycled too.
         steps = phase.epochs * batches
         return OneCycleLR(optimizer, max_lr=phase.learning_rate, total_steps=steps, cycle_momentum=False)
     if training.schedule == "plateau":

@@ -1,10 +1,8 @@
-"""The processes that train together: `accelerate launch` starts them, each takes its share of every batch."""
+"""Processes that train together: `accelerate launch` starts them, and each takes its share of every batch."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -15,27 +13,25 @@ from tqdm import tqdm
 
 from training.batches import Share
 
-Result = TypeVar("Result")
-
 
 def accelerator_on(device: torch.device) -> PartialState:
-    """Return accelerate's view of this process: its device, and the processes that were launched with it.
+    """Return accelerate's state of this process: its device, its number, and how many processes there are.
 
-    Each of several processes has the GPU that its launcher gave it, or, where `device` is the CPU, the CPU.
+    Each of several processes has the GPU that its launcher gave it, or the CPU where `device` is the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
         # The first state would fix the device for the whole program; a notebook may want another one later.
         PartialState._reset_state()
-    # The other processes wait while the main one decodes 100,000 images: longer than the default of ten minutes.
+    # The main process may decode 100,000 images while the others wait: longer than the default of ten minutes.
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
 
 
-def from_main(accelerator: PartialState, function: Callable[[], Result]) -> Result:
-    """Return, in all processes, what `function` returns in the main process, which alone calls it.
+def from_main(accelerator: PartialState, function: Callable[[], object]) -> object:
+    """Call `function` in the main process only; return its result in all processes.
 
     Raises:
-        ValueError, OSError: in all processes, where `function` raises it in the main one.
+        ValueError, OSError: in all processes, where `function` raises it.
     """
     result, error = None, None
     if accelerator.is_main_process:
@@ -50,49 +46,48 @@ def from_main(accelerator: PartialState, function: Callable[[], Result]) -> Resu
 
 
 def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) -> None:
-    """Raise ValueError, in all processes, where `values` are not the same in all of them."""
-    everyone = gather_object([dict(values)])
+    """Raise ValueError in all processes where they differ in one of the `values`."""
+    values_of_all = gather_object([dict(values)])
     for key in values:
-        different = list(dict.fromkeys(str(each[key]) for each in everyone))
+        different = list(dict.fromkeys(str(each[key]) for each in values_of_all))
         if len(different) > 1:
             raise ValueError(f"the processes differ in {key} ({', '.join(different)}): start all of them alike")
 
 
-@dataclass
-class SharedRows:
-    """A tensor of `number` rows that the processes fill together: the rows of other processes are 0 in this one."""
+def put_rows(tensors: dict[str, Tensor], name: str, number: int, places: slice, rows: Tensor) -> None:
+    """Write this process's rows to their places in a tensor that starts as zeros.
 
-    number: int
-    tensor: Tensor | None = None
+    The sum of the tensors of all processes then has the rows of all.
 
-    def put(self, places: slice, rows: Tensor) -> None:
-        """Write (b, …) rows, b ≥ 0, into their places."""
-        if self.tensor is None:
-            self.tensor = rows.new_zeros(self.number, *rows.shape[1:])
-        self.tensor[places] = rows
+    Args:
+        tensors: the tensors by name; one that is missing is made.
+        name: the tensor.
+        number: how many rows it has.
+        places: b places, b ≥ 0.
+        rows: (b, …).
+    """
+    if name not in tensors:
+        tensors[name] = rows.new_zeros(number, *rows.shape[1:])
+    tensors[name][places] = rows
 
 
 class Processes:
-    """The processes that were launched together: what they add up and agree on.
+    """The processes that were launched together: how they share batches, add tensors and agree.
 
     Attributes:
         device: the device of this process.
-        is_main: whether this process is the one that prints and writes.
-        share: which part of every batch this process computes.
+        is_main: whether this process prints and writes.
+        share: the part of every batch that this process computes.
+        several: whether there is more than one process.
     """
 
     def __init__(self, device: torch.device) -> None:
         state = accelerator_on(device)
         self.device, self.is_main = state.device, state.is_main_process
-        self.share = Share(state.process_index, state.num_processes)
-
-    @property
-    def several(self) -> bool:
-        """Whether there is more than one process."""
-        return self.share.of > 1
+        self.share, self.several = Share(state.process_index, state.num_processes), state.num_processes > 1
 
     def summed(self, values: Tensor) -> Tensor:
-        """Return the sum of the tensors of all processes, which have one shape."""
+        """Return the sum of the tensors of all processes; they have the same shape."""
         return reduce(values, reduction="sum") if self.several else values
 
     def gathered(self, values: Tensor) -> Tensor:
@@ -107,17 +102,21 @@ class Processes:
         return stop, save
 
     def say(self, text: str) -> None:
-        """Print a line, in the main process only, above any progress bar."""
+        """Print a line above any progress bar, in the main process only."""
         if self.is_main:
             tqdm.write(text)
 
+    def bar(self, batches: Iterable, title: str, number: int, *, initial: int = 0) -> tqdm:
+        """Return a progress bar over `number` batches. Only the main process shows it, and only on a terminal."""
+        return tqdm(batches, title, number, leave=False, disable=None if self.is_main else True, initial=initial)
+
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Give the tensors of all processes, in place, the values of the main process."""
+        """Give the tensors of all processes the values of the main process, in place."""
         broadcast(list(tensors))
 
 
 def synchronise_batch_norms(network: nn.Module, processes: Processes) -> None:
-    """Let the batch normalisations of a network see all images of a batch. torch can do that on GPUs only."""
+    """Let batch normalisation use the images of all processes, in place. torch can do that on GPUs only."""
     if processes.several and processes.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.several and any(isinstance(module, _BatchNorm) for module in network.modules()):

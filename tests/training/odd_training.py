@@ -1,11 +1,11 @@
 """finetune.py under odd conditions: `python odd_training.py DTYPE KILL ARGUMENTS`.
 
-DTYPE: "float32" or "float64", the precision of the network. KILL: the process dies by SIGKILL when it is about to
-rename a file for the KILL-th time, in the middle of a save (0: never). This moment does not depend on the machine's
-speed.
+- DTYPE: "float32" or "float64", the precision of the network.
+- KILL: the process kills itself by SIGKILL within its KILL-th save of a training's state, just before the state gets
+  its name; 0 for never.
 
-Two lists in the environment have a value for each of several processes: UNITS, whether its processor has units for bf16
-(1 or 0), and THREADS, with how many threads it computes.
+Two lists in the environment have a value for each process: UNITS (1 or 0: whether its processor has units for bf16) and
+THREADS (the number of threads it computes with).
 """
 
 import os
@@ -18,14 +18,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from finetune import main
+from training.checkpoints import STATE
 
-dtype, renames_left, replace = sys.argv[1], int(sys.argv[2]), os.replace
+dtype, saves_left, replace = sys.argv[1], int(sys.argv[2]), os.replace
 
 
-def counted_replace(source, target):
-    global renames_left
-    renames_left -= 1
-    if renames_left == 0:
+def replace_or_die(source, target):
+    global saves_left
+    saves_left -= Path(target).name == STATE
+    if saves_left == 0 and Path(target).name == STATE:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 
@@ -41,5 +42,5 @@ if (units := value_of_this_process("UNITS")) is not None:
 if (threads := value_of_this_process("THREADS")) is not None:
     torch.set_num_threads(threads)
 torch.set_default_dtype(getattr(torch, dtype))
-os.replace = counted_replace
+os.replace = replace_or_die
 sys.exit(main(sys.argv[3:]))

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: what torchvision makes of each image, and the same for every sharing of a batch."""
+"""Augmentation of whole batches equals torchvision's of each image, however processes share the batch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def seeded(seed=0):
 
 
 def smooth(number=4, size=SIZE):
-    """Return (N, 1, S, S) uint8 waves without symmetry, 25 pixels long or more: interpolations agree on them."""
+    """Return (N, 1, S, S) uint8 waves without symmetry, so long (25 pixels) that interpolations agree on them."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     waves = [130 + 60 * torch.sin(x / (4 + i) + 0.3) + 50 * torch.cos(y / 5 + x / 11 + i) for i in range(number)]
     return torch.stack(waves)[:, None].clamp(0, 255).round().to(torch.uint8)
@@ -27,7 +27,7 @@ def noise(number=4, size=33):
 
 
 def undisturbed(number, **values):
-    """Return the draws that leave images alone, except for those given as lists."""
+    """Return draws that leave images as they are, except for those given as lists."""
     return (
         Augmentation()
         .draw(number, seeded())
@@ -39,7 +39,7 @@ def undisturbed(number, **values):
     ("angle", "shift_x", "shift_y", "scale"),
     [(9, 0, 0, 1), (-30, 0, 0, 1), (0, 0.1, -0.05, 1), (0, 0, 0, 0.8), (0, 0, 0, 1.3), (7, 0.08, 0.03, 0.9)],
 )
-def test_rotation_scale_and_shift_are_torchvisions_affine(angle, shift_x, shift_y, scale):
+def test_rotation_scale_and_shift_equal_torchvisions_affine(angle, shift_x, shift_y, scale):
     image = smooth(1)
     draws = undisturbed(
         1, angle=[float(angle)], shift_x=[float(shift_x)], shift_y=[float(shift_y)], scale=[float(scale)]
@@ -55,7 +55,7 @@ def test_rotation_scale_and_shift_are_torchvisions_affine(angle, shift_x, shift_
     assert ours[covered == 0].eq(0).all()
 
 
-def test_crops_are_torchvisions_resized_crop():
+def test_crops_equal_torchvisions_resized_crop():
     image = smooth(1)
     for left, top, width, height in [(0, 0, 48, 48), (12, 30, 60, 54), (24, 0, 72, 90)]:
         window = {"left": left, "top": top, "width": width, "height": height}
@@ -67,7 +67,7 @@ def test_crops_are_torchvisions_resized_crop():
         torch.testing.assert_close(ours[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
-def test_crop_affine_and_flip_in_one_are_torchvisions_steps_in_this_order():
+def test_crop_affine_and_flip_in_one_equal_torchvisions_steps_in_this_order():
     image = smooth(1)
     window = {"left": [12 / SIZE], "top": [18 / SIZE], "width": [72 / SIZE], "height": [66 / SIZE]}
     moved = {"angle": [12.0], "shift_x": [0.0625], "shift_y": [-0.03125], "scale": [1.2]}
@@ -89,7 +89,7 @@ def test_a_flip_alone_is_exact():
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.3, 1.9])
-def test_brightness_and_contrast_are_torchvisions_but_for_its_rounding(factor):
+def test_brightness_and_contrast_equal_torchvisions_except_for_rounding(factor):
     images = noise(8)
     brighter = Augmentation(brightness=0.9)(images, undisturbed(8, brightness=[factor] * 8))
     sharper = Augmentation(contrast=0.9)(images, undisturbed(8, contrast=[factor] * 8))
@@ -120,7 +120,7 @@ def brightest(image):
         ({"left": [20 / 33], "width": [1 / 3]}, (13, 16)),
     ],
 )
-def test_a_dot_right_of_the_centre_moves_where_it_should(draws, place):
+def test_a_dot_moves_in_the_right_direction(draws, place):
     image = torch.zeros(1, 1, 33, 33, dtype=torch.uint8)
     image[..., 15:18, 23:26] = 100  # about (24, 16), the centre being (16, 16)
     image[..., 16, 24] = 250
@@ -128,7 +128,7 @@ def test_a_dot_right_of_the_centre_moves_where_it_should(draws, place):
     assert brightest(shown) == place
 
 
-def test_draws_keep_to_their_ranges_and_fill_them():
+def test_draws_are_uniform_in_their_ranges_and_independent():
     draws = EVERYTHING.draw(20_000, seeded())
     ranges = {
         "angle": (-10, 10), "shift_x": (-0.1, 0.1), "shift_y": (-0.1, 0.1), "scale": (0.8, 1.2),
@@ -147,7 +147,7 @@ def test_draws_keep_to_their_ranges_and_fill_them():
 
 
 @pytest.mark.parametrize("smallest", [0.08, 0.6, 0.95])
-def test_crops_lie_in_the_image_with_the_area_and_aspect_that_were_asked_for(smallest):
+def test_crops_lie_in_the_image_and_have_the_area_and_aspect_of_the_settings(smallest):
     draws = Augmentation(smallest_crop=smallest).draw(20_000, seeded())
     area, aspect = (draws.width * draws.height).double(), (draws.width / draws.height).double()
     assert smallest - 1e-6 < area.min() < smallest + 0.01
@@ -162,7 +162,7 @@ def test_crops_lie_in_the_image_with_the_area_and_aspect_that_were_asked_for(sma
         assert (start / (1 - length))[room].mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_only_what_is_used_is_drawn():
+def test_only_used_numbers_are_drawn():
     generator = seeded()
     before = generator.get_state()
     draws = Augmentation().draw(3, generator)
@@ -174,7 +174,7 @@ def test_only_what_is_used_is_drawn():
     assert torch.equal(alone.brightness, 0.7 + 0.6 * torch.rand(3, generator=seeded()))
 
 
-def test_equal_generators_give_equal_views_and_others_do_not():
+def test_generators_of_equal_state_give_equal_views_and_others_do_not():
     images = noise()
     first, again, other = (EVERYTHING(images, EVERYTHING.draw(4, seeded(seed))) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -183,7 +183,7 @@ def test_equal_generators_give_equal_views_and_others_do_not():
 
 @pytest.mark.parametrize("size", [33, 224])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_batch_is_shown_the_same_bit_for_bit_whole_and_in_parts(size, threads):
+def test_a_batch_has_the_same_views_bit_for_bit_whole_and_in_parts(size, threads):
     images, draws = noise(11, size), EVERYTHING.draw(11, seeded())
     set_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -200,7 +200,7 @@ def test_a_batch_is_shown_the_same_bit_for_bit_whole_and_in_parts(size, threads)
         assert torch.equal(EVERYTHING(images[which], draws.rows(which)), whole[which])
 
 
-def test_views_are_float32_on_the_images_device_in_the_range_of_grey_and_leave_the_images_alone():
+def test_views_are_float32_from_0_to_255_on_the_images_device_and_the_images_stay():
     images = torch.cat([noise(20), torch.full((4, 1, 33, 33), 255, dtype=torch.uint8)])
     before = images.clone()
     strong = Augmentation(True, 0.3, 180, 0.5, (0.3, 2), 0.9, 0.9)
@@ -213,21 +213,21 @@ def test_views_are_float32_on_the_images_device_in_the_range_of_grey_and_leave_t
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_views_on_a_gpu_are_those_of_the_cpu_and_stay_there():
+def test_views_on_a_gpu_equal_those_on_the_cpu():
     images, draws = smooth(8), EVERYTHING.draw(8, seeded())
     shown = EVERYTHING(images.cuda(), draws)
     assert shown.device.type == "cuda"
     torch.testing.assert_close(shown.cpu(), EVERYTHING(images, draws), atol=0.05, rtol=0)
 
 
-def test_settings_that_do_nothing_give_the_images():
+def test_settings_without_augmentation_give_the_images():
     images = noise()
     assert torch.equal(Augmentation()(images, Augmentation().draw(4, seeded())), images.float())
-    still = EVERYTHING(images, undisturbed(4))  # through the interpolation, with draws that happen to do nothing
+    still = EVERYTHING(images, undisturbed(4))  # through the interpolation, with draws that change nothing
     torch.testing.assert_close(still, images.float(), atol=0.01, rtol=0)
 
 
-def test_a_flip_has_two_views_and_its_draws_say_which_is_shown():
+def test_flips_have_two_views_and_the_draw_chooses_one():
     flip, images = Augmentation(horizontal_flip=True), noise()
     assert [augment.views for augment in (Augmentation(), flip, EVERYTHING)] == [1, 2, None]
     assert Augmentation(contrast=0.1).views is None

@@ -1,4 +1,4 @@
-"""Batches: an order and views that the seed and the epoch decide, and shares without a missing image."""
+"""Batches: the seed and the epoch decide their order and their views, and shares miss no image."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def write_greys(folder, number):
 
 
 def numbers(number, **options):
-    """Batches of the numbers from 0 on, so that each image says which it is."""
+    """Return batches of the numbers from 0 on: each image is its own row number."""
     values = torch.arange(float(number))
     return Batches(TensorDataset(values, values), 4, **options)
 
@@ -37,7 +37,7 @@ def test_weighted_draws_take_each_class_equally_often_with_replacement():
         balanced_weights([0, 2, 2], 3)
 
 
-def test_an_epoch_shows_every_image_once_in_an_order_of_its_own_that_its_number_gives_back():
+def test_an_epoch_shows_every_image_once_in_an_order_that_seed_and_epoch_decide():
     batches = numbers(18, seed=5)
     first, again, second = ([batch.images for batch in batches.epoch(number)] for number in (1, 1, 2))
     assert [len(images) for images in first] == batches.sizes() == [4, 4, 4, 4, 2]
@@ -48,7 +48,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own_that_its_number_
     assert torch.equal(torch.cat([batch.images for batch in numbers(18).epoch(1)]), torch.arange(18.0))
 
 
-def test_an_epoch_that_is_taken_up_goes_on_with_the_batches_that_were_left():
+def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left():
     whole, rest = (list(numbers(18, seed=5).epoch(3, start=start)) for start in (0, 2))
     assert len(rest) == 3
     for expected, batch in zip(whole[2:], rest, strict=True):
@@ -57,7 +57,7 @@ def test_an_epoch_that_is_taken_up_goes_on_with_the_batches_that_were_left():
 
 
 @pytest.mark.parametrize(("processes", "batches"), [(1, 4), (2, 4), (3, 4), (4, 3)])
-def test_processes_share_each_batch_without_an_image_missing_or_shown_twice(processes, batches):
+def test_processes_share_each_batch_and_every_image_has_one_process(processes, batches):
     shares = [list(numbers(15, seed=1).epoch(1, share=Share(index, processes))) for index in range(processes)]
     whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three leaves one of four without
     assert {len(share) for share in shares} == {len(whole)}
@@ -66,7 +66,7 @@ def test_processes_share_each_batch_without_an_image_missing_or_shown_twice(proc
         assert max(len(part.images) for part in parts) - min(len(part.images) for part in parts) <= 1
 
 
-def test_views_are_of_the_seed_the_epoch_and_the_batch_whoever_computes_them():
+def test_views_depend_on_seed_epoch_and_batch_and_not_on_the_process():
     pictures = torch.randint(0, 256, (10, 1, 16, 16), dtype=torch.uint8)
     augment = Augmentation(horizontal_flip=True, rotation=20, brightness=0.3)
     batches = Batches(TensorDataset(pictures, torch.arange(10)), 5, seed=2, augment=augment)
@@ -78,7 +78,7 @@ def test_views_are_of_the_seed_the_epoch_and_the_batch_whoever_computes_them():
     assert not torch.equal(torch.cat(whole), pictures[order].float())
 
 
-def test_batches_augment_and_resample_the_training_images_only(tmp_path):
+def test_only_training_images_are_augmented_and_resampled(tmp_path):
     paths = write_greys(tmp_path, 17)
     rows = {
         "train": (paths[:13], [0] * 10 + [1] * 3),
@@ -111,12 +111,12 @@ def test_targets_of_several_labels_arrive_as_rows_of_0_and_1(tmp_path):
     paths = write_greys(tmp_path, 2)
     targets = np.array([[1, 0, 1], [0, 0, 1]], dtype=np.uint8)
     dataset = XrayDataset(paths, targets, Preprocessing(16, (0, 0, 0), (1, 1, 1)))
-    drawn = dataset[torch.tensor([1, 0])][1]
-    assert drawn.dtype == torch.float32
-    assert drawn.tolist() == targets[::-1].tolist()
+    batch_targets = dataset[torch.tensor([1, 0])][1]
+    assert batch_targets.dtype == torch.float32
+    assert batch_targets.tolist() == targets[::-1].tolist()
 
 
-def test_an_order_and_the_views_of_its_first_batch_are_drawn_apart():
+def test_the_order_and_the_views_have_different_random_numbers():
     drawn = []
 
     class Recorder:
@@ -138,7 +138,7 @@ def test_an_order_and_the_views_of_its_first_batch_are_drawn_apart():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_shares_are_whole_and_even(processes):
+def test_shares_have_every_row_once_and_differ_by_one_row_at_most(processes):
     for number in range(30):
         shares = [range(number)[Share(index, processes).slice(number)] for index in range(processes)]
         assert [row for share in shares for row in share] == list(range(number))

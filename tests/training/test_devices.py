@@ -1,4 +1,4 @@
-"""How a network is computed depends on the study and the device alone, and the printed line about it is true."""
+"""How a network is computed depends only on the study and the device, and the printed line about it is true."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[True, False], ids=["with units", "without units"])
 def units(request, monkeypatch):
-    """Whether the processor has units for bf16, as a processor of either kind would say."""
+    """Whether the processor reports units for bf16."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": request.param})
     return request.param
 
@@ -21,11 +21,11 @@ def test_bf16_is_used_where_the_processor_has_units_for_it_unless_the_study_says
     assert [autocast_options(setting, CPU)["enabled"] for setting in ("auto", "fp32", "bf16")] == [units, False, True]
 
 
-def test_what_is_said_names_what_is_used_and_the_reason(units):
-    has = f"this processor has {'units' if units else 'no units'} for bf16"
-    assert described("auto", CPU) == f"{'bf16' if units else 'fp32'}, channels last: {has}"
+def test_the_printed_line_names_the_precision_and_the_reason(units):
+    reason = f"this processor has {'units' if units else 'no units'} for bf16"
+    assert described("auto", CPU) == f"{'bf16' if units else 'fp32'}, channels last: {reason}"
     for setting in ("fp32", "bf16"):
-        assert described(setting, CPU) == f"{setting}, channels last: the study says so ({has})"
+        assert described(setting, CPU) == f"{setting}, channels last: the study says so ({reason})"
 
 
 def test_images_come_in_channels_last_order_and_features_as_they_are():

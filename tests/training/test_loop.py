@@ -1,4 +1,4 @@
-"""The training loop learns, stops, keeps the best weights, goes through its phases and freezes what it should."""
+"""The training loop learns, stops, keeps the best weights, goes through its phases and freezes the right layers."""
 
 import numpy as np
 import pytest
@@ -75,15 +75,15 @@ def test_training_stops_and_keeps_the_weights_of_the_lowest_validation_loss():
     assert not model.training
 
 
-def test_history_has_a_row_an_epoch_with_the_contracted_columns():
-    seen = []
+def test_history_has_a_row_for_each_epoch_and_fixed_columns():
+    lengths = []
     done = run(
         Linear(),
         {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)},
         epochs=3,
-        on_epoch=lambda history: seen.append(len(history)),
+        on_epoch=lambda history: lengths.append(len(history)),
     )
-    assert seen == [1, 2, 3]
+    assert lengths == [1, 2, 3]
     assert done.history.columns.tolist() == [
         "epoch",
         "phase",
@@ -116,13 +116,13 @@ def test_loss_weights_shift_the_decision_to_the_rare_class():
         model = Linear()
         loaders = {"train": loader(*data), "val": loader(*data)}
         run(model, loaders, epochs=100, patience=100, learning_rate=0.2, loss_weights=weights)
-        # The loss of the last epoch is what is trained; the best by unweighted validation loss is kept.
+        # Training uses the weighted loss, but the epoch with the best unweighted validation loss is kept.
         rare_class[name] = predict_logits(model, loader(*data)).softmax(1)[0, 1].item()
     assert rare_class["plain"] == pytest.approx(0.25, abs=0.02)
     assert rare_class["balanced"] > rare_class["plain"]
 
 
-def test_a_loss_that_is_not_finite_is_named():
+def test_a_loss_that_is_not_finite_raises_an_error():
     loaders = {"train": loader([float("nan")] * 8, SEPARABLE[1]), "val": loader(*SEPARABLE)}
     with pytest.raises(FloatingPointError, match="the loss is not finite"):
         run(Linear(), loaders)
@@ -146,14 +146,14 @@ def test_a_plateau_divides_the_learning_rate_by_ten_when_the_validation_loss_sto
     np.testing.assert_allclose(done.history["learning_rate"], [0.05, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
 
 
-def test_one_logit_has_the_loss_of_the_binary_cross_entropy():
+def test_the_loss_of_one_logit_is_the_binary_cross_entropy():
     generator = torch.Generator().manual_seed(0)
     outputs, targets = torch.randn(9, 1, generator=generator), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
     expected = nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets.float())
     torch.testing.assert_close(single_label_loss(outputs, targets), expected)
 
 
-def test_several_labels_are_weighed_by_the_frequency_of_the_other_side():
+def test_positives_weigh_as_much_as_negatives_in_the_loss_of_several_labels():
     outputs = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 2.0], [0.1, 0.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     weights = label_weights(targets.numpy())
@@ -163,12 +163,12 @@ def test_several_labels_are_weighed_by_the_frequency_of_the_other_side():
     torch.testing.assert_close(multi_label_loss(outputs, targets, weights), losses.mean())
 
 
-def test_a_label_that_all_or_none_have_weighs_nothing():
+def test_a_label_that_all_or_no_images_have_has_weight_0():
     targets = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]])
     assert label_weights(targets).tolist() == [[0, 0, 0.25], [0, 0, 0.75]]
 
 
-def test_several_labels_are_learnt_and_chosen_by_the_mean_area_under_the_curve():
+def test_several_labels_are_learnt_and_the_best_epoch_has_the_highest_auc():
     torch.manual_seed(0)
     grey = torch.linspace(-2, 2, 16)
     targets = torch.stack([(grey > 0).float(), (grey < -0.3).float()], dim=1)
@@ -210,7 +210,7 @@ FLIP = Augmentation(horizontal_flip=True)
     ("name", "hidden", "augment"),
     [("resnet18", (7,), FLIP), ("densenet121", (), None), ("lenet5", (5,), FLIP), ("lenet5", (5,), None)],
 )
-def test_features_computed_once_give_the_weights_that_images_give(name, hidden, augment):
+def test_training_on_cached_features_gives_the_weights_of_training_on_images(name, hidden, augment):
     results = []
     for cached in (True, False):
         loaders = xray_batches(augment=augment)
@@ -229,27 +229,27 @@ def test_features_computed_once_give_the_weights_that_images_give(name, hidden, 
 
 
 @pytest.mark.slow
-def test_batch_normalisation_of_the_backbone_stays_as_it_was_in_both_phases():
+def test_frozen_batch_normalisation_keeps_its_statistics_in_both_phases():
     loaders = xray_batches(augment=FLIP)
     torch.manual_seed(2)
     model = build_network("resnet18", 1, hidden_units=(), dropout=0.3)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
     start = model.conv1.weight.detach().clone()
-    moved = []  # seen at every epoch: the best weights, which come back at the end, may be early ones
+    moved = []  # of every epoch: at the end the best weights come back, which may be early ones
 
-    def look(history):
+    def compare(history):
         same = all(torch.equal(m.running_mean, before[n][0]) for n, m in norms.items())
         same &= all(torch.equal(m.running_var, before[n][1]) for n, m in norms.items())
         moved.append((not same, not torch.equal(model.conv1.weight, start)))
 
     phases = [{"trainable": t, "epochs": 2, "learning_rate": 1e-3} for t in ("head", "all")]
-    done = run(model, loaders, phases=phases, frozen_batch_norm=True, patience=9, on_epoch=look)
+    done = run(model, loaders, phases=phases, frozen_batch_norm=True, patience=9, on_epoch=compare)
     assert done.history["phase"].tolist() == [1, 1, 2, 2]
     assert done.history["epoch"].tolist() == [1, 2, 3, 4]
     assert moved == [(False, False), (False, False), (False, True), (False, True)]
     moved.clear()
-    run(model, loaders, trainable="all", epochs=1, on_epoch=look)  # without the setting statistics move
+    run(model, loaders, trainable="all", epochs=1, on_epoch=compare)  # without the setting statistics move
     assert moved == [(True, True)]
 
 
@@ -273,7 +273,7 @@ def test_computing_features_counts_as_training_time(monkeypatch):
     np.testing.assert_allclose(done.timing["seconds"], [24, 0], atol=1e-3)
 
 
-def test_the_validation_loss_of_several_labels_is_the_quantity_that_is_trained():
+def test_the_validation_loss_of_several_labels_has_the_weights_of_training():
     torch.manual_seed(0)
     grey = torch.linspace(-2, 2, 16)
     targets = torch.stack([(grey > 1.8).float(), (grey < -1.5).float()], dim=1)  # rare
@@ -285,19 +285,19 @@ def test_the_validation_loss_of_several_labels_is_the_quantity_that_is_trained()
     assert row["val_loss"] == pytest.approx(row["train_loss"], rel=1e-5)
 
 
-def test_the_loss_of_knowing_nothing_is_that_of_the_shares_of_the_classes():
+def test_the_uninformed_loss_is_that_of_the_frequencies_of_the_classes():
     targets = torch.tensor([0, 0, 0, 1])
-    none = {"targets": targets, "weights": torch.tensor([9.0, 1.0])}  # which validation leaves out
+    four = {"targets": targets, "weights": torch.tensor([9.0, 1.0])}  # not used in validation
     three = {"targets": torch.tensor([0, 1, 2]), "weights": None}
     assert uninformed_loss(SINGLE_LABEL, torch.full((3,), 1 / 3), **three) == pytest.approx(np.log(3))
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-    assert uninformed_loss(SINGLE_LABEL, torch.tensor([0.75, 0.25]), **none) == pytest.approx(entropy)
-    assert uninformed_loss(SINGLE_LABEL, torch.tensor([0.5, 0.5]), **none) == pytest.approx(np.log(2))
-    several = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.uint8)
+    assert uninformed_loss(SINGLE_LABEL, torch.tensor([0.75, 0.25]), **four) == pytest.approx(entropy)
+    assert uninformed_loss(SINGLE_LABEL, torch.tensor([0.5, 0.5]), **four) == pytest.approx(np.log(2))
+    labels = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.uint8)
     weights = torch.tensor([[0.25, 0.1], [0.75, 0.9]])
     expected = np.log(2) * np.mean([(0.75 + 3 * 0.25) / 4, 0.1])
-    assert uninformed_loss(MULTI_LABEL, torch.full((2,), 0.5), several, weights) == pytest.approx(expected)
-    never = uninformed_loss(MULTI_LABEL, torch.tensor([0.25, 0.0]), several, None)
+    assert uninformed_loss(MULTI_LABEL, torch.full((2,), 0.5), labels, weights) == pytest.approx(expected)
+    never = uninformed_loss(MULTI_LABEL, torch.tensor([0.25, 0.0]), labels, None)
     assert never == pytest.approx(entropy / 2, abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Several processes, started by accelerate's launcher, train together as one process would."""
+"""Processes that accelerate's launcher starts train together as one process would."""
 
 import os
 import shutil
@@ -20,12 +20,12 @@ from utils import read_xray
 
 pytestmark = pytest.mark.slow
 
-# LeNet-5 has no batch normalisation: two processes train it as one does, but for rounding. Therefore the tests use
-# double precision and SGD (Adam divides a gradient by its own size). The small CNN has it: on CPUs each
-# process normalises its own share of a batch. Dropout is off, because each process draws its own.
+# LeNet-5 has no batch normalisation: two processes train it like one, except for rounding. Therefore the tests use
+# double precision and SGD (Adam divides a gradient by its own size). The small CNN has batch normalisation: on CPUs
+# each process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
-KILL = 18  # files are renamed before the kill, which falls into the second epoch of the small CNN
+KILL = 6  # the state is saved after each of an epoch's four batches, perhaps also at its end: this is the second epoch
 LAUNCHER = [
     "-m",
     "accelerate.commands.launch",
@@ -40,14 +40,14 @@ LAUNCHER = [
 
 
 def start(study, runs, *options, launcher=(), kill=0, numbers="float64", **environment):
-    """Start `odd_training`, in double precision; `environment` is meant for it."""
+    """Start `odd_training` with more variables in its environment."""
     command = [sys.executable, *launcher, str(ODD), numbers, str(kill), str(study), "--runs", str(runs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, "--device", "cpu", *options], env=os.environ | environment, **pipes)
 
 
 def start_two(study, runs, *options, **settings):
-    """Start two processes as a launcher does, which takes seconds itself."""
+    """Start two processes as a launcher does, but seconds faster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -56,13 +56,13 @@ def start_two(study, runs, *options, **settings):
 
 
 def outcome(*processes):
-    """Return the exit statuses, all that was printed, and the errors. No process may wait for another for ever."""
+    """Return the exit statuses, the printed text and the errors; fail if a process waits for another for ever."""
     try:
-        printed = [process.communicate(timeout=500) for process in processes]
+        texts = [process.communicate(timeout=500) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    outputs, errors = zip(*printed, strict=True)
+    outputs, errors = zip(*texts, strict=True)
     return [process.returncode for process in processes], "".join(outputs), "".join(errors)
 
 
@@ -74,7 +74,7 @@ def printed_by(*processes):
 
 @pytest.fixture(scope="module")
 def trained(phantom_root, tmp_path_factory):
-    """Both networks, trained by one process and by two, with batches that do not divide evenly."""
+    """Both networks, trained by one process and by two, with batches of odd size."""
     study = phantom_root.parent / "shared.toml"
     study.write_text(
         TINY_STUDY.replace("batch_size = 8", "batch_size = 7\ncheckpoint_minutes = 0")
@@ -85,7 +85,7 @@ def trained(phantom_root, tmp_path_factory):
         )
     )
     runs = tmp_path_factory.mktemp("shared")
-    # The command of the README. A configuration that asks for half precision must not change the study.
+    # The README's command. Half precision in accelerate's configuration must not change the study's precision.
     printed = {n: printed_by(start(study, runs / str(n), launcher=LAUNCHER * (n - 1))) for n in (1, 2)}
     return {number: runs / str(number) / "shared" for number in printed}, printed
 
@@ -107,7 +107,7 @@ def test_losses_and_scores_over_two_processes_count_every_image_once(trained):
         np.testing.assert_allclose(one.iloc[:, 3:], two.iloc[:, 3:], atol=1e-4)
 
 
-def test_predictions_of_two_processes_are_those_of_the_weights_that_they_save(trained, phantom_root):
+def test_predictions_of_two_processes_belong_to_the_saved_weights(trained, phantom_root):
     folder = trained[0][2] / "small_cnn"  # the processes see different batch statistics
     trained_network, predictions = load_network(folder), pd.read_csv(folder / "predictions_test.csv")
     trained_network.network.float()
@@ -125,7 +125,7 @@ def test_one_process_writes_and_prints_for_all(trained):
     assert {path.name for path in folders[2].iterdir()} == {path.name for path in folders[1].iterdir()}
 
 
-def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom_root, tmp_path):
+def test_two_killed_processes_go_on_to_the_same_bytes(trained, phantom_root, tmp_path):
     folders, _ = trained
     study, folder = phantom_root.parent / "shared.toml", tmp_path / "shared" / "small_cnn"
     statuses, *_ = outcome(*start_two(study, tmp_path, "--networks", "small_cnn", kill=KILL))
@@ -137,9 +137,7 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(trained, phantom
         assert (folder / file).read_bytes() == (folders[2] / "small_cnn" / file).read_bytes()
 
 
-def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and_on_the_precision(
-    phantom_root, tmp_path
-):
+def test_processes_with_and_without_bf16_units_agree_on_the_precision_and_on_finished_networks(phantom_root, tmp_path):
     study = phantom_root.parent / "mixed.toml"
     networks = "[networks.lenet5]\n[networks.small_cnn]\n"
     study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("[networks.resnet18]", networks))
@@ -153,9 +151,7 @@ def test_processes_with_and_without_units_for_bf16_agree_on_what_is_finished_and
     assert (folder / "model.safetensors").read_bytes() == expected
 
 
-def test_processes_with_other_numbers_of_threads_are_refused_before_anything_is_written(
-    trained, phantom_root, tmp_path
-):
+def test_different_numbers_of_threads_are_refused_before_anything_is_written(trained, phantom_root, tmp_path):
     study = phantom_root.parent / "shared.toml"
     statuses, _, errors = outcome(*start_two(study, tmp_path, THREADS="1,2"))
     assert all(statuses)

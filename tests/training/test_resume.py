@@ -1,4 +1,4 @@
-"""A training that was broken off ends with the same bytes; errors say what to do."""
+"""A training that was broken off goes on to the same bytes; errors say what to do."""
 
 import json
 import os
@@ -33,13 +33,16 @@ from utils import Preprocessing, write_whole
 pytestmark = pytest.mark.slow
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
-ODD, KILLS = (PROJECT / "tests" / "training" / "odd_training.py", (4, 8, 9))  # in the first, third and fifth epoch
+ODD = PROJECT / "tests" / "training" / "odd_training.py"
+# The state is saved after each of an epoch's three batches, perhaps also at its end. Each run goes on from the last
+# state and is killed within this save of its own: in the first epoch, the second, and the third or fourth.
+KILLS = (2, 5, 6)
 LONGER = TINY_STUDY.replace("epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0").replace(
     "learning_rate = 1e-3", "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]"
 )
 
 
-def files(folder):
+def results(folder):
     return {name: (folder / name).read_bytes() for name in COMPARED}
 
 
@@ -63,7 +66,7 @@ def test_three_kills_within_saves_leave_the_same_files_byte_for_byte(phantom_roo
     for process in (whole, last):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert files(folder) == files(tmp_path / "whole" / "killed" / "small_cnn")
+    assert results(folder) == results(tmp_path / "whole" / "killed" / "small_cnn")
     assert not (folder / "resume").exists()
 
 
@@ -71,11 +74,11 @@ def test_three_kills_within_saves_leave_the_same_files_byte_for_byte(phantom_roo
 
 
 def nothing(count):
-    """Cause no trouble."""
+    """Do nothing."""
 
 
 class Pictures(XrayDataset):
-    """Random pictures in place of files; `trouble` is called before each batch with its number."""
+    """Random pictures in place of files; `trouble` is called with the number of each batch before it."""
 
     def __init__(self, number, trouble=nothing):
         super().__init__([""] * number, np.arange(number) % 2, Preprocessing(32, (0.5,) * 3, (0.2,) * 3))
@@ -106,7 +109,7 @@ def network():
     return model
 
 
-FLIP = Augmentation(horizontal_flip=True)  # two views: the head is trained on features that are computed once
+FLIP = Augmentation(horizontal_flip=True)  # two views: the head is trained on cached features
 VARIED = Augmentation(horizontal_flip=True, rotation=10, brightness=0.2)
 
 
@@ -114,11 +117,11 @@ def train(folder, trouble=nothing, val_trouble=nothing, augment=VARIED, on_epoch
     """Train a small network; return its weights and history."""
     model = network()
     training = Training(**(SETTINGS | settings))
-    data, checked = Pictures(22, trouble), Pictures(9, val_trouble)
+    data, val_data = Pictures(22, trouble), Pictures(9, val_trouble)
     prepare = data.preprocessing.normalise
     batches = {
         "train": Batches(data, 6, seed=4, augment=augment, prepare=prepare),
-        "val": Batches(checked, 6, prepare=prepare),
+        "val": Batches(val_data, 6, prepare=prepare),
     }
     checkpoints = None if folder is None else Checkpoints(folder, {"rate": str(settings)})
     options = {"training": training, "device": "cpu", "title": "T", "checkpoints": checkpoints}
@@ -126,11 +129,11 @@ def train(folder, trouble=nothing, val_trouble=nothing, augment=VARIED, on_epoch
     return model.state_dict(), done
 
 
-def same(first, second):
-    (weights, done), (others, theirs) = first, second
-    assert done.history.equals(theirs.history)
-    assert done.best_epoch == theirs.best_epoch
-    assert all(torch.equal(value, others[key]) for key, value in weights.items())
+def assert_same(first, second):
+    (weights, done), (other_weights, other_done) = first, second
+    assert done.history.equals(other_done.history)
+    assert done.best_epoch == other_done.best_epoch
+    assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
 
 
 def at(number, error):
@@ -149,39 +152,39 @@ def whole_training():
 
 @pytest.fixture
 def heard():
-    """Let Ctrl-C raise KeyboardInterrupt also where the tests run in the background and ignore it."""
+    """Let Ctrl-C raise KeyboardInterrupt, which processes in the background ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("augment", "number"), [*((VARIED, n) for n in (1, 5, 9, 20)), *((FLIP, n) for n in (3, 12))])
-def test_an_unreadable_image_is_named_and_costs_nothing_that_was_done(tmp_path, augment, number):
+def test_an_unreadable_image_is_named_and_no_finished_batch_is_lost(tmp_path, augment, number):
     with pytest.raises(ValueError, match="broken image"):
         train(tmp_path, at(number, ValueError("broken image")), augment=augment)
-    same(train(tmp_path, augment=augment), train(None, augment=augment))
+    assert_same(train(tmp_path, augment=augment), train(None, augment=augment))
 
 
-def test_an_unreadable_image_of_validation_does_not_cost_the_epoch(whole_training, tmp_path):
+def test_an_unreadable_validation_image_does_not_lose_the_epoch(whole_training, tmp_path):
     with pytest.raises(ValueError, match="broken image"):
         train(tmp_path, val_trouble=at(3, ValueError("broken image")))
-    seen = []
-    again = train(tmp_path, trouble=seen.append)
-    assert len(seen) == 3 * 4  # the epochs of the second phase: those of the first are done
-    same(again, whole_training)
+    batches = []
+    again = train(tmp_path, trouble=batches.append)
+    assert len(batches) == 3 * 4  # the epochs of the second phase: those of the first are done
+    assert_same(again, whole_training)
 
 
-def test_ctrl_c_while_features_are_computed_is_obeyed_at_once(tmp_path, heard):
+def test_ctrl_c_stops_the_computing_of_features_at_once(tmp_path, heard):
     def press(count):
         assert count < 3, "went on computing features"
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="phase 1"):
         train(tmp_path, press, augment=FLIP)
-    same(train(tmp_path, augment=FLIP), train(None, augment=FLIP))
+    assert_same(train(tmp_path, augment=FLIP), train(None, augment=FLIP))
 
 
-def test_ctrl_c_while_features_are_computed_again_costs_nothing_that_was_done(tmp_path, heard):
+def test_ctrl_c_while_features_are_computed_again_loses_nothing(tmp_path, heard):
     def press(_):
         signal.raise_signal(signal.SIGINT)
 
@@ -189,13 +192,13 @@ def test_ctrl_c_while_features_are_computed_again_costs_nothing_that_was_done(tm
         train(tmp_path, augment=FLIP, on_epoch=press)
     with pytest.raises(KeyboardInterrupt, match="epoch 2/2"):
         train(tmp_path, press, augment=FLIP)
-    same(train(tmp_path, augment=FLIP), train(None, augment=FLIP))
+    assert_same(train(tmp_path, augment=FLIP), train(None, augment=FLIP))
 
 
 @pytest.mark.parametrize(
     ("number", "signal_number"), [(2, signal.SIGINT), (7, signal.SIGTERM), (13, signal.SIGINT), (19, signal.SIGTERM)]
 )
-def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_go_on(whole_training, tmp_path, heard, number, signal_number):
+def test_ctrl_c_ends_the_batch_saves_and_says_how_to_go_on(whole_training, tmp_path, heard, number, signal_number):
     def press(count):
         if count == number:
             signal.raise_signal(signal_number)
@@ -203,23 +206,23 @@ def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_go_on(whole_training, t
     with pytest.raises(KeyboardInterrupt, match="run the same again to go on"):
         train(tmp_path, press)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    same(train(tmp_path), whole_training)
+    assert_same(train(tmp_path), whole_training)
 
 
-def test_ctrl_c_during_validation_does_not_cost_the_epoch(whole_training, tmp_path, heard):
+def test_ctrl_c_during_validation_does_not_lose_the_epoch(whole_training, tmp_path, heard):
     def press(count):
         if count == 3:  # the first batch of the second validation
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match=r"phase 1/2 \(head\) epoch 2/2"):
         train(tmp_path, val_trouble=press)
-    seen = []
-    again = train(tmp_path, trouble=seen.append)
-    assert len(seen) == 3 * 4  # the three epochs of the second phase
-    same(again, whole_training)
+    batches = []
+    again = train(tmp_path, trouble=batches.append)
+    assert len(batches) == 3 * 4  # the three epochs of the second phase
+    assert_same(again, whole_training)
 
 
-def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept(whole_training, tmp_path):
+def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_stays(whole_training, tmp_path):
     with pytest.raises(ValueError, match="stop here"):
         train(tmp_path, at(6, ValueError("stop here first")))
     state_before = (tmp_path / "state.pt").read_bytes()
@@ -240,11 +243,11 @@ def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept(whole_t
             checkpoints=Checkpoints(tmp_path, {"rate": "{}"}),
         )
     assert (tmp_path / "state.pt").read_bytes() == state_before
-    same(train(tmp_path), whole_training)
+    assert_same(train(tmp_path), whole_training)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits to the size of files")
-def test_a_full_disk_is_named_and_the_last_state_kept(whole_training, tmp_path):
+def test_a_full_disk_is_named_and_the_last_state_stays(whole_training, tmp_path):
     import resource
 
     with pytest.raises(ValueError, match="later"):
@@ -259,7 +262,7 @@ def test_a_full_disk_is_named_and_the_last_state_kept(whole_training, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "the last state is kept there: make room and run the same again" in str(raised.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files_before
-    same(train(tmp_path), whole_training)
+    assert_same(train(tmp_path), whole_training)
 
 
 def test_a_state_of_other_settings_is_refused_and_damage_is_named(tmp_path):
@@ -281,14 +284,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_whoever_may_read_a_new_file_may_read_one_that_was_written_whole(tmp_path):
+def test_a_file_that_was_written_whole_has_the_mode_of_any_new_file(tmp_path):
     (tmp_path / "ordinary").touch()
     write_whole(tmp_path / "weights", partial(save_file, {"x": torch.zeros(2)}))
     write_whole(tmp_path / "text", "text")
     assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
 
 
-def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     file = tmp_path / ("x" * 255)  # as long as a name can be
 
     def slow(unfinished):
@@ -304,7 +307,7 @@ def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
 # --- the run folder ---
 
 
-def test_a_state_in_bf16_is_refused_where_there_are_no_units_for_it(phantom_root, tmp_path, capsys, monkeypatch):
+def test_a_state_in_bf16_is_refused_without_bf16_units(phantom_root, tmp_path, capsys, monkeypatch):
     study = phantom_root.parent / "auto.toml"
     study.write_text(TINY_STUDY.replace('precision = "fp32"', "").replace("resnet18", "lenet5"))
     save = Checkpoints.save
@@ -325,7 +328,7 @@ def test_a_state_in_bf16_is_refused_where_there_are_no_units_for_it(phantom_root
     assert "computed in" not in printed.out
 
 
-def test_a_state_of_another_version_is_refused_as_that(tmp_path):
+def test_a_state_of_another_version_is_refused(tmp_path):
     with pytest.raises(ValueError, match="later"):
         train(tmp_path, at(7, ValueError("later")))
     with pytest.raises(ValueError, match="holds an unfinished training of another version: start anew"):
@@ -359,14 +362,14 @@ def contents(folder):
 
 @pytest.fixture
 def folder_with_users_files(tmp_path):
-    """A run folder with older results and a user's own files, and what the latter hold."""
+    """A run folder with older results and a user's own files, and the contents of those files."""
     folder = tmp_path / "study" / "net"
     write_results(folder, "older", ("model.json", "model.safetensors", "lungs_failed.csv"))
     (folder / "notes.txt").write_text("mine")
     (folder / "figures" / "old").mkdir(parents=True)
     (folder / "figures" / "old" / "model.json").write_text("mine too")
     (folder / "images").symlink_to("../../elsewhere")
-    (folder / "figures" / "old").chmod(0o555)  # as one protects what must not change
+    (folder / "figures" / "old").chmod(0o555)  # a user may protect a folder
     return folder, {"notes.txt": "mine", "figures/old/model.json": "mine too", "images": "../../elsewhere"}
 
 
@@ -374,7 +377,7 @@ NEWER = {name: "newer" for name in ("model.json", "model.safetensors", "predicti
 OLDER = {name: "older" for name in ("model.json", "model.safetensors", "lungs_failed.csv", "lungs/model.json")}
 
 
-def test_new_results_replace_the_older_ones_and_nothing_else(folder_with_users_files):
+def test_new_results_replace_only_the_older_ones(folder_with_users_files):
     folder, users_files = folder_with_users_files
     (folder / "resume").mkdir()
     (folder / "resume" / "state.pt").write_text("done")
@@ -383,7 +386,7 @@ def test_new_results_replace_the_older_ones_and_nothing_else(folder_with_users_f
     assert [path.name for path in folder.parent.iterdir()] == ["net"]
 
 
-def test_results_that_could_not_be_written_whole_replace_nothing(folder_with_users_files):
+def test_incomplete_results_replace_nothing(folder_with_users_files):
     folder, users_files = folder_with_users_files
     with pytest.raises(TypeError):
         write_results(folder, None)  # no text: the first file cannot be written
@@ -392,12 +395,12 @@ def test_results_that_could_not_be_written_whole_replace_nothing(folder_with_use
 
 
 class Killed(BaseException):
-    """As a kill: from a given step on nothing on the disk changes any more."""
+    """Stands for a kill: nothing on the disk changes after it."""
 
 
 @pytest.fixture
 def kill_at():
-    """Return a function that sets how many changes of the disk this process may still make; None ends that."""
+    """Return a function that sets after how many changes of the disk the process is killed; None for never."""
     left = [None]
 
     def audit(event, arguments):
@@ -407,17 +410,15 @@ def kill_at():
             if left[0] < 0:
                 raise Killed
 
-    sys.addaudithook(audit)  # it cannot be taken out again, but does nothing from then on
+    sys.addaudithook(audit)  # Python cannot remove it; at the end it does nothing
     yield partial(left.__setitem__, 0)
     left[0] = None
 
 
-def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_loses_nothing(
-    folder_with_users_files, kill_at
-):
+def test_a_kill_while_results_are_replaced_leaves_the_older_or_the_newer_ones(folder_with_users_files, kill_at):
     folder, users_files = folder_with_users_files
     state = {"resume/state.pt": "all epochs"}
-    seen, killed, steps = set(), True, 0
+    outcomes, killed, steps = set(), True, 0
     while killed:
         write_results(folder, "older", ("model.json", "model.safetensors", "lungs_failed.csv"))
         (folder / "resume").mkdir()
@@ -431,15 +432,15 @@ def test_a_kill_while_results_are_exchanged_leaves_the_older_or_the_newer_and_lo
         kill_at(None)
         files_now = contents(folder)
         assert files_now.items() >= users_files.items()
-        # Whoever reads now finds whole results or, for a moment, none: there is no model.json.
+        # A reader finds complete results or none: model.json is missing then.
         results = {name: text for name, text in files_now.items() if not name.startswith("resume/")}
         assert "model.json" not in files_now or results in (OLDER | users_files, NEWER | users_files)
         with training_folder(folder, restart=False):
             pass
         (folder / "resume" / "process").unlink(missing_ok=True)
         assert contents(folder) in (OLDER | users_files | state, NEWER | users_files)
-        seen.add((killed, contents(folder)["model.json"]))
-    assert seen == {(True, "older"), (True, "newer"), (False, "newer")}
+        outcomes.add((killed, contents(folder)["model.json"]))
+    assert outcomes == {(True, "older"), (True, "newer"), (False, "newer")}
     assert steps > 15
     assert [path.name for path in folder.parent.iterdir()] == ["net"]
 
@@ -453,12 +454,12 @@ def two_networks(phantom_root, tmp_path):
 
 
 def written(folder):
-    """Return when a run folder got its card: a training that is done again writes another file."""
+    """Return which file the card of a run folder is: another training writes another file."""
     status = (folder / "model.json").stat()
     return status.st_ino, status.st_mtime_ns
 
 
-def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(phantom_root, tmp_path, capsys):
+def test_a_network_that_is_finished_with_the_same_settings_is_not_trained_again(phantom_root, tmp_path, capsys):
     command, folders = two_networks(phantom_root, tmp_path)
     assert main([*command, "--networks", "lenet5"]) == 0
     first = written(folders[0])
@@ -478,7 +479,7 @@ def test_what_is_finished_with_the_same_settings_is_kept_until_told_otherwise(ph
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"lenet5", "small_cnn"}
 
 
-def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_on_from(phantom_root, tmp_path, capsys):
+def test_complete_results_that_a_kill_left_are_put_in_place_without_a_training(phantom_root, tmp_path, capsys):
     command, (folder, _) = two_networks(phantom_root, tmp_path)
     command += ["--networks", "lenet5"]
     assert main(command) == 0
@@ -494,7 +495,7 @@ def test_results_that_a_kill_left_waiting_are_finished_and_need_no_state_to_go_o
     assert not (folder / "resume").exists()
 
 
-def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, capsys):
+def test_a_run_without_one_of_its_files_is_not_finished(phantom_root, tmp_path, capsys):
     command, (folder, _) = two_networks(phantom_root, tmp_path)
     command += ["--networks", "lenet5"]
     assert main(command) == 0
@@ -508,7 +509,7 @@ def test_a_run_that_has_lost_a_file_is_not_finished(phantom_root, tmp_path, caps
     card = folder / "model.json"
     content = card.read_text()
     card.write_text(json.dumps(json.loads(content) | {"lung_masking": True}))
-    assert finished_digest(folder) is None  # there are no lungs/
+    assert finished_digest(folder) is None  # lungs/ is missing
     card.write_text(content)
     before = written(folder)
     assert main(command) == 0
@@ -522,7 +523,7 @@ def digest(study, table, network):
     return provenance_of(study, table, network, "", None, Accelerator(cpu=True)).digest
 
 
-def test_a_positive_class_that_is_written_out_is_the_same_setting(tmp_path):
+def test_naming_the_default_positive_class_is_the_same_setting(tmp_path):
     write_kermany(tmp_path / "data")
     file, digests = tmp_path / "mine.toml", []
     for positive in ("", 'positive = "Pneumonia"', 'positive = "Normal"'):
@@ -533,9 +534,7 @@ def test_a_positive_class_that_is_written_out_is_the_same_setting(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_another_setting(
-    phantom_root, tmp_path, capsys
-):
+def test_other_starting_weights_and_other_thresholds_are_other_settings(phantom_root, tmp_path, capsys):
     (_, *command), (folder, _) = two_networks(phantom_root, tmp_path / "runs")
     study, file = tmp_path / "start.toml", tmp_path / "start.safetensors"
     text = TINY_STUDY.replace("resnet18", "lenet5").replace('root = "phantom"', f'root = "{phantom_root}"')
@@ -551,7 +550,7 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
     assert main(command) == 0
     halved = written(folder)
     assert halved != before
-    shutil.copy(folder / "model.json", tmp_path)  # beside the weights: now their head has names, and is kept
+    shutil.copy(folder / "model.json", tmp_path)  # beside the weights it names the classes of their head, which is kept
     assert main(command) == 0
     assert written(folder) != halved
     plain, table = load_study(study), load_table(load_study(study))
@@ -563,7 +562,7 @@ def test_another_content_of_the_weights_file_or_another_rule_of_thresholds_is_an
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_last_save_ends_the_command_when_the_network_is_finished(
+def test_a_signal_during_the_last_save_stops_after_the_network_is_finished(
     phantom_root, tmp_path, capsys, monkeypatch, heard, signal_number
 ):
     command, (first, second) = two_networks(phantom_root, tmp_path)
@@ -585,7 +584,7 @@ def test_a_signal_during_the_last_save_ends_the_command_when_the_network_is_fini
     assert (second / "model.json").is_file()
 
 
-def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root, tmp_path, capsys):
+def test_other_settings_are_refused_before_results_are_replaced(phantom_root, tmp_path, capsys):
     file = phantom_root.parent / "pair.toml"
     file.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]\n[networks.small_cnn]"))
     command, study = [str(file), "--runs", str(tmp_path), "--device", "cpu"], load_study(file)
@@ -599,11 +598,11 @@ def test_other_settings_are_refused_before_anything_is_trained_over(phantom_root
     assert "other settings (epochs = 2, now 7): go on with those, or start anew" in capsys.readouterr().err
     assert (tmp_path / "pair" / "lenet5" / "model.json").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == names_before
-    assert main([*command, "--seed", "5"]) == 2  # and so other splits
+    assert main([*command, "--seed", "5"]) == 2  # other splits too
     assert "with other settings (seed = 0, now 5)" in capsys.readouterr().err
 
 
-def test_seeds_are_trained_side_by_side_with_one_split(phantom_root, tmp_path, capsys):
+def test_seeds_have_folders_of_their_own_and_the_same_splits(phantom_root, tmp_path, capsys):
     study = phantom_root.parent / "seeds.toml"
     study.write_text(TINY_STUDY.replace("[networks.resnet18]", "[networks.lenet5]"))
     command = [str(study), "--runs", str(tmp_path), "--device", "cpu"]
