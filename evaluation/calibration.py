@@ -37,8 +37,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
     # The loss is convex in 1/T, so it has one minimum in log T and a bounded search finds it.
     lowest, highest = (math.log(end) for end in TEMPERATURES)
-    options = {"xatol": 1e-6}
-    best = optimize.minimize_scalar(loss, bounds=(lowest, highest), method="bounded", options=options).x
+    best = optimize.minimize_scalar(loss, bounds=(lowest, highest), method="bounded", options={"xatol": 1e-6}).x
     all_correct = (logits.argmax(axis=1) == targets).all()
     return 1.0 if all_correct or not lowest + 0.01 < best < highest - 0.01 else math.exp(best)
 
@@ -62,7 +61,7 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
         With several labels, an image counts once for each label: confidence is the mean probability of a label,
         accuracy the share of images that have it.
     """
-    targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
+    targets, probabilities = checked(targets, probabilities)
     if targets.ndim == 2:
         reported = ~np.isnan(probabilities)
         confidences, correct = probabilities[reported], targets[reported] == 1

@@ -95,7 +95,9 @@ def score_maps(
     classes = torch.tensor([case.class_index for case in cases], device=device)
     maps = _maps(trained, images, classes, methods)
     first = maps[methods[0]]
-    _refuse_other_answers(trained, cases, first.logits)
+    for case, probabilities in zip(cases, trained.card.probabilities(first.logits).cpu().numpy(), strict=True):
+        if case.probabilities is not None:
+            refuse_other_answer(trained, case.path, probabilities, case.probabilities)
     kinds = {METHODS[name].title: of_method for name, of_method in maps.items()}
     partners = _partners(cases, seed)
     if partners is not None:
@@ -107,7 +109,7 @@ def score_maps(
     return MapScores(
         _located(cases, kinds, find_lungs),
         _faithful(subject, asked_cases, asked_kinds, steps=steps, seed=seed),
-        _randomised(trained, subject, asked_cases, asked_maps, seed=seed),
+        _randomised(trained, subject, asked_cases, asked_maps, seed),
     )
 
 
@@ -127,12 +129,6 @@ def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Seq
     return maps
 
 
-def _refuse_other_answers(trained: TrainedNetwork, cases: Sequence[MapCase], logits: Tensor) -> None:
-    for case, probabilities in zip(cases, trained.card.probabilities(logits).cpu().numpy(), strict=True):
-        if case.probabilities is not None:
-            refuse_other_answer(trained, case.path, probabilities, case.probabilities)
-
-
 def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
     """Return a case of another patient for each case, of the same class where possible; None for a single patient."""
     rng = np.random.default_rng(seed)
@@ -149,25 +145,17 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 
 
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
-    """Return the images with the network, in the form in which its faithfulness is tested."""
+    """Return the images with the network, in the form in which its faithfulness is tested.
 
-    def probabilities(batch: Tensor) -> Tensor:
-        return trained.card.probabilities(trained.network(batch))
-
-    return ClassifiedImages(probabilities, images, classes, _baseline(trained, images))
-
-
-def _baseline(trained: TrainedNetwork, images: Tensor) -> Tensor:
-    """Return what deleted pixels become: 0, the mean.
-
-    For a network that sees lungs on black, black pixels stay black, because it has never seen grey there.
+    Deleted pixels become 0, the mean. A network of segmented lungs has never seen grey around them, so there black
+    pixels stay black.
     """
     baseline = torch.zeros_like(images)
-    if trained.lungs is None:
-        return baseline
-    black = [-mean / std for mean, std in zip(trained.card.mean, trained.card.std, strict=True)]
-    difference = images - torch.tensor(black).to(images)[:, None, None]
-    return torch.where((difference.abs() < 1e-3).all(dim=1, keepdim=True), images, baseline)
+    if trained.lungs is not None:
+        black = [-mean / std for mean, std in zip(trained.card.mean, trained.card.std, strict=True)]
+        difference = images - torch.tensor(black).to(images)[:, None, None]
+        baseline = torch.where((difference.abs() < 1e-3).all(dim=1, keepdim=True), images, baseline)
+    return ClassifiedImages(lambda batch: trained.card.probabilities(trained.network(batch)), images, classes, baseline)
 
 
 def _names(cases: Sequence[MapCase], kind: str) -> pd.DataFrame:
@@ -191,25 +179,19 @@ def _located(
         target, lungs = target_of(case, xray.shape), lungs_of(case, xray, find_lungs)
         maps = {kind: of[i : i + 1].upsampled(xray.shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
         for kind, map_ in (maps | _chance(xray.shape)).items():
-            scores = _held_against(map_.astype(np.float64), target, lungs, case.boxes)
+            map_ = map_.astype(np.float64)
+            scores = {
+                "peak": peak_inside(map_, target),
+                "in_lesion": mass_inside(map_, target),
+                "in_lungs": mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan,
+                **best_overlap(map_, case.boxes)._asdict(),
+                "empty": float(not map_.any()),
+            }
             rows.append(_names([case], kind).assign(**scores))
     located = pd.concat(rows, ignore_index=True)
     # The expected hit rate of a peak at random is the share of the image that the lesion covers.
     located["peak"] = located["peak"].mask(located["map"] == "uniform", located["in_lesion"])
     return located
-
-
-def _held_against(
-    map_: np.ndarray, target: np.ndarray, lungs: np.ndarray | None, boxes: np.ndarray
-) -> dict[str, float]:
-    in_lungs = mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan
-    return {
-        "peak": peak_inside(map_, target),
-        "in_lesion": mass_inside(map_, target),
-        "in_lungs": in_lungs,
-        **best_overlap(map_, boxes)._asdict(),
-        "empty": float(not map_.any()),
-    }
 
 
 def _faithful(
@@ -230,12 +212,7 @@ def _faithful(
 
 
 def _randomised(
-    trained: TrainedNetwork,
-    subject: ClassifiedImages,
-    cases: Sequence[MapCase],
-    maps: Mapping[str, CamMaps],
-    *,
-    seed: int,
+    trained: TrainedNetwork, subject: ClassifiedImages, cases: Sequence[MapCase], maps: Mapping[str, CamMaps], seed: int
 ) -> pd.DataFrame:
     """Return `MapScores.randomised`, network by network and stage by stage."""
     frames = []

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.metrics import MACRO, METRICS, OneVsRest, each_class, macro_classes, weighted_scores
-from inference.decisions import Thresholds
+from evaluation.predictions import Predictions
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -119,39 +119,28 @@ def bootstrap_mean(
     return percentile_interval(values.mean(), means)
 
 
-def bootstrap_scores(
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    patients: Sequence,
-    classes: Sequence[str],
-    *,
-    thresholds: Thresholds = None,
-    rng: np.random.Generator,
-) -> pd.DataFrame:
+def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: np.random.Generator) -> pd.DataFrame:
     """Return the scores of `metrics.classification_scores` with intervals over patients.
 
     Args:
-        targets: (N,) or (N, C), see `metrics`.
-        probabilities: (N, C), see `metrics`.
-        patients: (N,) patient ids.
-        classes: names of the classes.
-        thresholds: (C,) decision thresholds, see `decide`.
+        predictions: for N images.
+        classes: names of the C classes.
         rng: draws the resamples.
 
     Returns:
         One row for each class, then "macro", and each metric, with the columns class, metric, estimate, low, high.
         Scores of 0 and 1 have the intervals of `_exact_intervals`, all others those of `percentile_interval`.
     """
-    one_vs_rest = each_class(targets, probabilities, len(classes), thresholds)
-    estimate = weighted_scores(one_vs_rest, np.ones((1, len(one_vs_rest.truth))))[0]
+    one_vs_rest, patients = each_class(predictions), predictions.patients
+    estimate = weighted_scores(one_vs_rest, np.ones((1, len(patients))))[0]
     resampled = _resampled(lambda weights: weighted_scores(one_vs_rest, weights), patients, rng)
     exact = _exact_intervals(one_vs_rest, estimate, patients)
     rows = [
-        (name, metric, *(exact.get((i, j)) or percentile_interval(estimate[i, j], resampled[:, i, j])))
-        for i, name in enumerate([*classes, MACRO])
-        for j, metric in enumerate(METRICS)
+        exact.get((i, j)) or percentile_interval(estimate[i, j], resampled[:, i, j])
+        for i, j in np.ndindex(estimate.shape)
     ]
-    return pd.DataFrame(rows, columns=["class", "metric", *Interval._fields])
+    names = pd.MultiIndex.from_product([[*classes, MACRO], METRICS], names=["class", "metric"])
+    return pd.DataFrame(rows, names).reset_index()
 
 
 def _exact_intervals(
@@ -203,17 +192,7 @@ def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]
 
 
 def paired_difference(
-    targets: np.ndarray,
-    probabilities_a: np.ndarray,
-    probabilities_b: np.ndarray,
-    patients: Sequence,
-    classes: Sequence[str],
-    *,
-    metric: str = "accuracy",
-    of: str = MACRO,
-    thresholds_a: Thresholds = None,
-    thresholds_b: Thresholds = None,
-    rng: np.random.Generator,
+    a: Predictions, b: Predictions, classes: Sequence[str], *, metric: str, of: str, rng: np.random.Generator
 ) -> Interval:
     """Return metric(a) - metric(b) of two networks on the same images and the same resamples of patients.
 
@@ -222,32 +201,21 @@ def paired_difference(
     interval.
 
     Args:
-        targets: (N,) or (N, C), see `metrics`.
-        probabilities_a: (N, C) of the first network.
-        probabilities_b: (N, C) of the second network.
-        patients: (N,) patient ids.
-        classes: names of the classes.
+        a: predictions of the first network.
+        b: predictions of the second network for the same images in the same order.
+        classes: names of the C classes.
         metric: one of `METRICS`.
-        of: a class, scored against the rest, or the macro row. Its mean is over the classes that count in both
-            networks: a label that one of them does not report, or has no threshold for, counts in neither.
-        thresholds_a: (C,) decision thresholds of the first network, see `decide`.
-        thresholds_b: (C,) decision thresholds of the second network.
+        of: a class, which is compared with all others, or `MACRO`. The macro mean is over the classes that count in
+            both networks: a label that one of them does not report, or has no threshold for, counts in neither.
         rng: draws the resamples.
-
-    Raises:
-        ValueError: there is no such metric.
     """
-    if metric not in METRICS:
-        raise ValueError(f"No metric {metric!r}: choose one of {', '.join(METRICS)}")
-    networks = ((probabilities_a, thresholds_a), (probabilities_b, thresholds_b))
-    a, b = (each_class(targets, probabilities, len(classes), t) for probabilities, t in networks)
+    networks = [each_class(predictions) for predictions in (a, b)]
     row, column = [*classes, MACRO].index(of), METRICS.index(metric)
-    in_macro = macro_classes(a) & macro_classes(b)
+    in_macro = np.logical_and(*map(macro_classes, networks))
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        score_a, score_b = (weighted_scores(network, weights, in_macro)[:, row, column] for network in (a, b))
-        return score_a - score_b
+        return np.subtract(*(weighted_scores(network, weights, in_macro)[:, row, column] for network in networks))
 
-    estimate = difference(np.ones((1, len(a.truth))))[0]
-    interval = percentile_interval(estimate, _resampled(difference, patients, rng))
+    estimate = difference(np.ones((1, len(a.patients))))[0]
+    interval = percentile_interval(estimate, _resampled(difference, a.patients, rng))
     return interval if interval.low < interval.high else Interval(interval.estimate)

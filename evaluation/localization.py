@@ -92,7 +92,7 @@ def _centres_inside(start: float, extent: float, size: int) -> slice:
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return (A, B) intersections over unions, 0 to 1, of (A, 4) boxes with (B, 4) boxes."""
     intersection = _intersections(a, b)
-    return intersection / (_areas(a)[:, None] + _areas(b)[None, :] - intersection)
+    return intersection / (a[:, 2:].prod(axis=1)[:, None] + b[:, 2:].prod(axis=1) - intersection)
 
 
 def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -101,17 +101,13 @@ def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "Intersection over the detected bounding box", IoBB, of Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315.
     Unlike `iou`, it forgives a detection that is too small, but not one that is too large.
     """
-    return _intersections(detected, truth) / _areas(detected)[:, None]
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return boxes[:, 2] * boxes[:, 3]
+    return _intersections(detected, truth) / detected[:, 2:].prod(axis=1)[:, None]
 
 
 def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the (A, B) areas that (A, 4) and (B, 4) boxes have in common."""
-    upper_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None, :])
+    upper_left = np.maximum(a[:, None, :2], b[:, :2])
+    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
     return np.maximum(lower_right - upper_left, 0).prod(axis=2)
 
 
@@ -180,14 +176,10 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
 
 def _shares_above(cases: pd.DataFrame, column: str, seed: int) -> dict[str, float]:
     """Return a row of `overlap_table` for cases that have a true box."""
-    shares = {
-        f"at {overlap:g}": bootstrap_mean(
-            cases[column] > overlap, cases["patient"], proportion=True, rng=np.random.default_rng(seed)
-        )
-        for overlap in OVERLAPS
-    }
-    return (
-        {"images": len(cases), "regions": float(cases["detected"].mean())}
-        | {name: interval.estimate for name, interval in shares.items()}
-        | {f"{name} {end}": getattr(share, end) for name, share in shares.items() for end in ("low", "high")}
-    )
+    row, ends = {"images": len(cases), "regions": float(cases["detected"].mean())}, {}
+    for overlap in OVERLAPS:
+        rng, name = np.random.default_rng(seed), f"at {overlap:g}"
+        share = bootstrap_mean(cases[column] > overlap, cases["patient"], proportion=True, rng=rng)
+        row[name] = share.estimate
+        ends |= {f"{name} low": share.low, f"{name} high": share.high}
+    return row | ends

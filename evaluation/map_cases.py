@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from datasets import XrayTable
 from datasets.table import relative_paths
@@ -59,8 +60,14 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
     """
     pairs = (_findings if table.multilabel else _correct)(table, predictions)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    stored = stored_probabilities(predictions, table)
-    return [_case(table, *pairs[i], stored) for i in drawn]
+    stored, cases = stored_probabilities(predictions, table), []
+    for image, index in (pairs[i] for i in drawn):
+        path, label = image["path"], table.classes[index]
+        boxes = table.boxes[(table.boxes["path"] == path) & (table.boxes["label"] == index)]
+        boxes = boxes[["x", "y", "width", "height"]].to_numpy(float)
+        masks = image["lesion"], image["mask"]
+        cases.append(MapCase(path, image["patient"], index, label, *masks, boxes, stored[path]))
+    return cases
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
@@ -83,33 +90,17 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
     return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
 
 
-def _case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
-    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
-    return MapCase(
-        image["path"],
-        image["patient"],
-        index,
-        table.classes[index],
-        lesion=image["lesion"],
-        lung=image["mask"],
-        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
-        probabilities=stored[image["path"]],
-    )
-
-
 def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:
     """Return the (C,) predicted probabilities of each test image, by the path of its file.
 
     Raises:
         ValueError: the predictions lack a test image.
     """
-    rows = dict(zip(predictions.paths, predictions.probabilities, strict=True))
     paths = table.subset("test")["path"]
-    names = dict(zip(paths, relative_paths(paths, table.root), strict=True))
-    missing = [path for path, name in names.items() if name not in rows]
-    if missing:
-        raise ValueError(f"the predictions lack {missing[0]}: train again (notebook 2)")
-    return {path: rows[name] for path, name in names.items()}
+    rows = pd.Index(predictions.paths).get_indexer(relative_paths(paths, table.root))
+    if (rows < 0).any():
+        raise ValueError(f"the predictions lack {paths.iloc[rows.argmin()]}: train again (notebook 2)")
+    return dict(zip(paths, predictions.probabilities[rows], strict=True))
 
 
 def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray) -> None:
@@ -136,5 +127,7 @@ def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray],
     """
     if case.lung is not None:
         return read_mask(case.lung, xray.shape)
-    lungs = find_lungs(xray) if find_lungs is not None else None
-    return None if lungs is None or lungs.reason is not None else lungs.mask
+    if find_lungs is None:
+        return None
+    lungs = find_lungs(xray)
+    return lungs.mask if lungs.reason is None else None

@@ -9,7 +9,6 @@ import pandas as pd
 
 from datasets import XrayTable, data_fingerprint
 from datasets.splits import apply_splits
-from datasets.table import FINGERPRINT
 from evaluation.metrics import MACRO, METRICS, classification_scores
 from evaluation.predictions import Predictions, ensemble, read_predictions
 from inference.trained_networks import ModelCard, read_card
@@ -24,7 +23,6 @@ class Run:
     Attributes:
         study: the name of the study, without `-foldK` and `-seedN`.
         fold: the part of the images that validates, from 1, or None in a study without folds.
-        seed: what drew the initial weights, order and augmentation.
         folder: the run folder.
         card: its `model.json`.
         history: its `history.csv`, a row for each epoch.
@@ -32,7 +30,6 @@ class Run:
 
     study: str
     fold: int | None
-    seed: int
     folder: Path
     card: ModelCard
     history: pd.DataFrame
@@ -43,18 +40,16 @@ class Run:
         return "auc" if self.card.multilabel else "accuracy"
 
     @property
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the images, or None in runs of older versions, which do not cover their content."""
-        recorded = str(self.card.origin.get("data_fingerprint"))
-        return recorded if recorded.startswith(FINGERPRINT) else None
+    def seed(self) -> int:
+        """The seed of the initial weights, the order of the images and the augmentation."""
+        return self.card.origin["seed"]
 
     @property
     def settings(self) -> dict[str, object]:
         """What was set for this network: preprocessing, augmentation and training."""
         study = self.card.origin["study"]
-        network = study["networks"].get(self.card.architecture, {})
-        groups = {key: study[key] for key in ("augmentation", "preprocessing")}
-        return {**groups, **study["training"], **network}
+        images = {"augmentation": study["augmentation"], "preprocessing": study["preprocessing"]}
+        return images | study["training"] | study["networks"].get(self.card.architecture, {})
 
     def predictions(self, split: str) -> Predictions:
         """Read the predictions for the images of a split."""
@@ -97,9 +92,6 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
         )
     _refuse_other_tests(trained)
     _refuse_changed_images(trained, images)
-    for title, run in trained.items():
-        if run.fingerprint is None:
-            print(f"{title} ({run.folder}) does not record what was in its images: they may have changed since")
     return trained
 
 
@@ -133,14 +125,11 @@ def seed_scores(seeds: Mapping[str, Mapping[int, Run]]) -> pd.DataFrame:
         A row for each network and seed; the columns are `metrics.METRICS`, each as in the macro row of
         `metrics.classification_scores`.
     """
-    rows = {}
-    for title, by_seed in seeds.items():
-        for seed, run in by_seed.items():
-            test = run.predictions("test")
-            scores = classification_scores(
-                test.targets, test.probabilities, run.card.classes, thresholds=test.thresholds
-            )
-            rows[title, seed] = scores.loc[MACRO, list(METRICS)]
+    rows = {
+        (title, seed): classification_scores(run.predictions("test"), run.card.classes).loc[MACRO, list(METRICS)]
+        for title, by_seed in seeds.items()
+        for seed, run in by_seed.items()
+    }
     return pd.DataFrame(rows).T.rename_axis(["network", "seed"])
 
 
@@ -217,11 +206,11 @@ def _read(runs: Path, study: str, fold: int | None, network: str) -> list[Run]:
     name = study if fold is None else f"{study}-fold{fold}"
     repeats = [path.name.removeprefix(f"{name}-seed") for path in runs.glob(f"{name}-seed*")]
     names = [name, *(f"{name}-seed{seed}" for seed in sorted(filter(str.isdecimal, repeats), key=int))]
-    folders = [runs / each / network for each in names if (runs / each / network / "model.json").is_file()]
-    cards = map(read_card, folders)
+    folders = [runs / each / network for each in names]
     return [
-        Run(study, fold, card.origin["seed"], folder, card, pd.read_csv(folder / "history.csv"))
-        for folder, card in zip(folders, cards, strict=True)
+        Run(study, fold, folder, read_card(folder), pd.read_csv(folder / "history.csv"))
+        for folder in folders
+        if (folder / "model.json").is_file()
     ]
 
 
@@ -246,7 +235,7 @@ def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
     """
     for run in runs.values():
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
-        if run.fingerprint not in (None, data_fingerprint(as_trained)):
+        if run.card.origin.get("data_fingerprint") != data_fingerprint(as_trained):
             raise ValueError(
                 f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
                 "again"

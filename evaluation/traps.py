@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from evaluation.intervals import bootstrap_scores
 from evaluation.metrics import MACRO
+from evaluation.predictions import Predictions
 from utils import FORMATS, read_xray
 
 FOLDS = 5  # of a probe's cross-validation
@@ -78,8 +79,7 @@ def erased(xray: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     A network whose answer changes has used that area. Inpainting: Telea 2004, J. Graphics Tools 9:23.
     """
-    area = (np.asarray(mask) != 0).astype(np.uint8)
-    with_soft_edge = cv2.dilate(area, np.ones((3, 3), np.uint8))
+    with_soft_edge = cv2.dilate((mask != 0).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.inpaint(xray, with_soft_edge, 3, cv2.INPAINT_TELEA)
 
 
@@ -109,18 +109,17 @@ def probe_table(
     """
     rows = {}
     folds = min(FOLDS, int(np.bincount(labels).min()))
+    # Without equal class weights, a probe that learnt nothing would rank the folds by their class shares: the more
+    # images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for name, values in features.items():
-        # Without equal class weights, a probe that learnt nothing would rank the folds by their class shares: the
-        # more images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
-        split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         probabilities = cross_val_predict(
             probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
         )
-        scores = bootstrap_scores(labels, probabilities, patients, classes, rng=np.random.default_rng(seed)).set_index(
-            ["class", "metric"]
-        )
-        area, low, high = scores.loc[(MACRO, "roc_auc")]
+        predictions = Predictions(labels, probabilities, patients)
+        scores = bootstrap_scores(predictions, classes, rng=np.random.default_rng(seed))
+        area, low, high = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
         shortcut = bool(low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0])
         rows[name] = {"roc_auc": area, "low": low, "high": high, "shortcut": shortcut}
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -134,11 +133,9 @@ def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    pairs = []
-    for start in range(0, len(flat), CHUNK):
-        rows, columns = np.nonzero(flat[start : start + CHUNK] @ flat.T > DUPLICATE)
-        pairs.append(np.stack([rows + start, columns]))
-    rows, columns = np.concatenate(pairs, axis=1)
+    starts = range(0, len(flat), CHUNK)
+    pairs = [np.argwhere(flat[start : start + CHUNK] @ flat.T > DUPLICATE) + np.array([start, 0]) for start in starts]
+    rows, columns = np.concatenate(pairs).T
     graph = coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(flat),) * 2)
     return connected_components(graph, directed=False)[1]
 
