@@ -70,10 +70,9 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
     edges = np.linspace(0, 1, bins + 1)
     index = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidences, correct)]
     with np.errstate(invalid="ignore"):
-        confidence, accuracy = (
-            np.bincount(index, weights=values, minlength=bins) / count for values in (confidences, correct)
-        )
+        confidence, accuracy = sums / count
     return pd.DataFrame(
         {"low": edges[:-1], "high": edges[1:], "confidence": confidence, "accuracy": accuracy, "count": count}
     )

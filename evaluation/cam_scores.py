@@ -7,8 +7,8 @@ are faithful to it (`faithfulness`) and depend on what it has learnt (`randomisa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,15 +18,12 @@ from torch import Tensor
 from cams.maps import CamMaps, LayerMaps
 from cams.methods import METHODS
 from evaluation.faithfulness import ClassifiedImages, deletion_insertion, masked_confidence
-from evaluation.localization import CHANCE, best_overlap, mass_inside, peak_inside
-from evaluation.map_cases import MapCase, lungs_of, refuse_other_answer, target_of
+from evaluation.localization import CHANCE, best_overlap, box_mask, mass_inside, peak_inside
+from evaluation.map_cases import FindLungs, MapCase, lungs_of, refuse_other_answer
 from evaluation.randomisation import random_network, randomised, rank_correlation
 from inference.explanations import cam_of
 from inference.trained_networks import TrainedNetwork
-from utils import read_xray
-
-if TYPE_CHECKING:
-    from lungs.masking import LungMask
+from utils import read_mask, read_xray
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
 BATCH = 16  # images in one forward pass
@@ -71,7 +68,7 @@ def score_maps(
     methods: Sequence[str],
     faithful: int,
     steps: int,
-    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
+    find_lungs: FindLungs = None,
     seed: int,
 ) -> MapScores:
     """Return the scores of a network's maps by several methods, and of maps that know nothing.
@@ -116,9 +113,8 @@ def score_maps(
 def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]) -> dict[str, CamMaps]:
     """Return a map for each image and its class, by the methods' names."""
     with cam_of(trained) as cam:
-        batches = [
-            cam.by_method(methods, *batch) for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
-        ]
+        pairs = zip(images.split(BATCH), classes.split(BATCH), strict=True)
+        batches = [cam.by_method(methods, *pair) for pair in pairs]
     maps = {}
     for name in methods:
         parts = [batch[name] for batch in batches]
@@ -169,16 +165,15 @@ def _chance(shape: tuple[int, int]) -> dict[str, np.ndarray]:
     return {kind: make(shape).astype(np.float32) for kind, make in CHANCE.items()}
 
 
-def _located(
-    cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs: Callable[[np.ndarray], LungMask] | None
-) -> pd.DataFrame:
+def _located(cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs: FindLungs) -> pd.DataFrame:
     """Return `MapScores.located`, case by case."""
     rows = []
     for i, case in enumerate(cases):
         xray = read_xray(case.path)
-        target, lungs = target_of(case, xray.shape), lungs_of(case, xray, find_lungs)
-        maps = {kind: of[i : i + 1].upsampled(xray.shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
-        for kind, map_ in (maps | _chance(xray.shape)).items():
+        shape, lungs = xray.shape, lungs_of(case, xray, find_lungs)
+        target = box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
+        maps = {kind: of[i : i + 1].upsampled(shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
+        for kind, map_ in (maps | _chance(shape)).items():
             map_ = map_.astype(np.float64)
             scores = {
                 "peak": peak_inside(map_, target),

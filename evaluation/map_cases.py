@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from datasets import XrayTable
 from datasets.table import relative_paths
-from evaluation.localization import box_mask
 from evaluation.predictions import Predictions
 from inference.trained_networks import TrainedNetwork
+from lungs.masking import LungMask
 from utils import read_mask
 
-if TYPE_CHECKING:
-    from lungs.masking import LungMask
-
+FindLungs = Callable[[np.ndarray], LungMask] | None  # finds the lungs of an (H, W) X-ray
 ROUNDING = 0.01  # the same probabilities differ by at most this when they are computed on another device
 
 
@@ -114,12 +112,7 @@ def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.nd
         )
 
 
-def target_of(case: MapCase, shape: tuple[int, int]) -> np.ndarray:
-    """Return the (H, W) bool place to look at: the lesion mask, else the boxes; nowhere True if there are none."""
-    return box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
-
-
-def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None) -> np.ndarray | None:
+def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: FindLungs) -> np.ndarray | None:
     """Return the (H, W) bool lungs of a case's X-ray.
 
     They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None where there is

@@ -97,24 +97,20 @@ def classification_scores(predictions: Predictions, classes: Sequence[str]) -> p
 def classification_report_table(predictions: Predictions, classes: Sequence[str]) -> pd.DataFrame:
     """Return scikit-learn's classification_report(zero_division=0) as a frame, to compare with published reports.
 
-    Unlike in `classification_scores`, a class without images counts as 0 in the means. Arguments as there.
+    Unlike in `classification_scores`, a class without images counts as 0 in the means.
+
+    Args:
+        predictions: for N images of one class each.
+        classes: names of the C classes.
 
     Returns:
         A frame with the columns precision, recall, f1 and support; one row for each class, then "accuracy" (in the
-        column f1, as scikit-learn prints it), "macro avg" and "weighted avg". With several labels, "micro avg"
-        takes the place of "accuracy", "samples avg" is the last row, and undecided labels have no row.
+        column f1, as scikit-learn prints it), "macro avg" and "weighted avg".
     """
-    decided = np.flatnonzero(each_class(predictions).decided)
-    report = sk.classification_report(
-        predictions.targets,
-        predictions.predicted,
-        labels=decided,
-        target_names=[classes[i] for i in decided],
-        output_dict=True,
-        zero_division=0,
-    )
-    if "accuracy" in report:
-        report["accuracy"] = {"f1-score": report["accuracy"], "support": len(predictions.targets)}
+    answers = predictions.targets, predictions.predicted
+    names = {"labels": range(len(classes)), "target_names": classes}
+    report = sk.classification_report(*answers, **names, output_dict=True, zero_division=0)
+    report["accuracy"] = {"f1-score": report["accuracy"], "support": len(predictions.targets)}
     table = pd.DataFrame(report).T.rename(columns={"f1-score": "f1"})
     return table[["precision", "recall", "f1", "support"]].astype({"support": int})
 
@@ -137,8 +133,7 @@ def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int)
     if not scores.size:
         return RocCurve()
     false_positive_rate, true_positive_rate, _ = sk.roc_curve(positive, scores)
-    area = float(sk.auc(false_positive_rate, true_positive_rate))
-    return RocCurve(false_positive_rate, true_positive_rate, area)
+    return RocCurve(false_positive_rate, true_positive_rate, float(sk.auc(false_positive_rate, true_positive_rate)))
 
 
 def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> PrecisionRecallCurve:
@@ -205,9 +200,8 @@ def weighted_scores(one_vs_rest: OneVsRest, weights: np.ndarray, in_macro: np.nd
     truth, predicted, probabilities, decided, multilabel = one_vs_rest
     in_macro = macro_classes(one_vs_rest) if in_macro is None else in_macro
     total = weights.sum(axis=1, keepdims=True)
-    positive, called, true_positive = (
-        weights @ images.astype(np.float64) for images in (truth, predicted, truth & predicted)
-    )
+    counted = truth, predicted, truth & predicted
+    positive, called, true_positive = (weights @ images.astype(np.float64) for images in counted)
     negative, false_positive = total - positive, called - true_positive
     accuracy = (true_positive + negative - false_positive) / total
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -149,8 +149,7 @@ def checked(targets: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray,
         )
     classes = 2 if multilabel else probabilities.shape[1]
     if not np.isin(targets, np.arange(classes)).all():
-        remedy = "pass 0 or 1 for each label" if multilabel else "check the list of classes"
-        raise ValueError(f"targets lie outside 0..{classes - 1}: {remedy}")
+        raise ValueError(f"targets lie outside 0..{classes - 1}: pass class indices, or 0 or 1 for each label")
     unreported = np.isnan(probabilities).all(axis=0) & multilabel
     inside = (probabilities >= 0) & (probabilities <= 1)
     # 1e-3 allows for float16 and for rounded decimals in files, but not for logits.

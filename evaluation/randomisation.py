@@ -25,7 +25,6 @@ HEAD_LIMIT = 0.7
 # If all weights are random, some agreement remains even so: maps have few cells, are smooth, and every network sees
 # the same edges. Above this limit, a quarter of the ranks' variance (0.5²) does not come from the weights.
 ALL_LIMIT = 0.5
-CHANGES = "changes with the weights"
 
 
 def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
@@ -53,8 +52,7 @@ def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
         if bare:
             add_batch_norm(network)
         network.eval().to(images.device)
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        hooks = [norm.register_forward_pre_hook(_measure) for norm in norms]
+        hooks = [m.register_forward_pre_hook(_measure) for m in network.modules() if isinstance(m, _BatchNorm)]
         network(images)
         for hook in hooks:
             hook.remove()
@@ -148,5 +146,5 @@ def verdict(after_head: tuple[float, float, float], after_all: tuple[float, floa
     if all_low > ALL_LIMIT:
         return "does not explain the model"
     if head_high <= HEAD_LIMIT and all_high <= ALL_LIMIT:
-        return CHANGES
+        return "changes with the weights"
     return "undecided"

@@ -217,12 +217,9 @@ def _read(runs: Path, study: str, fold: int | None, network: str) -> list[Run]:
 def _refuse_other_tests(runs: Mapping[str, Run]) -> None:
     (first, run), *others = runs.items()
     for title, other in others:
-        wrong = None
-        if other.card.classes != run.card.classes or not run.test_labels().equals(other.test_labels()):
-            wrong = "were tested on other images or classes"
-        elif other.card.positive_index != run.card.positive_index:
-            wrong = "have another positive class"
-        if wrong:
+        same_test = other.card.classes == run.card.classes and run.test_labels().equals(other.test_labels())
+        if not same_test or other.card.positive_index != run.card.positive_index:
+            wrong = "have another positive class" if same_test else "were tested on other images or classes"
             raise ValueError(
                 f"{first} ({run.folder}) and {title} ({other.folder}) {wrong}: train one of them again, or take its "
                 "study out of `compare`"
@@ -237,8 +234,7 @@ def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
         if run.card.origin.get("data_fingerprint") != data_fingerprint(as_trained):
             raise ValueError(
-                f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
-                "again"
+                f"images in {images.root} have changed since {run.folder} was trained: put them back, or train again"
             )
 
 

@@ -113,16 +113,14 @@ def probe_table(
     # images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    held_out = {"cv": split, "groups": patients, "method": "predict_proba"}
     for name, values in features.items():
-        probabilities = cross_val_predict(
-            probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
-        )
+        probabilities = cross_val_predict(probe, values.astype(float), labels, **held_out)
         predictions = Predictions(labels, probabilities, patients)
         scores = bootstrap_scores(predictions, classes, rng=np.random.default_rng(seed))
         area, low, high = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
-        shortcut = bool(low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0])
-        rows[name] = {"roc_auc": area, "low": low, "high": high, "shortcut": shortcut}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows[name] = area, low, high, low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["roc_auc", "low", "high", "shortcut"])
 
 
 def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:

@@ -713,8 +713,6 @@ def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no
     undefined = resampled["estimate"].isna()
     assert undefined.sum() == 6 + 5
     assert resampled[undefined][["low", "high"]].isna().all(axis=None)
-    report = metrics.classification_report_table(predictions_of(targets, unlearnt, thresholds=thresholds), LABELS)
-    assert report.index.to_list()[:3] == ["Effusion", "Mass", "micro avg"]
     assert math.isnan(metrics.roc_points(targets, unlearnt, 3).auc)
     assert metrics.precision_recall_points(targets, unlearnt, 3).thresholds.size == 0
     mean = predictions.ensemble([predictions_of(targets, probabilities), predictions_of(targets, unlearnt)])
@@ -821,13 +819,6 @@ def test_the_report_keeps_classes_without_images():
     )
     assert table.loc["accuracy", "f1"] == pytest.approx(sk.accuracy_score(targets, probabilities.argmax(axis=1)))
     assert table.loc[CLASSES[3]].to_list() == [0, 0, 0, 0]
-
-
-def test_the_report_of_labels_has_the_mean_over_decisions():
-    targets, probabilities = findings()
-    table = metrics.classification_report_table(predictions_of(targets, probabilities), LABELS)
-    assert table.index.to_list() == [*LABELS, "micro avg", "macro avg", "weighted avg", "samples avg"]
-    assert table.loc["micro avg", "f1"] == pytest.approx(sk.f1_score(targets, probabilities >= 0.5, average="micro"))
 
 
 # Predictions files and ensembles
