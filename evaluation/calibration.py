@@ -1,6 +1,6 @@
-"""Calibration: how far probabilities mean what they say, and the temperature that corrects them.
+"""Calibration: how well probabilities match observed shares, and the temperature that corrects them.
 
-Tasks and shapes are those of `metrics`. Decision thresholds play no part here.
+Tasks and shapes are those of `predictions`. Decision thresholds are not used here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TEMPERATURES = (0.05, 20.0)  # the range that fit_temperature searches
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """Return the temperature T > 0 for which softmax(logits / T) has the least negative log likelihood.
 
-    Guo et al. 2017, "On calibration of modern neural networks", ICML, section 4.2. Fit it on validation data. T > 1:
-    the network was over-confident. T is 1 where the data cannot tell:
+    Guo et al. 2017, "On calibration of modern neural networks", ICML, section 4.2. Fit it on validation data. T > 1
+    means that the network was over-confident. T is 1 in two cases:
 
-    - where every image is classified correctly: the likelihood then grows without end as T falls to 0;
-    - where the best T lies outside `TEMPERATURES`.
+    - every image is classified correctly: the likelihood then grows without end as T falls to 0;
+    - the best T lies outside `TEMPERATURES`.
 
     Args:
         logits: (N, C) finite logits; a network with one output z gives the pair (-z/2, z/2).
@@ -58,8 +58,8 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
         - accuracy: share of images that are of this class; NaN in an empty bin;
         - count: number of images.
 
-        With several labels, an image counts once for each label: confidence is the mean probability of a label,
-        accuracy the share of images that have it.
+        With several labels, an image counts once for each label. Confidence is the mean probability of a label;
+        accuracy is the share of images that have it.
     """
     targets, probabilities = checked(targets, probabilities)
     if targets.ndim == 2:

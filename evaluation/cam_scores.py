@@ -1,7 +1,7 @@
 """Scores of a network's maps on its test cases, by several methods and beside chance.
 
-Where the data says where something is, maps are held against it (`localization`). The network itself shows whether maps
-are faithful to it (`faithfulness`) and depend on what it has learnt (`randomisation`). `map_cases` chooses the cases,
+`localization` compares maps with the lesions and lungs of the data. `faithfulness` and `randomisation` run the network
+again: do its maps name the pixels that it uses, and do they depend on its weights? `map_cases` chooses the cases,
 `map_summary` makes a table of the scores.
 """
 
@@ -27,18 +27,18 @@ from utils import read_mask, read_xray
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
 BATCH = 16  # images in one forward pass
-# The first method's map of another patient, of the same class where there is one: it knows the class, not the image.
+# The first method's map of another patient, of the same class if possible: it depends on the class, not on the image.
 ANOTHER = "another patient's"
 
 
 class MapScores(NamedTuple):
     """Scores of one network's maps: a row for each case and kind of map.
 
-    All frames have the columns path, patient, label and map. `map` is a method's title or a kind of map that knows
-    nothing of the image: `ANOTHER`, or one of `localization.CHANCE`.
+    All frames have the columns path, patient, label and map. `map` is a method's title, or a kind of map that
+    does not depend on the image: `ANOTHER`, or one of `localization.CHANCE`.
 
     Attributes:
-        located: against lesion and lungs, NaN where these are unknown:
+        located: comparison with lesion and lungs, NaN where these are unknown:
 
             - peak: 1.0 if the map's peak is in the lesion (in its boxes where it has no mask), else 0.0;
             - in_lesion: share of the map's sum in the lesion, 0 for an empty map;
@@ -71,11 +71,11 @@ def score_maps(
     find_lungs: FindLungs = None,
     seed: int,
 ) -> MapScores:
-    """Return the scores of a network's maps by several methods, and of maps that know nothing.
+    """Return the scores of a network's maps by several methods, and of maps that do not depend on the image.
 
     Args:
         trained: the network.
-        cases: of `map_cases`. All of them are held against what is known of them, at the X-rays' own size.
+        cases: of `map_cases`. All of them are compared with their masks and boxes, at the X-rays' own size.
         methods: names of `cams.methods.METHODS`.
         faithful: the number of cases, drawn by `seed`, on which the network is run again: several hundred passes each.
         steps: of `faithfulness.deletion_insertion`.
@@ -96,17 +96,16 @@ def score_maps(
         if case.probabilities is not None:
             refuse_other_answer(trained, case.path, probabilities, case.probabilities)
     kinds = {METHODS[name].title: of_method for name, of_method in maps.items()}
-    partners = _partners(cases, seed)
-    if partners is not None:
+    if (partners := _partners(cases, seed)) is not None:
         kinds[ANOTHER] = first[partners]
-    asked = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
-    asked_cases = [cases[i] for i in asked]
-    subject = _subject(trained, images[asked], classes[asked])
-    asked_kinds, asked_maps = ({name: m[asked] for name, m in of.items()} for of in (kinds, maps))
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
+    drawn_cases = [cases[i] for i in drawn]
+    subject = _subject(trained, images[drawn], classes[drawn])
+    drawn_kinds, drawn_maps = ({name: m[drawn] for name, m in of.items()} for of in (kinds, maps))
     return MapScores(
         _located(cases, kinds, find_lungs),
-        _faithful(subject, asked_cases, asked_kinds, steps=steps, seed=seed),
-        _randomised(trained, subject, asked_cases, asked_maps, seed),
+        _faithful(subject, drawn_cases, drawn_kinds, steps=steps, seed=seed),
+        _randomised(trained, subject, drawn_cases, drawn_maps, seed),
     )
 
 
@@ -118,10 +117,8 @@ def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Seq
     maps = {}
     for name in methods:
         parts = [batch[name] for batch in batches]
-        raw, chosen, logits = (
-            torch.cat([getattr(part, field) for part in parts]) for field in ("raw", "classes", "logits")
-        )
-        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), chosen, logits)
+        raw, logits = torch.cat([part.raw for part in parts]), torch.cat([part.logits for part in parts])
+        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), classes[:, None], logits)
     return maps
 
 
@@ -143,8 +140,8 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
     """Return the images with the network, in the form in which its faithfulness is tested.
 
-    Deleted pixels become 0, the mean. A network of segmented lungs has never seen grey around them, so there black
-    pixels stay black.
+    Deleted pixels become 0, the mean. If the network was trained on lungs with black around them, black pixels stay
+    black, because it has never seen grey there.
     """
     baseline = torch.zeros_like(images)
     if trained.lungs is not None:
@@ -161,7 +158,7 @@ def _names(cases: Sequence[MapCase], kind: str) -> pd.DataFrame:
 
 
 def _chance(shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Return (H, W) float32 maps that know nothing of the image, by kind."""
+    """Return (H, W) float32 maps that do not depend on the image, by kind."""
     return {kind: make(shape).astype(np.float32) for kind, make in CHANCE.items()}
 
 

@@ -1,8 +1,7 @@
 """Scores, differences and means with their intervals: percentiles of a bootstrap over patients.
 
-Arguments are as in `metrics`; `patients` are (N,) ids of any type. A bootstrap says nothing about what it never saw:
-for a proportion of 0 or 1, all resamples give the same value. Such proportions have an exact interval, see
-`exact_interval`. One patient alone has no interval.
+`patients` are (N,) ids of any type. If a proportion is 0 or 1, all resamples give the same value, and a bootstrap has
+no width. Such proportions have an exact interval, see `exact_interval`. One patient alone has no interval.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ def _resampled(score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rn
 def percentile_interval(estimate: float, resampled: np.ndarray) -> Interval:
     """Return the estimate with the central `CONFIDENCE` share of its (R,) resampled values.
 
-    Undefined resamples, which drew no patient of the class, are left out. If there are more than `UNDEFINED_SHARE`,
-    there is no interval: the rest would be a sample of the luckier resamples, from too few patients (about three).
+    Undefined resamples drew no patient of the class; they are left out. If their share is above `UNDEFINED_SHARE`,
+    there is no interval, because the class has too few patients (about three).
     """
     undefined = np.isnan(resampled)
     if not resampled.size or undefined.mean() > UNDEFINED_SHARE:
@@ -89,7 +88,7 @@ def exact_interval(estimate: float, patients: int) -> Interval:
     """Return a proportion of 0 or 1 with its interval by Clopper & Pearson (1934, Biometrika 26:404).
 
     The interval is (0, 1 - a) or (a, 1) with a = ((1 - CONFIDENCE) / 2) ** (1 / patients). Patients, not images, are
-    the trials, so it holds however alike the images of a patient are. Fewer than two patients have no interval.
+    the trials, so it holds even if all images of a patient are alike. Fewer than two patients have no interval.
     """
     if patients < 2:
         return Interval(estimate)
@@ -103,7 +102,7 @@ def bootstrap_mean(
     """Return the mean over images with its interval over patients.
 
     Args:
-        values: (N,) numbers; NaNs are left out, and patients who have nothing else with them.
+        values: (N,) numbers. NaNs are left out, and so are patients who have no other value.
         patients: (N,) patient ids.
         proportion: the values are 0 or 1, and a mean of 0 or 1 has the exact interval.
         rng: draws the resamples.
@@ -146,11 +145,11 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
 def _exact_intervals(
     one_vs_rest: OneVsRest, estimate: np.ndarray, patients: Sequence
 ) -> dict[tuple[int, int], Interval]:
-    """Return the intervals of those of the (C + 1, M) scores that are 0 or 1, by row and column.
+    """Return the intervals of all (C + 1, M) scores that are 0 or 1, by row and column.
 
-    A class's score has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has that of J, the share
-    of images that are of the class and called it, among those that are either. A macro mean has the means of its
-    classes' ends, which is wide.
+    The score of a class has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has the interval of
+    the Jaccard index J: images of the class that are predicted as the class, divided by images that are either. The
+    ends of a macro mean's interval are the means of its classes' ends, so this interval is wide.
     """
     trials, in_macro = _trials(one_vs_rest, patients), macro_classes(one_vs_rest)
     exact = {}
@@ -169,12 +168,16 @@ def _exact_intervals(
 
 
 def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]:
-    """Return (C,) the number of patients that each metric is about.
+    """Return (C,) numbers of patients by metric: the trials of its exact interval.
 
-    Accuracy is about all patients, recall about those with an image of the class, specificity about those with an
-    image of another class, precision about those with an image that was called the class. roc_auc is about the
-    patients of the smaller side: that many pairs of a positive and a negative have no patient in common, and each is
-    ranked correctly with a probability of roc_auc. Other pairs are left out, so the interval is rather wide.
+    - accuracy: all patients;
+    - recall: patients with an image of the class;
+    - specificity: patients with an image of another class;
+    - precision: patients with an image that is predicted as the class;
+    - f1: patients with an image that is either;
+    - roc_auc: the smaller of positive and negative patients. So many pairs of a positive and a negative have no patient
+      in common, and each pair is ranked correctly with probability roc_auc. All other pairs are left out, so the
+      interval is rather wide.
     """
     truth, called = one_vs_rest.truth, one_vs_rest.predicted
 

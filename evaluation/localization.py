@@ -24,9 +24,9 @@ SIGMA = 0.25  # of the centred Gaussian, as a share of the image's height and wi
 def peak(map_: np.ndarray) -> tuple[int, int] | None:
     """Return (row, column) of the greatest value of an (H, W) map; None if all values are zero.
 
-    Of equal values (to 1 part in a million), the one nearest to the image's centre counts. Upsampling extends the
-    outermost cell of a map as a plateau to the image's edge. The plateau's inner end is the cell's centre, where the
-    evidence is; its first pixel in reading order lies at the edge.
+    If several values are equally great (to 1 part in a million), the one nearest to the image's centre counts.
+    Upsampling extends the outermost cell of a map as a plateau to the image's edge. The evidence is at the cell's
+    centre, which is the inner end of the plateau.
     """
     if not map_.any():
         return None
@@ -56,22 +56,22 @@ def mass_inside(map_: np.ndarray, mask: np.ndarray) -> float:
 def centred_gaussian_map(shape: tuple[int, int]) -> np.ndarray:
     """Return an (H, W) map exp(-(y² + x²) / 2), y and x from the centre in units of `SIGMA` · height and width.
 
-    This map knows only that the patient is in the middle. It is harder to beat than a uniform map.
+    This map says only that the patient is in the middle. It is harder to beat than a uniform map.
     """
     y, x = ((np.arange(side) - (side - 1) / 2) / (SIGMA * side) for side in shape)
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 2)
 
 
-# Maps that know nothing of the network: every score stands beside theirs. The share of a uniform map inside a mask is
-# the mask's share of the image, and so is the expected hit rate of a peak at random.
+# Maps that do not depend on the network: every score is shown beside their scores. The share of a uniform map inside a
+# mask is the mask's share of the image. The expected hit rate of a random peak is the same number.
 CHANCE = {"centred Gaussian": centred_gaussian_map, "uniform": np.ones}
 
 
 def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the (H, W) bool union of (B, 4) boxes: True where a pixel's centre lies in one.
 
-    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. What reaches
-    beyond the image is cut off.
+    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. Parts beyond the
+    image are cut off.
     """
     mask = np.zeros(shape, dtype=bool)
     for x, y, width, height in boxes:
@@ -160,7 +160,7 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
         and "IoBB". Columns:
 
         - images: how many cases had a true box;
-        - regions: mean number of detected boxes. Of many small boxes one meets a true box by chance: read IoBB;
+        - regions: mean number of detected boxes. One of many small boxes may have a large IoBB by chance;
         - at 0.1, …: the shares;
         - at 0.1 low, at 0.1 high, …: their intervals over patients, see `intervals.bootstrap_mean`.
     """

@@ -46,9 +46,9 @@ class MapCase(NamedTuple):
 def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: int) -> list[MapCase]:
     """Return at most `most` cases of the test images.
 
-    With one class an image, a case is a correctly classified image with its class: a wrong answer has no right place to
-    look at. With several findings, a case is an image and a finding that has a box in it; where no image has a box, a
-    finding that the image has.
+    With one class an image, a case is a correctly classified image with its class: for a wrong answer there is no right
+    place to look. With several findings, a case is an image with a finding that has a box in it. If no image has a
+    box, a case is an image with a finding that it has.
 
     Args:
         table: the study's images.
@@ -115,8 +115,8 @@ def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.nd
 def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: FindLungs) -> np.ndarray | None:
     """Return the (H, W) bool lungs of a case's X-ray.
 
-    They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None where there is
-    neither, or where the lungs found are implausible.
+    They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None if there is
+    neither, or if `find_lungs` gives a reason against its result.
     """
     if case.lung is not None:
         return read_mask(case.lung, xray.shape)

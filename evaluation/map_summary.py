@@ -33,15 +33,15 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     """Return the means by kind of map as `Interval`s over patients, and a verdict on each method.
 
     Returns:
-        One row for each kind of map. Columns about which nothing is known are left out:
+        One row for each kind of map. Columns without any value are left out:
 
         - empty: the share of empty maps, if there are any;
         - peak in lesion, share in lesion, and for each of them "minus another's": the mean difference, case by case,
           to the map of another patient;
         - share in lungs;
         - probability: of the class;
-        - deletion and average drop: small is faithful;
-        - insertion and increase: large is faithful;
+        - deletion and average drop: small for a faithful map;
+        - insertion and increase: large for a faithful map;
         - agreement, head random, and agreement, all random: absolute rank correlations with the trained network's
           maps;
         - verdict: what these two agreements say of a method, see `randomisation.verdict`.
@@ -81,8 +81,8 @@ def _beyond_another(located: pd.DataFrame, column: str) -> pd.Series:
     """Return how much greater the scores of a column are than those of `ANOTHER` for the same case."""
     case = located.groupby("map").cumcount()  # every kind of map has the same cases in the same order
     is_another = located["map"] == ANOTHER
-    theirs = located.loc[is_another, column].set_axis(case[is_another])
-    return (located[column] - case.map(theirs)).mask(is_another)
+    another_scores = located.loc[is_another, column].set_axis(case[is_another])
+    return (located[column] - case.map(another_scores)).mask(is_another)
 
 
 def _agreements(stage: pd.DataFrame, seed: int) -> dict[str, Interval]:
@@ -100,9 +100,9 @@ def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.
     """Return the mean agreement of maps with those of random networks, with its 95 % interval over both.
 
     Random networks and patients are drawn with replacement, independently of one another: the pigeonhole bootstrap,
-    Owen 2007, Ann. Appl. Stat. 1:386. How much a map agrees depends on both, and both are few. Percentiles of so few
-    would be too narrow, so they are taken as far out as Student's t for the smaller number: the expanded percentile
-    interval, Hesterberg 2015, Am. Stat. 69:371, section 5.3. One patient has no interval.
+    Owen 2007, Ann. Appl. Stat. 1:386. Both numbers are small, so the usual percentiles would be too narrow. They are
+    widened by Student's t for the smaller number: the expanded percentile interval, Hesterberg 2015, Am. Stat. 69:371,
+    section 5.3. One patient has no interval.
 
     Args:
         agreement: (M, N) absolute rank correlations for M random networks and N images; NaN images are left out.

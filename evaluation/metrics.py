@@ -31,7 +31,7 @@ class OneVsRest(NamedTuple):
         truth: (N, C) bool, whether the image is of the class.
         predicted: (N, C) bool, whether the class is predicted.
         probabilities: (N, C), NaN in the whole column of a class that is not reported.
-        decided: (C,) bool, whether the class is decided on at all, see `decide`.
+        decided: (C,) bool, whether the network decides for or against the class, see `decide`.
         multilabel: whether an image may have several labels.
     """
 
@@ -176,9 +176,9 @@ def each_class(predictions: Predictions) -> OneVsRest:
 
 
 def macro_classes(one_vs_rest: OneVsRest) -> np.ndarray:
-    """Return (C, M) bool: over which classes the macro mean of each of `METRICS` is."""
+    """Return (C, M) bool: whether the macro mean of each of `METRICS` includes the class."""
     truth, _, probabilities, decided, multilabel = one_vs_rest
-    # A label that every image has cannot be told from anything. A class that every image is of stays.
+    # With several labels, a label that every image has is left out. With one class an image, such a class stays.
     present = truth.any(axis=0) & ~(truth.all(axis=0) & multilabel)
     reported = ~np.isnan(probabilities).any(axis=0)
     usable = np.stack([reported if name == "roc_auc" else decided for name in METRICS], axis=1)
@@ -195,7 +195,7 @@ def weighted_scores(one_vs_rest: OneVsRest, weights: np.ndarray, in_macro: np.nd
 
     Returns:
         (R, C + 1, M) scores, M by `METRICS`: the classes, then the macro row. NaN where undefined. A macro mean is
-        undefined where the weights lost one of its classes: a mean over fewer classes would be another score.
+        undefined if all images of one of its classes have weight 0: a mean over fewer classes is another score.
     """
     truth, predicted, probabilities, decided, multilabel = one_vs_rest
     in_macro = macro_classes(one_vs_rest) if in_macro is None else in_macro
@@ -262,10 +262,10 @@ def silhouette(embeddings: np.ndarray, labels: np.ndarray) -> float:
 
 
 def tsne(embeddings: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return (N, 2) points that are near one another where the (N, D) embeddings are.
+    """Return (N, 2) points. Similar (N, D) embeddings have points that lie near one another.
 
-    t-SNE: van der Maaten & Hinton 2008, JMLR 9:2579; each dimension is standardised. Only neighbourhood has a meaning
-    in the points: distance, direction and density have none. Embeddings that are all equal give points at 0.
+    t-SNE: van der Maaten & Hinton 2008, JMLR 9:2579; each dimension is standardised. Only neighbourhood has a meaning.
+    Distance, direction and density have none. If all embeddings are equal, all points are 0.
 
     Raises:
         ValueError: fewer than 4 images.

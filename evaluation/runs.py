@@ -22,7 +22,7 @@ class Run:
 
     Attributes:
         study: the name of the study, without `-foldK` and `-seedN`.
-        fold: the part of the images that validates, from 1, or None in a study without folds.
+        fold: the number of the fold that is held out for validation, from 1; None in a study without folds.
         folder: the run folder.
         card: its `model.json`.
         history: its `history.csv`, a row for each epoch.
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What was set for this network: preprocessing, augmentation and training."""
+        """The settings of this network: preprocessing, augmentation and training."""
         study = self.card.origin["study"]
         images = {"augmentation": study["augmentation"], "preprocessing": study["preprocessing"]}
         return images | study["training"] | study["networks"].get(self.card.architecture, {})
@@ -96,7 +96,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
 
 
 def read_seeds(study: Study, runs: Path, images: XrayTable) -> dict[str, dict[int, Run]]:
-    """Return each network's runs by seed, by the titles of `read_runs`, whose run comes first.
+    """Return each network's runs by title and seed. The first of them is the run of `read_runs`.
 
     Args:
         study: as in `read_runs`.
@@ -110,7 +110,7 @@ def read_seeds(study: Study, runs: Path, images: XrayTable) -> dict[str, dict[in
     for title, trained in _all_runs(study, runs).items():
         seeds[title] = by_seed = {}
         for run in trained:
-            by_seed.setdefault(run.seed, run)  # the study's own counts, not a repeat with its seed
+            by_seed.setdefault(run.seed, run)  # the study's own run comes before a repeat with the same seed
         named = {f"{title}, seed {seed}": run for seed, run in by_seed.items()}
         _refuse_other_tests(named)
         _refuse_changed_images(named, images)
@@ -174,17 +174,17 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
 
 
 def out_of_fold(runs: Mapping[str, Run]) -> dict[str, Predictions]:
-    """Return each fold's validation predictions, by title. An image is in one fold of a network at most.
+    """Return each fold's validation predictions, by title. Each image is in at most one fold of a network.
 
-    Scores of them are a little too good: each fold's epoch, temperature and thresholds were chosen on these images.
+    Their scores are a little too good: each fold's epoch, temperature and thresholds were chosen on these images.
     """
     return {title: run.predictions("val") for title, run in runs.items() if run.fold is not None}
 
 
 def _all_runs(study: Study, runs: Path) -> dict[str, list[Run]]:
-    """Return all trained runs by title, those of one network in the order of `_read`.
+    """Return all trained runs by title; the runs of one network are in the order of `_read`.
 
-    Networks that were trained for the study without being in its file are among them.
+    They include networks that were trained for the study but are not in its file.
     """
     folders = [study.name, f"{study.name}-fold[0-9]*", f"{study.name}-seed[0-9]*"]
     trained = {card.parent.name for folder in folders for card in runs.glob(f"{folder}/*/model.json")}
@@ -227,8 +227,8 @@ def _refuse_other_tests(runs: Mapping[str, Run]) -> None:
 
 
 def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
-    """Raise ValueError where the images of a run are missing or have changed: its predictions for the old images must
-    not stand beside maps of the new ones.
+    """Raise ValueError if images of a run are missing or have changed: its predictions are for the old images, but
+    maps would show the new ones.
     """
     for run in runs.values():
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)

@@ -62,8 +62,8 @@ def file_features(files: pd.DataFrame) -> np.ndarray:
 
     The features are
 
-    - the ranks of width, height, bytes and bytes per pixel, so that a few very large files hide nothing;
-    - 0 or 1 for the tenth of the files in which each of these lies, so that a class of middle size is found;
+    - the ranks of width, height, bytes and bytes per pixel, so that a few very large files do not hide the others;
+    - ten columns of 0 or 1 for each rank, which name its tenth, so that a class of middle-sized files is found too;
     - 0 or 1 for each format and each mode.
     """
     sizes = files[["width", "height", "bytes"]].to_numpy(float)
@@ -89,7 +89,7 @@ def probe_table(
     """Return how well a linear probe tells the classes from features that should say nothing about them.
 
     The probe is a logistic regression (standardised features, L2, equal class weights). It predicts each image from
-    the others, in folds that keep a patient's images together. Give it no test images.
+    the others, in folds that keep a patient's images together. Do not pass test images.
 
     Args:
         features: (N, F) arrays by name.
@@ -109,8 +109,8 @@ def probe_table(
     """
     rows = {}
     folds = min(FOLDS, int(np.bincount(labels).min()))
-    # Without equal class weights, a probe that learnt nothing would rank the folds by their class shares: the more
-    # images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
+    # Without equal class weights, a probe that learnt nothing predicts the class shares of its fit. A fold with many
+    # images of a class leaves few for the fit, so the area would be far below 0.5.
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     held_out = {"cv": split, "groups": patients, "method": "predict_proba"}
@@ -141,8 +141,8 @@ def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
 def duplicate_table(groups: np.ndarray, splits: Sequence[str], labels: Sequence[int]) -> pd.Series:
     """Return how many images have a near-duplicate: anywhere, in another split, and with another label.
 
-    A near-duplicate in another split is a leak: the test repeats the training. Of two with different labels, one is
-    labelled wrongly.
+    A near-duplicate in another split is a leak: the test repeats the training. If two near-duplicates have different
+    labels, one label is wrong.
 
     Args:
         groups: (N,) group numbers of `near_duplicates`.

@@ -453,7 +453,7 @@ def test_thresholds_that_do_not_fit_the_classes_are_refused(thresholds):
 
 
 def test_three_classes_that_exclude_one_another_are_not_decided_by_thresholds():
-    with pytest.raises(ValueError, match="thresholds for 3 classes: of more than two, pass none"):
+    with pytest.raises(ValueError, match="thresholds for 3 classes: pass none for more than two classes"):
         predictions.decide(np.full((3, 3), 1 / 3), (0.6, 0.3, 0.1))
 
 
