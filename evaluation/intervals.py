@@ -1,7 +1,8 @@
 """Scores, differences and means with their intervals: percentiles of a bootstrap over patients.
 
-`patients` are (N,) ids of any type. If a proportion is 0 or 1, all resamples give the same value, and a bootstrap has
-no width. Such proportions have an exact interval, see `exact_interval`. One patient alone has no interval.
+`patients` are (N,) ids of any type. If a proportion is 0 or 1, all resamples give the same value, so a bootstrap
+interval would have no width. Such proportions have an exact interval, see `exact_interval`. One patient alone has no
+interval.
 """
 
 from __future__ import annotations
@@ -134,10 +135,8 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
     estimate = weighted_scores(one_vs_rest, np.ones((1, len(patients))))[0]
     resampled = _resampled(lambda weights: weighted_scores(one_vs_rest, weights), patients, rng)
     exact = _exact_intervals(one_vs_rest, estimate, patients)
-    rows = [
-        exact.get((i, j)) or percentile_interval(estimate[i, j], resampled[:, i, j])
-        for i, j in np.ndindex(estimate.shape)
-    ]
+    cells = np.ndindex(estimate.shape)
+    rows = [exact.get(cell) or percentile_interval(estimate[cell], resampled[:, *cell]) for cell in cells]
     names = pd.MultiIndex.from_product([[*classes, MACRO], METRICS], names=["class", "metric"])
     return pd.DataFrame(rows, names).reset_index()
 

@@ -43,9 +43,7 @@ def softmax(logits):
 
 
 def skewed(n=300, num_classes=4, seed=0, decimals=1):
-    """Return targets of unequal frequency and better-than-chance probabilities, coarse so that many scores
-    tie.
-    """
+    """Return targets of unequal frequency, and probabilities better than chance of which many are equal."""
     rng = np.random.default_rng(seed)
     share = np.arange(1, num_classes + 1) ** 2.0
     targets = rng.choice(num_classes, size=n, p=share / share.sum())
@@ -105,7 +103,7 @@ def test_confusion_counts_keep_a_row_and_column_for_classes_that_never_occur():
     ],
 )
 def test_precision_and_recall_are_not_swapped(counts):
-    """A published project swaps them; on skewed classes they differ by a lot."""
+    """Precision and recall differ by a lot on skewed classes."""
     counts = np.array(counts)
     num_classes = len(counts)
     cells = np.repeat(np.arange(num_classes**2), counts.ravel())
@@ -321,9 +319,9 @@ def test_one_patient_has_no_interval():
     table = score_table(predictions_of(targets, p, alone))
     assert table["estimate"].notna().all()
     assert table[["low", "high"]].isna().all(axis=None)
-    certainly = score_table(predictions_of(targets, certain(targets, 4), alone))
-    assert (certainly["estimate"] == 1).all()
-    assert certainly[["low", "high"]].isna().all(axis=None)
+    sure_table = score_table(predictions_of(targets, certain(targets, 4), alone))
+    assert (sure_table["estimate"] == 1).all()
+    assert sure_table[["low", "high"]].isna().all(axis=None)
     for values, options in ((np.arange(30.0), {}), (np.ones(30), {"proportion": True})):
         mean = intervals.bootstrap_mean(values, alone, **options, rng=np.random.default_rng(0))
         assert str(mean) == f"{values.mean():.3f} (no interval)"
@@ -457,7 +455,7 @@ def test_three_classes_that_exclude_one_another_are_not_decided_by_thresholds():
         predictions.decide(np.full((3, 3), 1 / 3), (0.6, 0.3, 0.1))
 
 
-def test_the_class_that_has_a_threshold_is_the_one_that_is_decided_on():
+def test_the_threshold_applies_to_the_class_that_has_one():
     p = np.array([0.1, 0.3, 0.6, 1.0])
     rows = np.stack([1 - p, p], axis=1)
     assert predictions.decide(rows, (None, 0.3)).tolist() == [0, 1, 1, 1]
@@ -581,7 +579,7 @@ def test_youdens_threshold_does_not_depend_on_the_shares_of_the_classes():
     assert balanced["accuracy"] < skew["accuracy"]
 
 
-def test_the_threshold_lies_in_the_middle_of_the_widest_gap_that_is_as_good():
+def test_the_threshold_lies_in_the_middle_of_the_widest_of_the_best_gaps():
     def chosen(truth, p, rule="youden"):
         p = np.array(p)
         return predictions.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule, positive=1)[1]
@@ -674,7 +672,7 @@ def test_multilabel_bootstrap_equals_a_plain_loop_over_sklearn(monkeypatch):
     np.testing.assert_allclose(table[["low", "high"]].to_numpy().T, ends, atol=1e-9)
 
 
-def test_labels_that_no_image_has_or_every_one_are_left_out_of_the_macro_means():
+def test_labels_of_no_image_or_all_images_are_left_out_of_the_macro_means():
     targets, probabilities = findings()
     targets[:, 2], targets[:, 3] = 0, 1
     table = metrics.classification_scores(predictions_of(targets, probabilities), LABELS)
@@ -686,7 +684,7 @@ def test_labels_that_no_image_has_or_every_one_are_left_out_of_the_macro_means()
     assert empty.loc["macro", list(metrics.METRICS)].isna().all()
 
 
-def test_findings_without_probability_or_threshold_have_no_figures_and_are_in_no_mean(tmp_path):
+def test_findings_without_probability_or_threshold_have_no_scores_and_are_in_no_mean(tmp_path):
     targets, probabilities = findings()
     thresholds = (0.4, 0.3, None, 0.3)
     unlearnt = probabilities.copy()
