@@ -27,7 +27,7 @@ from utils import read_mask, read_xray
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
 BATCH = 16  # images in one forward pass
-# The first method's map of another patient, of the same class if possible: it depends on the class, not on the image.
+# The first method's map of another patient, of the same class if possible: it depends on the class, not on this image.
 ANOTHER = "another patient's"
 
 
