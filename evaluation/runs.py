@@ -9,6 +9,7 @@ import pandas as pd
 
 from datasets import XrayTable, data_fingerprint
 from datasets.splits import apply_splits
+from datasets.table import FINGERPRINT
 from evaluation.metrics import MACRO, METRICS, classification_scores
 from evaluation.predictions import Predictions, ensemble, read_predictions
 from inference.trained_networks import ModelCard, read_card
@@ -43,6 +44,12 @@ class Run:
     def seed(self) -> int:
         """The seed of the initial weights, the order of the images and the augmentation."""
         return self.card.origin["seed"]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the images; None in runs of older versions, whose fingerprint does not cover the content."""
+        recorded = str(self.card.origin.get("data_fingerprint"))
+        return recorded if recorded.startswith(FINGERPRINT) else None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -92,6 +99,9 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
         )
     _refuse_other_tests(trained)
     _refuse_changed_images(trained, images)
+    for title, run in trained.items():
+        if run.fingerprint is None:
+            print(f"{title} ({run.folder}) does not record what was in its images: they may have changed since")
     return trained
 
 
@@ -232,7 +242,7 @@ def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
     """
     for run in runs.values():
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
-        if run.card.origin.get("data_fingerprint") != data_fingerprint(as_trained):
+        if run.fingerprint not in (None, data_fingerprint(as_trained)):
             raise ValueError(
                 f"images in {images.root} have changed since {run.folder} was trained: put them back, or train again"
             )
