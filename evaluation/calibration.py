@@ -1,6 +1,6 @@
-"""Calibration: how far probabilities mean what they say, and the temperature that corrects them.
+"""Calibration: how well probabilities match observed shares, and the temperature that corrects them.
 
-Tasks and shapes are those of `metrics`. Decision thresholds play no part here.
+Tasks and shapes are those of `predictions`. Decision thresholds are not used here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TEMPERATURES = (0.05, 20.0)  # the range that fit_temperature searches
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """Return the temperature T > 0 for which softmax(logits / T) has the least negative log likelihood.
 
-    Guo et al. 2017, "On calibration of modern neural networks", ICML, section 4.2. Fit it on validation data. T > 1:
-    the network was over-confident. T is 1 where the data cannot tell:
+    Guo et al. 2017, "On calibration of modern neural networks", ICML, section 4.2. Fit it on validation data. T > 1
+    means that the network was over-confident. T is 1 in two cases:
 
-    - where every image is classified correctly: the likelihood then grows without end as T falls to 0;
-    - where the best T lies outside `TEMPERATURES`.
+    - every image is classified correctly: the likelihood then grows without end as T falls to 0;
+    - the best T lies outside `TEMPERATURES`.
 
     Args:
         logits: (N, C) finite logits; a network with one output z gives the pair (-z/2, z/2).
@@ -37,8 +37,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
     # The loss is convex in 1/T, so it has one minimum in log T and a bounded search finds it.
     lowest, highest = (math.log(end) for end in TEMPERATURES)
-    options = {"xatol": 1e-6}
-    best = optimize.minimize_scalar(loss, bounds=(lowest, highest), method="bounded", options=options).x
+    best = optimize.minimize_scalar(loss, bounds=(lowest, highest), method="bounded", options={"xatol": 1e-6}).x
     all_correct = (logits.argmax(axis=1) == targets).all()
     return 1.0 if all_correct or not lowest + 0.01 < best < highest - 0.01 else math.exp(best)
 
@@ -59,10 +58,10 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
         - accuracy: share of images that are of this class; NaN in an empty bin;
         - count: number of images.
 
-        With several labels, an image counts once for each label: confidence is the mean probability of a label,
-        accuracy the share of images that have it.
+        With several labels, an image counts once for each label. Confidence is the mean probability of a label;
+        accuracy is the share of images that have it.
     """
-    targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
+    targets, probabilities = checked(targets, probabilities)
     if targets.ndim == 2:
         reported = ~np.isnan(probabilities)
         confidences, correct = probabilities[reported], targets[reported] == 1
@@ -71,10 +70,9 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
     edges = np.linspace(0, 1, bins + 1)
     index = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidences, correct)]
     with np.errstate(invalid="ignore"):
-        confidence, accuracy = (
-            np.bincount(index, weights=values, minlength=bins) / count for values in (confidences, correct)
-        )
+        confidence, accuracy = sums / count
     return pd.DataFrame(
         {"low": edges[:-1], "high": edges[1:], "confidence": confidence, "accuracy": accuracy, "count": count}
     )

@@ -1,14 +1,14 @@
 """Scores of a network's maps on its test cases, by several methods and beside chance.
 
-Where the data says where something is, maps are held against it (`localization`). The network itself shows whether maps
-are faithful to it (`faithfulness`) and depend on what it has learnt (`randomisation`). `map_cases` chooses the cases,
+`localization` compares maps with the lesions and lungs of the data. `faithfulness` and `randomisation` run the network
+again: do its maps name the pixels that it uses, and do they depend on its weights? `map_cases` chooses the cases,
 `map_summary` makes a table of the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,30 +18,27 @@ from torch import Tensor
 from cams.maps import CamMaps, LayerMaps
 from cams.methods import METHODS
 from evaluation.faithfulness import ClassifiedImages, deletion_insertion, masked_confidence
-from evaluation.localization import CHANCE, best_overlap, mass_inside, peak_inside
-from evaluation.map_cases import MapCase, lungs_of, refuse_other_answer, target_of
+from evaluation.localization import CHANCE, best_overlap, box_mask, mass_inside, peak_inside
+from evaluation.map_cases import FindLungs, MapCase, lungs_of, refuse_other_answer
 from evaluation.randomisation import random_network, randomised, rank_correlation
 from inference.explanations import cam_of
 from inference.trained_networks import TrainedNetwork
-from utils import read_xray
-
-if TYPE_CHECKING:
-    from lungs.masking import LungMask
+from utils import read_mask, read_xray
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
 BATCH = 16  # images in one forward pass
-# The first method's map of another patient, of the same class where there is one: it knows the class, not the image.
+# The first method's map of another patient, of the same class if possible: it depends on the class, not on this image.
 ANOTHER = "another patient's"
 
 
 class MapScores(NamedTuple):
     """Scores of one network's maps: a row for each case and kind of map.
 
-    All frames have the columns path, patient, label and map. `map` is a method's title or a kind of map that knows
-    nothing of the image: `ANOTHER`, or one of `localization.CHANCE`.
+    All frames have the columns path, patient, label and map. `map` is a method's title, or a kind of map that
+    does not depend on the image: `ANOTHER`, or one of `localization.CHANCE`.
 
     Attributes:
-        located: against lesion and lungs, NaN where these are unknown:
+        located: comparison with lesion and lungs, NaN where these are unknown:
 
             - peak: 1.0 if the map's peak is in the lesion (in its boxes where it has no mask), else 0.0;
             - in_lesion: share of the map's sum in the lesion, 0 for an empty map;
@@ -71,14 +68,14 @@ def score_maps(
     methods: Sequence[str],
     faithful: int,
     steps: int,
-    find_lungs: Callable[[np.ndarray], LungMask] | None = None,
+    find_lungs: FindLungs = None,
     seed: int,
 ) -> MapScores:
-    """Return the scores of a network's maps by several methods, and of maps that know nothing.
+    """Return the scores of a network's maps by several methods, and of maps that do not depend on the image.
 
     Args:
         trained: the network.
-        cases: of `map_cases`. All of them are held against what is known of them, at the X-rays' own size.
+        cases: of `map_cases`. All of them are compared with their masks and boxes, at the X-rays' own size.
         methods: names of `cams.methods.METHODS`.
         faithful: the number of cases, drawn by `seed`, on which the network is run again: several hundred passes each.
         steps: of `faithfulness.deletion_insertion`.
@@ -95,42 +92,34 @@ def score_maps(
     classes = torch.tensor([case.class_index for case in cases], device=device)
     maps = _maps(trained, images, classes, methods)
     first = maps[methods[0]]
-    _refuse_other_answers(trained, cases, first.logits)
+    for case, probabilities in zip(cases, trained.card.probabilities(first.logits).cpu().numpy(), strict=True):
+        if case.probabilities is not None:
+            refuse_other_answer(trained, case.path, probabilities, case.probabilities)
     kinds = {METHODS[name].title: of_method for name, of_method in maps.items()}
-    partners = _partners(cases, seed)
-    if partners is not None:
+    if (partners := _partners(cases, seed)) is not None:
         kinds[ANOTHER] = first[partners]
-    asked = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
-    asked_cases = [cases[i] for i in asked]
-    subject = _subject(trained, images[asked], classes[asked])
-    asked_kinds, asked_maps = ({name: m[asked] for name, m in of.items()} for of in (kinds, maps))
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
+    drawn_cases = [cases[i] for i in drawn]
+    subject = _subject(trained, images[drawn], classes[drawn])
+    drawn_kinds, drawn_maps = ({name: m[drawn] for name, m in of.items()} for of in (kinds, maps))
     return MapScores(
         _located(cases, kinds, find_lungs),
-        _faithful(subject, asked_cases, asked_kinds, steps=steps, seed=seed),
-        _randomised(trained, subject, asked_cases, asked_maps, seed=seed),
+        _faithful(subject, drawn_cases, drawn_kinds, steps=steps, seed=seed),
+        _randomised(trained, subject, drawn_cases, drawn_maps, seed),
     )
 
 
 def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Sequence[str]) -> dict[str, CamMaps]:
     """Return a map for each image and its class, by the methods' names."""
     with cam_of(trained) as cam:
-        batches = [
-            cam.by_method(methods, *batch) for batch in zip(images.split(BATCH), classes.split(BATCH), strict=True)
-        ]
+        pairs = zip(images.split(BATCH), classes.split(BATCH), strict=True)
+        batches = [cam.by_method(methods, *pair) for pair in pairs]
     maps = {}
     for name in methods:
         parts = [batch[name] for batch in batches]
-        raw, chosen, logits = (
-            torch.cat([getattr(part, field) for part in parts]) for field in ("raw", "classes", "logits")
-        )
-        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), chosen, logits)
+        raw, logits = torch.cat([part.raw for part in parts]), torch.cat([part.logits for part in parts])
+        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), classes[:, None], logits)
     return maps
-
-
-def _refuse_other_answers(trained: TrainedNetwork, cases: Sequence[MapCase], logits: Tensor) -> None:
-    for case, probabilities in zip(cases, trained.card.probabilities(logits).cpu().numpy(), strict=True):
-        if case.probabilities is not None:
-            refuse_other_answer(trained, case.path, probabilities, case.probabilities)
 
 
 def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
@@ -149,25 +138,17 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 
 
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
-    """Return the images with the network, in the form in which its faithfulness is tested."""
+    """Return the images with the network, in the form in which its faithfulness is tested.
 
-    def probabilities(batch: Tensor) -> Tensor:
-        return trained.card.probabilities(trained.network(batch))
-
-    return ClassifiedImages(probabilities, images, classes, _baseline(trained, images))
-
-
-def _baseline(trained: TrainedNetwork, images: Tensor) -> Tensor:
-    """Return what deleted pixels become: 0, the mean.
-
-    For a network that sees lungs on black, black pixels stay black, because it has never seen grey there.
+    Deleted pixels become 0, the mean. If the network was trained on lungs with black around them, black pixels stay
+    black, because it has never seen grey there.
     """
     baseline = torch.zeros_like(images)
-    if trained.lungs is None:
-        return baseline
-    black = [-mean / std for mean, std in zip(trained.card.mean, trained.card.std, strict=True)]
-    difference = images - torch.tensor(black).to(images)[:, None, None]
-    return torch.where((difference.abs() < 1e-3).all(dim=1, keepdim=True), images, baseline)
+    if trained.lungs is not None:
+        black = [-mean / std for mean, std in zip(trained.card.mean, trained.card.std, strict=True)]
+        difference = images - torch.tensor(black).to(images)[:, None, None]
+        baseline = torch.where((difference.abs() < 1e-3).all(dim=1, keepdim=True), images, baseline)
+    return ClassifiedImages(lambda batch: trained.card.probabilities(trained.network(batch)), images, classes, baseline)
 
 
 def _names(cases: Sequence[MapCase], kind: str) -> pd.DataFrame:
@@ -177,39 +158,32 @@ def _names(cases: Sequence[MapCase], kind: str) -> pd.DataFrame:
 
 
 def _chance(shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Return (H, W) float32 maps that know nothing of the image, by kind."""
+    """Return (H, W) float32 maps that do not depend on the image, by kind."""
     return {kind: make(shape).astype(np.float32) for kind, make in CHANCE.items()}
 
 
-def _located(
-    cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs: Callable[[np.ndarray], LungMask] | None
-) -> pd.DataFrame:
+def _located(cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs: FindLungs) -> pd.DataFrame:
     """Return `MapScores.located`, case by case."""
     rows = []
     for i, case in enumerate(cases):
         xray = read_xray(case.path)
-        target, lungs = target_of(case, xray.shape), lungs_of(case, xray, find_lungs)
-        maps = {kind: of[i : i + 1].upsampled(xray.shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
-        for kind, map_ in (maps | _chance(xray.shape)).items():
-            scores = _held_against(map_.astype(np.float64), target, lungs, case.boxes)
+        shape, lungs = xray.shape, lungs_of(case, xray, find_lungs)
+        target = box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
+        maps = {kind: of[i : i + 1].upsampled(shape)[0, 0].cpu().numpy() for kind, of in kinds.items()}
+        for kind, map_ in (maps | _chance(shape)).items():
+            map_ = map_.astype(np.float64)
+            scores = {
+                "peak": peak_inside(map_, target),
+                "in_lesion": mass_inside(map_, target),
+                "in_lungs": mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan,
+                **best_overlap(map_, case.boxes)._asdict(),
+                "empty": float(not map_.any()),
+            }
             rows.append(_names([case], kind).assign(**scores))
     located = pd.concat(rows, ignore_index=True)
     # The expected hit rate of a peak at random is the share of the image that the lesion covers.
     located["peak"] = located["peak"].mask(located["map"] == "uniform", located["in_lesion"])
     return located
-
-
-def _held_against(
-    map_: np.ndarray, target: np.ndarray, lungs: np.ndarray | None, boxes: np.ndarray
-) -> dict[str, float]:
-    in_lungs = mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan
-    return {
-        "peak": peak_inside(map_, target),
-        "in_lesion": mass_inside(map_, target),
-        "in_lungs": in_lungs,
-        **best_overlap(map_, boxes)._asdict(),
-        "empty": float(not map_.any()),
-    }
 
 
 def _faithful(
@@ -230,12 +204,7 @@ def _faithful(
 
 
 def _randomised(
-    trained: TrainedNetwork,
-    subject: ClassifiedImages,
-    cases: Sequence[MapCase],
-    maps: Mapping[str, CamMaps],
-    *,
-    seed: int,
+    trained: TrainedNetwork, subject: ClassifiedImages, cases: Sequence[MapCase], maps: Mapping[str, CamMaps], seed: int
 ) -> pd.DataFrame:
     """Return `MapScores.randomised`, network by network and stage by stage."""
     frames = []

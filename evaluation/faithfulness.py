@@ -1,8 +1,7 @@
 """Is a map faithful to its network: does the prediction depend on the pixels that the map names?
 
-These scores need no lesion mask. Masks and boxes say whether a map lies where a radiologist would look (see
-`localization`), but a faithful map of a network that looks elsewhere must not lie there. Whether the map depends on
-what the network has learnt is the question of `randomisation`.
+These scores need no lesion mask. `localization` tells whether a map lies where a radiologist would look. If the network
+looks elsewhere, a faithful map lies elsewhere too. `randomisation` tests whether the map depends on the weights.
 
 Maps are (N, H, W) at the images' size, each scaled by its maximum to 0..1 or all zero.
 """
@@ -46,8 +45,8 @@ class DeletionInsertion(NamedTuple):
 class MaskedConfidence(NamedTuple):
     """Confidence in the class for whole images, and its change when each image is masked by its map.
 
-    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). Read drop and
-    increase beside a score that punishes large maps, such as the deletion area.
+    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
+    increase together with a score that punishes large maps, such as the deletion area.
 
     Attributes:
         probability: (N,) float64, of the whole image.
@@ -68,8 +67,8 @@ def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, s
     pixels, which leaves lesions visible.
 
     Equal pixels (in a uniform map, or in the zeros of a rectified map) change block by block in a random order. The
-    order depends on `seed` and the image's position alone, so all maps of the same images share it. In reading order,
-    the change would be a sweep from the top; one by one, it would be a noise to which networks react.
+    order depends only on `seed` and the image's position, so all maps of the same images share it. Reading order would
+    be a sweep from the top. Single pixels would be noise, to which networks react.
 
     Args:
         subject: the images and the network.

@@ -1,8 +1,8 @@
 """Scores, differences and means with their intervals: percentiles of a bootstrap over patients.
 
-Arguments are as in `metrics`; `patients` are (N,) ids of any type. A bootstrap says nothing about what it never saw:
-for a proportion of 0 or 1, all resamples give the same value. Such proportions have an exact interval, see
-`exact_interval`. One patient alone has no interval.
+`patients` are (N,) ids of any type. If a proportion is 0 or 1, all resamples give the same value, so a bootstrap
+interval would have no width. Such proportions have an exact interval, see `exact_interval`. One patient alone has no
+interval.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.metrics import MACRO, METRICS, OneVsRest, each_class, macro_classes, weighted_scores
-from inference.decisions import Thresholds
+from evaluation.predictions import Predictions
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -74,8 +74,8 @@ def _resampled(score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rn
 def percentile_interval(estimate: float, resampled: np.ndarray) -> Interval:
     """Return the estimate with the central `CONFIDENCE` share of its (R,) resampled values.
 
-    Undefined resamples, which drew no patient of the class, are left out. If there are more than `UNDEFINED_SHARE`,
-    there is no interval: the rest would be a sample of the luckier resamples, from too few patients (about three).
+    Undefined resamples drew no patient of the class; they are left out. If their share is above `UNDEFINED_SHARE`,
+    there is no interval, because the class has too few patients (about three).
     """
     undefined = np.isnan(resampled)
     if not resampled.size or undefined.mean() > UNDEFINED_SHARE:
@@ -89,7 +89,7 @@ def exact_interval(estimate: float, patients: int) -> Interval:
     """Return a proportion of 0 or 1 with its interval by Clopper & Pearson (1934, Biometrika 26:404).
 
     The interval is (0, 1 - a) or (a, 1) with a = ((1 - CONFIDENCE) / 2) ** (1 / patients). Patients, not images, are
-    the trials, so it holds however alike the images of a patient are. Fewer than two patients have no interval.
+    the trials, so it holds even if all images of a patient are alike. Fewer than two patients have no interval.
     """
     if patients < 2:
         return Interval(estimate)
@@ -103,7 +103,7 @@ def bootstrap_mean(
     """Return the mean over images with its interval over patients.
 
     Args:
-        values: (N,) numbers; NaNs are left out, and patients who have nothing else with them.
+        values: (N,) numbers. NaNs are left out, and so are patients who have no other value.
         patients: (N,) patient ids.
         proportion: the values are 0 or 1, and a mean of 0 or 1 has the exact interval.
         rng: draws the resamples.
@@ -119,49 +119,36 @@ def bootstrap_mean(
     return percentile_interval(values.mean(), means)
 
 
-def bootstrap_scores(
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    patients: Sequence,
-    classes: Sequence[str],
-    *,
-    thresholds: Thresholds = None,
-    rng: np.random.Generator,
-) -> pd.DataFrame:
+def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: np.random.Generator) -> pd.DataFrame:
     """Return the scores of `metrics.classification_scores` with intervals over patients.
 
     Args:
-        targets: (N,) or (N, C), see `metrics`.
-        probabilities: (N, C), see `metrics`.
-        patients: (N,) patient ids.
-        classes: names of the classes.
-        thresholds: (C,) decision thresholds, see `decide`.
+        predictions: for N images.
+        classes: names of the C classes.
         rng: draws the resamples.
 
     Returns:
         One row for each class, then "macro", and each metric, with the columns class, metric, estimate, low, high.
         Scores of 0 and 1 have the intervals of `_exact_intervals`, all others those of `percentile_interval`.
     """
-    one_vs_rest = each_class(targets, probabilities, len(classes), thresholds)
-    estimate = weighted_scores(one_vs_rest, np.ones((1, len(one_vs_rest.truth))))[0]
+    one_vs_rest, patients = each_class(predictions), predictions.patients
+    estimate = weighted_scores(one_vs_rest, np.ones((1, len(patients))))[0]
     resampled = _resampled(lambda weights: weighted_scores(one_vs_rest, weights), patients, rng)
     exact = _exact_intervals(one_vs_rest, estimate, patients)
-    rows = [
-        (name, metric, *(exact.get((i, j)) or percentile_interval(estimate[i, j], resampled[:, i, j])))
-        for i, name in enumerate([*classes, MACRO])
-        for j, metric in enumerate(METRICS)
-    ]
-    return pd.DataFrame(rows, columns=["class", "metric", *Interval._fields])
+    cells = np.ndindex(estimate.shape)
+    rows = [exact.get(cell) or percentile_interval(estimate[cell], resampled[:, *cell]) for cell in cells]
+    names = pd.MultiIndex.from_product([[*classes, MACRO], METRICS], names=["class", "metric"])
+    return pd.DataFrame(rows, names).reset_index()
 
 
 def _exact_intervals(
     one_vs_rest: OneVsRest, estimate: np.ndarray, patients: Sequence
 ) -> dict[tuple[int, int], Interval]:
-    """Return the intervals of those of the (C + 1, M) scores that are 0 or 1, by row and column.
+    """Return the intervals of all (C + 1, M) scores that are 0 or 1, by row and column.
 
-    A class's score has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has that of J, the share
-    of images that are of the class and called it, among those that are either. A macro mean has the means of its
-    classes' ends, which is wide.
+    The score of a class has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has the interval of
+    the Jaccard index J: images of the class that are predicted as the class, divided by images that are either. The
+    ends of a macro mean's interval are the means of its classes' ends, so this interval is wide.
     """
     trials, in_macro = _trials(one_vs_rest, patients), macro_classes(one_vs_rest)
     exact = {}
@@ -180,12 +167,16 @@ def _exact_intervals(
 
 
 def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]:
-    """Return (C,) the number of patients that each metric is about.
+    """Return (C,) numbers of patients by metric: the trials of its exact interval.
 
-    Accuracy is about all patients, recall about those with an image of the class, specificity about those with an
-    image of another class, precision about those with an image that was called the class. roc_auc is about the
-    patients of the smaller side: that many pairs of a positive and a negative have no patient in common, and each is
-    ranked correctly with a probability of roc_auc. Other pairs are left out, so the interval is rather wide.
+    - accuracy: all patients;
+    - recall: patients with an image of the class;
+    - specificity: patients with an image of another class;
+    - precision: patients with an image that is predicted as the class;
+    - f1: patients with an image that is either;
+    - roc_auc: the smaller of positive and negative patients. So many pairs of a positive and a negative have no patient
+      in common, and each pair is ranked correctly with probability roc_auc. All other pairs are left out, so the
+      interval is rather wide.
     """
     truth, called = one_vs_rest.truth, one_vs_rest.predicted
 
@@ -203,17 +194,7 @@ def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]
 
 
 def paired_difference(
-    targets: np.ndarray,
-    probabilities_a: np.ndarray,
-    probabilities_b: np.ndarray,
-    patients: Sequence,
-    classes: Sequence[str],
-    *,
-    metric: str = "accuracy",
-    of: str = MACRO,
-    thresholds_a: Thresholds = None,
-    thresholds_b: Thresholds = None,
-    rng: np.random.Generator,
+    a: Predictions, b: Predictions, classes: Sequence[str], *, metric: str, of: str, rng: np.random.Generator
 ) -> Interval:
     """Return metric(a) - metric(b) of two networks on the same images and the same resamples of patients.
 
@@ -222,32 +203,21 @@ def paired_difference(
     interval.
 
     Args:
-        targets: (N,) or (N, C), see `metrics`.
-        probabilities_a: (N, C) of the first network.
-        probabilities_b: (N, C) of the second network.
-        patients: (N,) patient ids.
-        classes: names of the classes.
+        a: predictions of the first network.
+        b: predictions of the second network for the same images in the same order.
+        classes: names of the C classes.
         metric: one of `METRICS`.
-        of: a class, scored against the rest, or the macro row. Its mean is over the classes that count in both
-            networks: a label that one of them does not report, or has no threshold for, counts in neither.
-        thresholds_a: (C,) decision thresholds of the first network, see `decide`.
-        thresholds_b: (C,) decision thresholds of the second network.
+        of: a class, which is compared with all others, or `MACRO`. The macro mean is over the classes that count in
+            both networks: a label that one of them does not report, or has no threshold for, counts in neither.
         rng: draws the resamples.
-
-    Raises:
-        ValueError: there is no such metric.
     """
-    if metric not in METRICS:
-        raise ValueError(f"No metric {metric!r}: choose one of {', '.join(METRICS)}")
-    networks = ((probabilities_a, thresholds_a), (probabilities_b, thresholds_b))
-    a, b = (each_class(targets, probabilities, len(classes), t) for probabilities, t in networks)
+    networks = [each_class(predictions) for predictions in (a, b)]
     row, column = [*classes, MACRO].index(of), METRICS.index(metric)
-    in_macro = macro_classes(a) & macro_classes(b)
+    in_macro = np.logical_and(*map(macro_classes, networks))
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        score_a, score_b = (weighted_scores(network, weights, in_macro)[:, row, column] for network in (a, b))
-        return score_a - score_b
+        return np.subtract(*(weighted_scores(network, weights, in_macro)[:, row, column] for network in networks))
 
-    estimate = difference(np.ones((1, len(a.truth))))[0]
-    interval = percentile_interval(estimate, _resampled(difference, patients, rng))
+    estimate = difference(np.ones((1, len(a.patients))))[0]
+    interval = percentile_interval(estimate, _resampled(difference, a.patients, rng))
     return interval if interval.low < interval.high else Interval(interval.estimate)

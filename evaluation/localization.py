@@ -24,9 +24,9 @@ SIGMA = 0.25  # of the centred Gaussian, as a share of the image's height and wi
 def peak(map_: np.ndarray) -> tuple[int, int] | None:
     """Return (row, column) of the greatest value of an (H, W) map; None if all values are zero.
 
-    Of equal values (to 1 part in a million), the one nearest to the image's centre counts. Upsampling extends the
-    outermost cell of a map as a plateau to the image's edge. The plateau's inner end is the cell's centre, where the
-    evidence is; its first pixel in reading order lies at the edge.
+    If several values are equally great (to 1 part in a million), the one nearest to the image's centre counts.
+    Upsampling extends the outermost cell of a map as a plateau to the image's edge. The evidence is at the cell's
+    centre, which is the inner end of the plateau.
     """
     if not map_.any():
         return None
@@ -56,22 +56,22 @@ def mass_inside(map_: np.ndarray, mask: np.ndarray) -> float:
 def centred_gaussian_map(shape: tuple[int, int]) -> np.ndarray:
     """Return an (H, W) map exp(-(y² + x²) / 2), y and x from the centre in units of `SIGMA` · height and width.
 
-    This map knows only that the patient is in the middle. It is harder to beat than a uniform map.
+    This map says only that the patient is in the middle. It is harder to beat than a uniform map.
     """
     y, x = ((np.arange(side) - (side - 1) / 2) / (SIGMA * side) for side in shape)
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 2)
 
 
-# Maps that know nothing of the network: every score stands beside theirs. The share of a uniform map inside a mask is
-# the mask's share of the image, and so is the expected hit rate of a peak at random.
+# Maps that do not depend on the network: every score is shown beside their scores. The share of a uniform map inside a
+# mask is the mask's share of the image. The expected hit rate of a random peak is the same number.
 CHANCE = {"centred Gaussian": centred_gaussian_map, "uniform": np.ones}
 
 
 def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the (H, W) bool union of (B, 4) boxes: True where a pixel's centre lies in one.
 
-    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. What reaches
-    beyond the image is cut off.
+    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. Parts beyond the
+    image are cut off.
     """
     mask = np.zeros(shape, dtype=bool)
     for x, y, width, height in boxes:
@@ -92,7 +92,7 @@ def _centres_inside(start: float, extent: float, size: int) -> slice:
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return (A, B) intersections over unions, 0 to 1, of (A, 4) boxes with (B, 4) boxes."""
     intersection = _intersections(a, b)
-    return intersection / (_areas(a)[:, None] + _areas(b)[None, :] - intersection)
+    return intersection / (a[:, 2:].prod(axis=1)[:, None] + b[:, 2:].prod(axis=1) - intersection)
 
 
 def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -101,17 +101,13 @@ def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "Intersection over the detected bounding box", IoBB, of Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315.
     Unlike `iou`, it forgives a detection that is too small, but not one that is too large.
     """
-    return _intersections(detected, truth) / _areas(detected)[:, None]
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return boxes[:, 2] * boxes[:, 3]
+    return _intersections(detected, truth) / detected[:, 2:].prod(axis=1)[:, None]
 
 
 def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the (A, B) areas that (A, 4) and (B, 4) boxes have in common."""
-    upper_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None, :])
+    upper_left = np.maximum(a[:, None, :2], b[:, :2])
+    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
     return np.maximum(lower_right - upper_left, 0).prod(axis=2)
 
 
@@ -164,7 +160,7 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
         and "IoBB". Columns:
 
         - images: how many cases had a true box;
-        - regions: mean number of detected boxes. Of many small boxes one meets a true box by chance: read IoBB;
+        - regions: mean number of detected boxes. One of many small boxes may have a large IoBB by chance;
         - at 0.1, …: the shares;
         - at 0.1 low, at 0.1 high, …: their intervals over patients, see `intervals.bootstrap_mean`.
     """
@@ -180,14 +176,10 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
 
 def _shares_above(cases: pd.DataFrame, column: str, seed: int) -> dict[str, float]:
     """Return a row of `overlap_table` for cases that have a true box."""
-    shares = {
-        f"at {overlap:g}": bootstrap_mean(
-            cases[column] > overlap, cases["patient"], proportion=True, rng=np.random.default_rng(seed)
-        )
-        for overlap in OVERLAPS
-    }
-    return (
-        {"images": len(cases), "regions": float(cases["detected"].mean())}
-        | {name: interval.estimate for name, interval in shares.items()}
-        | {f"{name} {end}": getattr(share, end) for name, share in shares.items() for end in ("low", "high")}
-    )
+    row, ends = {"images": len(cases), "regions": float(cases["detected"].mean())}, {}
+    for overlap in OVERLAPS:
+        rng, name = np.random.default_rng(seed), f"at {overlap:g}"
+        share = bootstrap_mean(cases[column] > overlap, cases["patient"], proportion=True, rng=rng)
+        row[name] = share.estimate
+        ends |= {f"{name} low": share.low, f"{name} high": share.high}
+    return row | ends

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from datasets import XrayTable
 from datasets.table import relative_paths
-from evaluation.localization import box_mask
 from evaluation.predictions import Predictions
 from inference.trained_networks import TrainedNetwork
+from lungs.masking import LungMask
 from utils import read_mask
 
-if TYPE_CHECKING:
-    from lungs.masking import LungMask
-
+FindLungs = Callable[[np.ndarray], LungMask] | None  # finds the lungs of an (H, W) X-ray
 ROUNDING = 0.01  # the same probabilities differ by at most this when they are computed on another device
 
 
@@ -47,9 +46,9 @@ class MapCase(NamedTuple):
 def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: int) -> list[MapCase]:
     """Return at most `most` cases of the test images.
 
-    With one class an image, a case is a correctly classified image with its class: a wrong answer has no right place to
-    look at. With several findings, a case is an image and a finding that has a box in it; where no image has a box, a
-    finding that the image has.
+    With one class an image, a case is a correctly classified image with its class: for a wrong answer there is no right
+    place to look. With several findings, a case is an image with a finding that has a box in it. If no image has a
+    box, a case is an image with a finding that it has.
 
     Args:
         table: the study's images.
@@ -59,8 +58,14 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
     """
     pairs = (_findings if table.multilabel else _correct)(table, predictions)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    stored = stored_probabilities(predictions, table)
-    return [_case(table, *pairs[i], stored) for i in drawn]
+    stored, cases = stored_probabilities(predictions, table), []
+    for image, index in (pairs[i] for i in drawn):
+        path, label = image["path"], table.classes[index]
+        boxes = table.boxes[(table.boxes["path"] == path) & (table.boxes["label"] == index)]
+        boxes = boxes[["x", "y", "width", "height"]].to_numpy(float)
+        masks = image["lesion"], image["mask"]
+        cases.append(MapCase(path, image["patient"], index, label, *masks, boxes, stored[path]))
+    return cases
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
@@ -83,33 +88,17 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
     return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
 
 
-def _case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
-    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
-    return MapCase(
-        image["path"],
-        image["patient"],
-        index,
-        table.classes[index],
-        lesion=image["lesion"],
-        lung=image["mask"],
-        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
-        probabilities=stored[image["path"]],
-    )
-
-
 def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:
     """Return the (C,) predicted probabilities of each test image, by the path of its file.
 
     Raises:
         ValueError: the predictions lack a test image.
     """
-    rows = dict(zip(predictions.paths, predictions.probabilities, strict=True))
     paths = table.subset("test")["path"]
-    names = dict(zip(paths, relative_paths(paths, table.root), strict=True))
-    missing = [path for path, name in names.items() if name not in rows]
-    if missing:
-        raise ValueError(f"the predictions lack {missing[0]}: train again (notebook 2)")
-    return {path: rows[name] for path, name in names.items()}
+    rows = pd.Index(predictions.paths).get_indexer(relative_paths(paths, table.root))
+    if (rows < 0).any():
+        raise ValueError(f"the predictions lack {paths.iloc[rows.argmin()]}: train again (notebook 2)")
+    return dict(zip(paths, predictions.probabilities[rows], strict=True))
 
 
 def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray) -> None:
@@ -123,18 +112,15 @@ def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.nd
         )
 
 
-def target_of(case: MapCase, shape: tuple[int, int]) -> np.ndarray:
-    """Return the (H, W) bool place to look at: the lesion mask, else the boxes; nowhere True if there are none."""
-    return box_mask(case.boxes, shape) if case.lesion is None else read_mask(case.lesion, shape)
-
-
-def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: Callable[[np.ndarray], LungMask] | None) -> np.ndarray | None:
+def lungs_of(case: MapCase, xray: np.ndarray, find_lungs: FindLungs) -> np.ndarray | None:
     """Return the (H, W) bool lungs of a case's X-ray.
 
-    They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None where there is
-    neither, or where the lungs found are implausible.
+    They come from the case's mask, else from `find_lungs` (`lungs.masking.LungMasking.mask_of`). None if there is
+    neither, or if `find_lungs` gives a reason against its result.
     """
     if case.lung is not None:
         return read_mask(case.lung, xray.shape)
-    lungs = find_lungs(xray) if find_lungs is not None else None
-    return None if lungs is None or lungs.reason is not None else lungs.mask
+    if find_lungs is None:
+        return None
+    lungs = find_lungs(xray)
+    return lungs.mask if lungs.reason is None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,15 +13,13 @@ from evaluation.intervals import Interval, bootstrap_mean, patient_weights
 from evaluation.randomisation import verdict
 
 # Columns of the summary, and the columns of `MapScores` whose means they are.
-LOCATED = {
+MEANS = {
     "empty": "empty",
     "peak in lesion": "peak",
     "peak, minus another's": "peak_difference",
     "share in lesion": "in_lesion",
     "share, minus another's": "in_lesion_difference",
     "share in lungs": "in_lungs",
-}
-FAITHFUL = {
     "probability": "probability",
     "deletion": "deletion",
     "insertion": "insertion",
@@ -35,15 +33,15 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     """Return the means by kind of map as `Interval`s over patients, and a verdict on each method.
 
     Returns:
-        One row for each kind of map. Columns about which nothing is known are left out:
+        One row for each kind of map. Columns without any value are left out:
 
         - empty: the share of empty maps, if there are any;
         - peak in lesion, share in lesion, and for each of them "minus another's": the mean difference, case by case,
           to the map of another patient;
         - share in lungs;
         - probability: of the class;
-        - deletion and average drop: small is faithful;
-        - insertion and increase: large is faithful;
+        - deletion and average drop: small for a faithful map;
+        - insertion and increase: large for a faithful map;
         - agreement, head random, and agreement, all random: absolute rank correlations with the trained network's
           maps;
         - verdict: what these two agreements say of a method, see `randomisation.verdict`.
@@ -54,14 +52,10 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         in_lesion_difference=_beyond_another(scores.located, "in_lesion"),
     )
     columns = {
-        name: _by_kind(frame, lambda rows, rng, column=column: _mean(rows, column, rng), seed)
-        for frame, names in ((located, LOCATED), (scores.faithful, FAITHFUL))
-        for name, column in names.items()
+        name: _means(located if column in located else scores.faithful, column, seed) for name, column in MEANS.items()
     }
     stage = scores.randomised["stage"]
-    head, all_random = (
-        _by_kind(scores.randomised[stage == number], _agreement, seed) for number in (stage.min(), stage.max())
-    )
+    head, all_random = (_agreements(scores.randomised[stage == number], seed) for number in (stage.min(), stage.max()))
     columns |= {"agreement, head random": head, "agreement, all random": all_random}
     kinds = scores.located["map"].unique()
     table = pd.DataFrame(
@@ -74,39 +68,41 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
     return table.loc[:, informative].assign(verdict=verdicts)
 
 
-def _by_kind(
-    frame: pd.DataFrame, interval: Callable[[pd.DataFrame, np.random.Generator], Interval], seed: int
-) -> dict[str, Interval]:
-    """Return an interval for each kind of map. All kinds share their resamples, so they differ by their maps alone."""
-    groups = frame.groupby("map", sort=False)
-    return {kind: interval(rows, np.random.default_rng(seed)) for kind, rows in groups}
-
-
-def _mean(rows: pd.DataFrame, column: str, rng: np.random.Generator) -> Interval:
-    return bootstrap_mean(rows[column], rows["patient"], proportion=column in PROPORTIONS, rng=rng)
+def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
+    """Return the mean of a column for each kind of map. All kinds share their resamples, so only their maps differ."""
+    how = {"proportion": column in PROPORTIONS}
+    return {
+        kind: bootstrap_mean(rows[column], rows["patient"], **how, rng=np.random.default_rng(seed))
+        for kind, rows in frame.groupby("map", sort=False)
+    }
 
 
 def _beyond_another(located: pd.DataFrame, column: str) -> pd.Series:
     """Return how much greater the scores of a column are than those of `ANOTHER` for the same case."""
     case = located.groupby("map").cumcount()  # every kind of map has the same cases in the same order
     is_another = located["map"] == ANOTHER
-    theirs = located.loc[is_another, column].set_axis(case[is_another])
-    return (located[column] - case.map(theirs)).mask(is_another)
+    another_scores = located.loc[is_another, column].set_axis(case[is_another])
+    return (located[column] - case.map(another_scores)).mask(is_another)
 
 
-def _agreement(rows: pd.DataFrame, rng: np.random.Generator) -> Interval:
-    # Every network has the same cases in the same order.
-    agreement = rows["agreement"].to_numpy().reshape(rows["network"].nunique(), -1)
-    return mean_agreement(agreement, rows["patient"].to_numpy()[: agreement.shape[1]], rng=rng)
+def _agreements(stage: pd.DataFrame, seed: int) -> dict[str, Interval]:
+    """Return the `mean_agreement` of each method, from the rows of one stage of randomisation."""
+    intervals = {}
+    for kind, rows in stage.groupby("map", sort=False):
+        # Every network has the same cases in the same order.
+        agreement = rows["agreement"].to_numpy().reshape(rows["network"].nunique(), -1)
+        patients = rows["patient"].to_numpy()[: agreement.shape[1]]
+        intervals[kind] = mean_agreement(agreement, patients, rng=np.random.default_rng(seed))
+    return intervals
 
 
 def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.Generator) -> Interval:
     """Return the mean agreement of maps with those of random networks, with its 95 % interval over both.
 
     Random networks and patients are drawn with replacement, independently of one another: the pigeonhole bootstrap,
-    Owen 2007, Ann. Appl. Stat. 1:386. How much a map agrees depends on both, and both are few. Percentiles of so few
-    would be too narrow, so they are taken as far out as Student's t for the smaller number: the expanded percentile
-    interval, Hesterberg 2015, Am. Stat. 69:371, section 5.3. One patient has no interval.
+    Owen 2007, Ann. Appl. Stat. 1:386. Both numbers are small, so the usual percentiles would be too narrow. They are
+    widened by Student's t for the smaller number: the expanded percentile interval, Hesterberg 2015, Am. Stat. 69:371,
+    section 5.3. One patient has no interval.
 
     Args:
         agreement: (M, N) absolute rank correlations for M random networks and N images; NaN images are left out.

@@ -3,8 +3,8 @@
 N images, C classes, and one of two tasks:
 
 - one class an image: `targets` (N,) class indices 0 to C-1, `probabilities` (N, C) whose rows sum to 1;
-- several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, each label on its own. The whole column
-  is NaN for a label that the network could not learn; such a label is not reported.
+- several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, each label on its own. A label that the
+  network could not learn is not reported: its whole column is NaN.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Predictions(NamedTuple):
         targets: (N,) or (N, C), see the module.
         probabilities: (N, C), see the module.
         patients: (N,) patient ids.
-        paths: (N,) paths below the data root.
+        paths: (N,) paths below the data root; empty where the images are in no file.
         thresholds: (C,) decision thresholds, see `decide`; None for the usual decisions.
     """
 
     targets: np.ndarray
     probabilities: np.ndarray
     patients: np.ndarray
-    paths: np.ndarray
+    paths: np.ndarray = np.empty(0, dtype=object)
     thresholds: np.ndarray | None = None
 
     @property
@@ -96,35 +96,21 @@ def ensemble(predictions: Sequence[Predictions]) -> Predictions:
     Raises:
         ValueError: the networks' images, targets or classes differ.
     """
-    first = predictions[0]
-    matched = [_matched(first, other, number) for number, other in enumerate(predictions, start=1)]
+    first, matched = predictions[0], []
+    for other in predictions:
+        paths = pd.Index(other.paths)
+        if len(paths) != len(first.paths) or not paths.is_unique or not paths.isin(first.paths).all():
+            raise ValueError("predictions differ in their images: average networks of one study and split")
+        order = paths.get_indexer(first.paths)
+        if other.probabilities.shape != first.probabilities.shape or (other.targets[order] != first.targets).any():
+            raise ValueError("predictions differ in their classes or targets: average networks of one study")
+        matched.append(other.probabilities[order])
     thresholds = [member.thresholds for member in predictions]
     mean = None if any(values is None for values in thresholds) else np.mean(thresholds, axis=0)
     return first._replace(probabilities=np.mean(matched, axis=0), thresholds=mean)
 
 
-def _matched(first: Predictions, other: Predictions, number: int) -> np.ndarray:
-    """Return the probabilities of the `number`-th network in the order of the first network's images."""
-    paths = pd.Index(other.paths)
-    index = paths.get_indexer(first.paths) if paths.is_unique else np.full(len(first.paths), -1)
-    if len(first.paths) != len(paths) or (index < 0).any():
-        only = sorted(set(first.paths) ^ set(other.paths)) or ["an image that occurs twice"]
-        raise ValueError(
-            f"predictions 1 ({len(first.paths)} images) and {number} ({len(paths)}) differ in {only[0]}: "
-            "average networks of one study and split"
-        )
-    sizes = first.probabilities.shape[1], other.probabilities.shape[1]
-    if sizes[0] != sizes[1] or not np.array_equal(first.targets, other.targets[index]):
-        raise ValueError(
-            f"predictions 1 and {number} have {sizes[0]} and {sizes[1]} classes, or different targets for the same "
-            "images: average networks of one study that were trained on the same labels"
-        )
-    return other.probabilities[index]
-
-
-def choose_thresholds(
-    targets: np.ndarray, probabilities: np.ndarray, rule: str, *, positive: int | None = None
-) -> np.ndarray:
+def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: str, *, positive: int | None) -> np.ndarray:
     """Return (C,) thresholds for `decide` that are best by a rule. Choose them on validation data.
 
     Args:
@@ -132,13 +118,13 @@ def choose_thresholds(
         probabilities: (N, C), 0 to 1.
         rule: "youden", the largest sensitivity + specificity, whatever the shares of the classes; "f1" or
             "accuracy", the largest one at these shares. See `best_threshold`.
-        positive: index of the positive one of two classes.
+        positive: index of the positive one of two classes; None for several labels.
 
     Returns:
-        Of two classes, the positive one has a threshold and the other has NaN. Of several labels, each has its
-        own, or NaN where there is nothing to choose by: all or none of the images have the label.
+        With two classes: the threshold of the positive class, and NaN for the other. With several labels: a threshold
+        for each label, or NaN where the data cannot tell because all or none of the images have the label.
     """
-    targets, probabilities = checked(targets, probabilities, np.shape(probabilities)[-1])
+    targets, probabilities = checked(targets, probabilities)
     if targets.ndim == 2:
         columns = zip(targets.T, probabilities.T, strict=True)
         return np.array([best_threshold(truth == 1, scores, rule) for truth, scores in columns])
@@ -148,34 +134,27 @@ def choose_thresholds(
     return thresholds
 
 
-def checked(targets: np.ndarray, probabilities: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def checked(targets: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 targets, (N,) or (N, C), and (N, C) float64 probabilities that belong together.
 
     Raises:
-        ValueError: they do not fit each other or the number of classes, or are no probabilities.
+        ValueError: they do not fit each other, or are no probabilities.
     """
     targets, probabilities = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
     multilabel = targets.ndim == 2
-    shape = (len(targets), num_classes)
-    if probabilities.shape != shape or targets.shape != (shape if multilabel else shape[:1]):
+    if targets.shape != (probabilities.shape if multilabel else probabilities.shape[:1]):
         raise ValueError(
-            f"targets {targets.shape} and probabilities {probabilities.shape} for {num_classes} classes: pass one "
-            "row for each image, and one column of probabilities for each class"
+            f"targets {targets.shape} do not fit probabilities {probabilities.shape}: pass one row for each image, and "
+            "one column of probabilities for each class"
         )
-    outside = np.setdiff1d(targets, [0, 1] if multilabel else np.arange(num_classes))
-    if outside.size:
-        remedy = "pass 0 or 1 for each label" if multilabel else "check the list of classes"
-        raise ValueError(
-            f"targets contain {outside[:5].tolist()}, outside 0..{1 if multilabel else num_classes - 1}: {remedy}"
-        )
+    classes = 2 if multilabel else probabilities.shape[1]
+    if not np.isin(targets, np.arange(classes)).all():
+        raise ValueError(f"targets lie outside 0..{classes - 1}: pass class indices, or 0 or 1 for each label")
     unreported = np.isnan(probabilities).all(axis=0) & multilabel
     inside = (probabilities >= 0) & (probabilities <= 1)
     # 1e-3 allows for float16 and for rounded decimals in files, but not for logits.
     sums_to_one = np.abs(probabilities.sum(axis=1) - 1) < 1e-3
     if not (inside | unreported).all() or unreported.all() or not (multilabel or sums_to_one.all()):
-        function = "sigmoid" if multilabel else "softmax"
-        raise ValueError(
-            f"probabilities must lie in 0..1{'' if multilabel else ', each row with a sum of 1'}: apply the {function} "
-            "to logits first"
-        )
+        wanted = "lie in 0..1: apply the sigmoid" if multilabel else "lie in 0..1 and sum to 1: apply the softmax"
+        raise ValueError(f"probabilities must {wanted} to logits first")
     return targets.astype(np.int64), probabilities

@@ -1,4 +1,4 @@
-"""Does a map depend on what its network has learnt: what remains of it when the weights become random.
+"""Does a map depend on what its network has learnt? How similar it stays when the weights become random.
 
 Cascading randomisation: Adebayo et al. 2018, "Sanity checks for saliency maps", NeurIPS, arXiv:1810.03292.
 """
@@ -22,10 +22,9 @@ STAGES = (0.25, 0.5, 0.75, 1.0)  # shares of the modules that are random, after 
 # The head makes the difference between the classes. If it is random and half of the ranks' variance (0.7²) remains,
 # the map shows what is in the image, not why it is this class.
 HEAD_LIMIT = 0.7
-# If all weights are random, some agreement remains even so: maps have few cells, are smooth, and every network sees
-# the same edges. Above this limit, a quarter of the ranks' variance (0.5²) does not come from the weights.
+# If all weights are random, some agreement remains: maps have few cells, are smooth, and every network sees the same
+# edges. Above this limit, a quarter of the ranks' variance (0.5²) does not come from the weights.
 ALL_LIMIT = 0.5
-CHANGES = "changes with the weights"
 
 
 def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
@@ -33,9 +32,9 @@ def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
 
     Each batch normalisation uses the statistics of `images`, as it uses those of a batch when a training starts. A
     network without normalisation (VGG, LeNet) gets batch normalisation behind each convolution, folded into the
-    weights. With running statistics of 0 and 1, activations would grow or shrink from block to block, to 2e4 in a
-    ResNet-101 and 6e-14 in an EfficientNet-B0, and a VGG-16's Eigen-CAMs of different X-rays would correlate at 0.99:
-    no map of such a network would be like the trained network's, whatever the method shows.
+    weights. Without this, activations grow or shrink from block to block (to 2e4 in a ResNet-101, to 6e-14 in an
+    EfficientNet-B0), and a VGG-16's Eigen-CAMs of different X-rays correlate at 0.99. The maps of such a network differ
+    from those of the trained network with any method, so they would test nothing.
 
     Args:
         card: of the trained network.
@@ -53,8 +52,7 @@ def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
         if bare:
             add_batch_norm(network)
         network.eval().to(images.device)
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        hooks = [norm.register_forward_pre_hook(_measure) for norm in norms]
+        hooks = [m.register_forward_pre_hook(_measure) for m in network.modules() if isinstance(m, _BatchNorm)]
         network(images)
         for hook in hooks:
             hook.remove()
@@ -74,8 +72,8 @@ def randomised(network: nn.Module, fresh: nn.Module, example: Tensor) -> Iterato
     """Yield the share of random modules, and a copy of a network in which these modules are random.
 
     The first stage randomises the head alone, which is the last module with parameters. Each later stage randomises
-    one of the shares `STAGES` of the modules with parameters, from the last down. All stages are one and the same copy
-    in eval mode, which each stage makes more random: use it before the next. The network itself stays as it is.
+    one of the shares `STAGES` of the modules with parameters, from the last down. All stages are the same copy in eval
+    mode, and each stage makes it more random: use it before you ask for the next. The network itself does not change.
 
     Args:
         network: the trained network.
@@ -104,11 +102,7 @@ def _take_values(module: nn.Module, source: nn.Module) -> None:
 
 def _top_down(network: nn.Module, example: Tensor) -> list[str]:
     """Return the names of the modules that hold parameters, the last to run first."""
-    holders = {
-        name: module
-        for name, module in network.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    }
+    holders = {name: module for name, module in network.named_modules() if [*module.parameters(recurse=False)]}
     ran: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in holders.items()
@@ -139,7 +133,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
 def verdict(after_head: tuple[float, float, float], after_all: tuple[float, float, float]) -> str:
     """Return what a method's agreement with its maps of the trained network says about the method.
 
-    A limit counts as passed, or not, where the whole interval lies on one side of it.
+    A limit is passed, or not passed, only if the whole interval lies on one side of it.
 
     Args:
         after_head: mean absolute rank correlation with its interval (estimate, low, high) after the head became
@@ -152,5 +146,5 @@ def verdict(after_head: tuple[float, float, float], after_all: tuple[float, floa
     if all_low > ALL_LIMIT:
         return "does not explain the model"
     if head_high <= HEAD_LIMIT and all_high <= ALL_LIMIT:
-        return CHANGES
+        return "changes with the weights"
     return "undecided"

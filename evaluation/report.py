@@ -84,8 +84,7 @@ class Results:
         """
         tables = []
         for title, answers in self.test.items():
-            subject = answers.targets, answers.probabilities, answers.patients, self.table.classes
-            table = intervals.bootstrap_scores(*subject, thresholds=answers.thresholds, rng=self.rng())
+            table = intervals.bootstrap_scores(answers, self.table.classes, rng=self.rng())
             tables.append(table.assign(network=title))
         scores = pd.concat(tables)
         limits = scores[["estimate", "low", "high"]].to_numpy()
@@ -177,10 +176,7 @@ def overview(results: Results) -> str:
 
 def _of_each(score: Callable, answers: Mapping[str, Predictions], results: Results) -> dict[str, pd.DataFrame]:
     """Return a table of scores for each network's answers, by title."""
-    return {
-        title: score(answer.targets, answer.probabilities, results.table.classes, thresholds=answer.thresholds)
-        for title, answer in answers.items()
-    }
+    return {title: score(answer, results.table.classes) for title, answer in answers.items()}
 
 
 def classification_reports(results: Results) -> pd.DataFrame | Markdown:
@@ -213,10 +209,9 @@ def differences(results: Results) -> pd.DataFrame:
 
 
 def _difference(results: Results, title: str, metric: str) -> intervals.Interval:
-    first, other = results.test[results.leader], results.test[title]
-    subject = first.targets, first.probabilities, other.probabilities, first.patients, results.table.classes
-    limits = {"thresholds_a": first.thresholds, "thresholds_b": other.thresholds}
-    return intervals.paired_difference(*subject, metric=metric, of=results.focus, **limits, rng=results.rng())
+    networks = results.test[results.leader], results.test[title]
+    subject = {"metric": metric, "of": results.focus}
+    return intervals.paired_difference(*networks, results.table.classes, **subject, rng=results.rng())
 
 
 def fold_tables(results: Results) -> list[pd.DataFrame | Markdown]:

@@ -23,8 +23,7 @@ class Run:
 
     Attributes:
         study: the name of the study, without `-foldK` and `-seedN`.
-        fold: the part of the images that validates, from 1, or None in a study without folds.
-        seed: what drew the initial weights, order and augmentation.
+        fold: the number of the fold that is held out for validation, from 1; None in a study without folds.
         folder: the run folder.
         card: its `model.json`.
         history: its `history.csv`, a row for each epoch.
@@ -32,7 +31,6 @@ class Run:
 
     study: str
     fold: int | None
-    seed: int
     folder: Path
     card: ModelCard
     history: pd.DataFrame
@@ -43,18 +41,22 @@ class Run:
         return "auc" if self.card.multilabel else "accuracy"
 
     @property
+    def seed(self) -> int:
+        """The seed of the initial weights, the order of the images and the augmentation."""
+        return self.card.origin["seed"]
+
+    @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the images, or None in runs of older versions, which do not cover their content."""
+        """The fingerprint of the images; None in runs of older versions, whose fingerprint does not cover the content."""
         recorded = str(self.card.origin.get("data_fingerprint"))
         return recorded if recorded.startswith(FINGERPRINT) else None
 
     @property
     def settings(self) -> dict[str, object]:
-        """What was set for this network: preprocessing, augmentation and training."""
+        """The settings of this network: preprocessing, augmentation and training."""
         study = self.card.origin["study"]
-        network = study["networks"].get(self.card.architecture, {})
-        groups = {key: study[key] for key in ("augmentation", "preprocessing")}
-        return {**groups, **study["training"], **network}
+        images = {"augmentation": study["augmentation"], "preprocessing": study["preprocessing"]}
+        return images | study["training"] | study["networks"].get(self.card.architecture, {})
 
     def predictions(self, split: str) -> Predictions:
         """Read the predictions for the images of a split."""
@@ -104,7 +106,7 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
 
 
 def read_seeds(study: Study, runs: Path, images: XrayTable) -> dict[str, dict[int, Run]]:
-    """Return each network's runs by seed, by the titles of `read_runs`, whose run comes first.
+    """Return each network's runs by title and seed. The first of them is the run of `read_runs`.
 
     Args:
         study: as in `read_runs`.
@@ -118,7 +120,7 @@ def read_seeds(study: Study, runs: Path, images: XrayTable) -> dict[str, dict[in
     for title, trained in _all_runs(study, runs).items():
         seeds[title] = by_seed = {}
         for run in trained:
-            by_seed.setdefault(run.seed, run)  # the study's own counts, not a repeat with its seed
+            by_seed.setdefault(run.seed, run)  # the study's own run comes before a repeat with the same seed
         named = {f"{title}, seed {seed}": run for seed, run in by_seed.items()}
         _refuse_other_tests(named)
         _refuse_changed_images(named, images)
@@ -133,14 +135,11 @@ def seed_scores(seeds: Mapping[str, Mapping[int, Run]]) -> pd.DataFrame:
         A row for each network and seed; the columns are `metrics.METRICS`, each as in the macro row of
         `metrics.classification_scores`.
     """
-    rows = {}
-    for title, by_seed in seeds.items():
-        for seed, run in by_seed.items():
-            test = run.predictions("test")
-            scores = classification_scores(
-                test.targets, test.probabilities, run.card.classes, thresholds=test.thresholds
-            )
-            rows[title, seed] = scores.loc[MACRO, list(METRICS)]
+    rows = {
+        (title, seed): classification_scores(run.predictions("test"), run.card.classes).loc[MACRO, list(METRICS)]
+        for title, by_seed in seeds.items()
+        for seed, run in by_seed.items()
+    }
     return pd.DataFrame(rows).T.rename_axis(["network", "seed"])
 
 
@@ -185,17 +184,17 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
 
 
 def out_of_fold(runs: Mapping[str, Run]) -> dict[str, Predictions]:
-    """Return each fold's validation predictions, by title. An image is in one fold of a network at most.
+    """Return each fold's validation predictions, by title. Each image is in at most one fold of a network.
 
-    Scores of them are a little too good: each fold's epoch, temperature and thresholds were chosen on these images.
+    Their scores are a little too good: each fold's epoch, temperature and thresholds were chosen on these images.
     """
     return {title: run.predictions("val") for title, run in runs.items() if run.fold is not None}
 
 
 def _all_runs(study: Study, runs: Path) -> dict[str, list[Run]]:
-    """Return all trained runs by title, those of one network in the order of `_read`.
+    """Return all trained runs by title; the runs of one network are in the order of `_read`.
 
-    Networks that were trained for the study without being in its file are among them.
+    They include networks that were trained for the study but are not in its file.
     """
     folders = [study.name, f"{study.name}-fold[0-9]*", f"{study.name}-seed[0-9]*"]
     trained = {card.parent.name for folder in folders for card in runs.glob(f"{folder}/*/model.json")}
@@ -217,23 +216,20 @@ def _read(runs: Path, study: str, fold: int | None, network: str) -> list[Run]:
     name = study if fold is None else f"{study}-fold{fold}"
     repeats = [path.name.removeprefix(f"{name}-seed") for path in runs.glob(f"{name}-seed*")]
     names = [name, *(f"{name}-seed{seed}" for seed in sorted(filter(str.isdecimal, repeats), key=int))]
-    folders = [runs / each / network for each in names if (runs / each / network / "model.json").is_file()]
-    cards = map(read_card, folders)
+    folders = [runs / each / network for each in names]
     return [
-        Run(study, fold, card.origin["seed"], folder, card, pd.read_csv(folder / "history.csv"))
-        for folder, card in zip(folders, cards, strict=True)
+        Run(study, fold, folder, read_card(folder), pd.read_csv(folder / "history.csv"))
+        for folder in folders
+        if (folder / "model.json").is_file()
     ]
 
 
 def _refuse_other_tests(runs: Mapping[str, Run]) -> None:
     (first, run), *others = runs.items()
     for title, other in others:
-        wrong = None
-        if other.card.classes != run.card.classes or not run.test_labels().equals(other.test_labels()):
-            wrong = "were tested on other images or classes"
-        elif other.card.positive_index != run.card.positive_index:
-            wrong = "have another positive class"
-        if wrong:
+        same_test = other.card.classes == run.card.classes and run.test_labels().equals(other.test_labels())
+        if not same_test or other.card.positive_index != run.card.positive_index:
+            wrong = "have another positive class" if same_test else "were tested on other images or classes"
             raise ValueError(
                 f"{first} ({run.folder}) and {title} ({other.folder}) {wrong}: train one of them again, or take its "
                 "study out of `compare`"
@@ -241,15 +237,14 @@ def _refuse_other_tests(runs: Mapping[str, Run]) -> None:
 
 
 def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
-    """Raise ValueError where the images of a run are missing or have changed: its predictions for the old images must
-    not stand beside maps of the new ones.
+    """Raise ValueError if images of a run are missing or have changed: its predictions are for the old images, but
+    maps would show the new ones.
     """
     for run in runs.values():
         as_trained = apply_splits(images, run.folder / "splits.csv", run.card.classes)
         if run.fingerprint not in (None, data_fingerprint(as_trained)):
             raise ValueError(
-                f"the images in {images.root} have changed since {run.folder} was trained: put them back, or train "
-                "again"
+                f"images in {images.root} have changed since {run.folder} was trained: put them back, or train again"
             )
 
 

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from evaluation.intervals import bootstrap_scores
 from evaluation.metrics import MACRO
+from evaluation.predictions import Predictions
 from utils import FORMATS, read_xray
 
 FOLDS = 5  # of a probe's cross-validation
@@ -61,8 +62,8 @@ def file_features(files: pd.DataFrame) -> np.ndarray:
 
     The features are
 
-    - the ranks of width, height, bytes and bytes per pixel, so that a few very large files hide nothing;
-    - 0 or 1 for the tenth of the files in which each of these lies, so that a class of middle size is found;
+    - the ranks of width, height, bytes and bytes per pixel, so that a few very large files do not hide the others;
+    - ten columns of 0 or 1 for each rank, which name its tenth, so that a class of middle-sized files is found too;
     - 0 or 1 for each format and each mode.
     """
     sizes = files[["width", "height", "bytes"]].to_numpy(float)
@@ -78,8 +79,7 @@ def erased(xray: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     A network whose answer changes has used that area. Inpainting: Telea 2004, J. Graphics Tools 9:23.
     """
-    area = (np.asarray(mask) != 0).astype(np.uint8)
-    with_soft_edge = cv2.dilate(area, np.ones((3, 3), np.uint8))
+    with_soft_edge = cv2.dilate((mask != 0).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.inpaint(xray, with_soft_edge, 3, cv2.INPAINT_TELEA)
 
 
@@ -89,7 +89,7 @@ def probe_table(
     """Return how well a linear probe tells the classes from features that should say nothing about them.
 
     The probe is a logistic regression (standardised features, L2, equal class weights). It predicts each image from
-    the others, in folds that keep a patient's images together. Give it no test images.
+    the others, in folds that keep a patient's images together. Do not pass test images.
 
     Args:
         features: (N, F) arrays by name.
@@ -109,21 +109,18 @@ def probe_table(
     """
     rows = {}
     folds = min(FOLDS, int(np.bincount(labels).min()))
+    # Without equal class weights, a probe that learnt nothing predicts the class shares of its fit. A fold with many
+    # images of a class leaves few for the fit, so the area would be far below 0.5.
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    held_out = {"cv": split, "groups": patients, "method": "predict_proba"}
     for name, values in features.items():
-        # Without equal class weights, a probe that learnt nothing would rank the folds by their class shares: the
-        # more images of a class are held out, the fewer are in the fit. That gives areas far below 0.5.
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
-        split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        probabilities = cross_val_predict(
-            probe, values.astype(float), labels, groups=patients, cv=split, method="predict_proba"
-        )
-        scores = bootstrap_scores(labels, probabilities, patients, classes, rng=np.random.default_rng(seed)).set_index(
-            ["class", "metric"]
-        )
-        area, low, high = scores.loc[(MACRO, "roc_auc")]
-        shortcut = bool(low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0])
-        rows[name] = {"roc_auc": area, "low": low, "high": high, "shortcut": shortcut}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        probabilities = cross_val_predict(probe, values.astype(float), labels, **held_out)
+        predictions = Predictions(labels, probabilities, patients)
+        scores = bootstrap_scores(predictions, classes, rng=np.random.default_rng(seed))
+        area, low, high = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
+        rows[name] = area, low, high, low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["roc_auc", "low", "high", "shortcut"])
 
 
 def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
@@ -134,11 +131,9 @@ def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    pairs = []
-    for start in range(0, len(flat), CHUNK):
-        rows, columns = np.nonzero(flat[start : start + CHUNK] @ flat.T > DUPLICATE)
-        pairs.append(np.stack([rows + start, columns]))
-    rows, columns = np.concatenate(pairs, axis=1)
+    starts = range(0, len(flat), CHUNK)
+    pairs = [np.argwhere(flat[start : start + CHUNK] @ flat.T > DUPLICATE) + np.array([start, 0]) for start in starts]
+    rows, columns = np.concatenate(pairs).T
     graph = coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(flat),) * 2)
     return connected_components(graph, directed=False)[1]
 
@@ -146,8 +141,8 @@ def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
 def duplicate_table(groups: np.ndarray, splits: Sequence[str], labels: Sequence[int]) -> pd.Series:
     """Return how many images have a near-duplicate: anywhere, in another split, and with another label.
 
-    A near-duplicate in another split is a leak: the test repeats the training. Of two with different labels, one is
-    labelled wrongly.
+    A near-duplicate in another split is a leak: the test repeats the training. If two near-duplicates have different
+    labels, one label is wrong.
 
     Args:
         groups: (N,) group numbers of `near_duplicates`.

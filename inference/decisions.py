@@ -1,4 +1,4 @@
-"""From probabilities to decisions, and the thresholds behind them.
+"""From probabilities to decisions by thresholds, and how thresholds are chosen.
 
 This module needs NumPy alone, because the command line must start quickly.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 Thresholds = Sequence[float | None] | None  # (C,); None or NaN for a class without one
 
-# What a threshold is chosen for. Each rule takes (K,) true positives, (K,) false positives, and the numbers of
+# What a threshold maximises. Each rule takes (K,) true positives, (K,) false positives, and the numbers of
 # positives and negatives. The results are whole numbers or one quotient of two, so equal scores compare equal.
 THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
     # Youden 1950, Cancer 3:32: sensitivity + specificity, here times both numbers.
@@ -51,7 +51,7 @@ def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilab
     if multilabel:
         return probabilities >= thresholds
     if len(thresholds) != 2:
-        raise ValueError(f"thresholds for {len(thresholds)} classes: of more than two, pass none")
+        raise ValueError(f"thresholds for {len(thresholds)} classes: pass none for more than two classes")
     # Compare one probability with one threshold: the sum of both could be rounded.
     positive = with_threshold[-1]
     return np.where(probabilities[:, positive] >= thresholds[positive], positive, 1 - positive)
@@ -60,9 +60,9 @@ def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilab
 def best_threshold(positive: np.ndarray, scores: np.ndarray, rule: str) -> float:
     """Return the threshold t for which "score >= t" is best by a rule of `THRESHOLD_RULES`.
 
-    t lies midway between two neighbouring scores, or between a score and 0 or 1. Of several gaps that are equally
-    good, the widest is taken, then the lowest: the farther the nearest scores, the less depends on these very
-    images. t is just above 1 where even a score of 1 is better called negative.
+    t lies midway between two neighbouring scores, or between a score and 0 or 1. If several gaps are equally good, the
+    widest is taken, then the lowest. In a wide gap, t depends less on these particular images. t is just above 1 if
+    the rule prefers to call even a score of 1 negative.
 
     Args:
         positive: (N,) bool, the truth.

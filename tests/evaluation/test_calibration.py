@@ -29,8 +29,8 @@ def test_temperature_is_recovered_from_labels_drawn_at_a_known_one():
     assert calibration.expected_calibration_error(targets, softmax(logits)) > 0.1
 
 
-def test_temperature_is_left_alone_where_the_likelihood_has_no_maximum():
-    # All right: ever more confident is ever better. All wrong: ever less.
+def test_temperature_is_one_where_the_likelihood_has_no_maximum():
+    # All correct: the likelihood grows with confidence. All wrong: it falls.
     targets = np.array([0, 1, 2] * 10)
     logits = 5.0 * np.eye(3)[targets]
     assert calibration.fit_temperature(logits, targets) == 1

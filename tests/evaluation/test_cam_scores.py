@@ -20,7 +20,7 @@ from evaluation.localization import best_overlap, overlap_table
 from evaluation.map_cases import MapCase, map_cases
 from evaluation.map_summary import case_counts, mean_agreement, readable, summary
 from evaluation.predictions import Predictions
-from evaluation.randomisation import CHANGES, random_network, randomised, rank_correlation, verdict
+from evaluation.randomisation import random_network, randomised, rank_correlation, verdict
 from evaluation.traps import erased
 from inference.explanations import cam_of
 from inference.trained_networks import ModelCard, TrainedNetwork
@@ -34,7 +34,7 @@ SIZE, ILL = 96, "COVID-19"
 
 
 def chests(count, first, *, marker):
-    """Return phantoms, half of them ill, with the marker in the corner of those or without, and their labels."""
+    """Return phantoms and their labels: half of them ill, with or without a marker in the corner of the ill."""
     labels = np.tile([CLASSES.index("Normal"), CLASSES.index(ILL)], count // 2)
     patients = np.arange(first, first + count)
     shortcut = ILL if marker else None
@@ -78,7 +78,7 @@ def card(**fields):
 
 
 def trained_on(marker):
-    """Return a network that has learnt normal from ill phantoms, the ill with a marker or without."""
+    """Return a network that has learnt to tell ill phantoms, with or without a marker, from normal ones."""
     drawn, labels = chests(160, 0, marker=marker)
     preprocessing = TrainedNetwork(None, card()).preprocessing
     images = torch.stack([preprocessing(image) for image in drawn.images])
@@ -160,20 +160,20 @@ def test_scores_are_those_of_the_maps_computed_by_hand(honest, marked_cases):
     uniform = scores.located[scores.located["map"] == "uniform"]
     assert uniform[uniform["path"] == case.path]["in_lungs"].item() == pytest.approx(lung.mean())
     # By hand: Average Drop of Grad-CAM, the image seen through its map.
-    asked = scores.faithful[scores.faithful["map"] == "Grad-CAM"].iloc[0]
-    xray = cv2.imread(asked["path"], cv2.IMREAD_GRAYSCALE)
+    row = scores.faithful[scores.faithful["map"] == "Grad-CAM"].iloc[0]
+    xray = cv2.imread(row["path"], cv2.IMREAD_GRAYSCALE)
     image = honest.preprocessing(xray)[None]
     with cam_of(honest) as cam:
-        seen = image * cam(image, 1).upsampled((SIZE, SIZE))
+        masked = image * cam(image, 1).upsampled((SIZE, SIZE))
     with torch.no_grad():
-        whole, kept = (honest.network(x).softmax(1)[0, 1].item() for x in (image, seen))
-    assert asked["drop"] == pytest.approx(max(0, whole - kept) / whole, abs=1e-4)
+        whole, of_masked = (honest.network(x).softmax(1)[0, 1].item() for x in (image, masked))
+    assert row["drop"] == pytest.approx(max(0, whole - of_masked) / whole, abs=1e-4)
     assert set(scores.faithful["path"]) == set(scores.randomised["path"])
     assert scores.faithful["path"].nunique() == 3
 
 
 def test_scores_of_faithfulness_are_those_of_its_functions(honest, marked_cases):
-    cases = marked_cases[0][:4]  # all are asked
+    cases = marked_cases[0][:4]  # the network runs again on all
     scores = score_maps(honest, cases, methods=["layercam"], faithful=4, steps=4, seed=0)
     images = torch.stack([honest.preprocessing(read_xray(case.path)) for case in cases])
     with cam_of(honest, "layercam") as cam:
@@ -200,7 +200,7 @@ def test_scores_of_faithfulness_are_those_of_its_functions(honest, marked_cases)
 
 
 def test_no_random_network_is_the_one_that_the_training_started_from(marked_cases):
-    cases = marked_cases[0][:4]  # all are asked
+    cases = marked_cases[0][:4]  # the network runs again on all
     images = torch.stack([TrainedNetwork(None, card()).preprocessing(read_xray(case.path)) for case in cases])
     start = random_network(card(), images, seed=3)
     scores = score_maps(TrainedNetwork(start, card()), cases, methods=["eigencam"], faithful=4, steps=1, seed=3)
@@ -209,7 +209,7 @@ def test_no_random_network_is_the_one_that_the_training_started_from(marked_case
 
 
 def agreements(rng, *, mean, images=8):
-    """Return (10, images) agreements: random networks, images and what is of both differ by 0.12, 0.06 and 0.06."""
+    """Return (10, images) agreements whose parts vary by 0.12 (network), 0.06 (image) and 0.06 (both together)."""
     return (
         mean
         + 0.12 * rng.standard_normal((10, 1))
@@ -223,13 +223,13 @@ def over_patients_alone(agreement, rng):
 
 
 def test_the_interval_of_agreement_covers_other_random_networks_and_patients():
-    rng, held = np.random.default_rng(0), []
+    rng, contains_mean = np.random.default_rng(0), []
     for _ in range(300):
         agreement = agreements(rng, mean=0.6)
         both = mean_agreement(agreement, range(8), rng=rng)
         assert both.estimate == pytest.approx(agreement.mean())
-        held.append([low <= 0.6 <= high for _, low, high in (both, over_patients_alone(agreement, rng))])
-    covered = np.mean(held, axis=0)
+        contains_mean.append([low <= 0.6 <= high for _, low, high in (both, over_patients_alone(agreement, rng))])
+    covered = np.mean(contains_mean, axis=0)
     assert covered[0] >= 0.9
     assert covered[1] < 0.6
 
@@ -247,7 +247,7 @@ def test_verdicts_do_not_depend_on_the_drawn_networks():
     # At the limit there is no verdict. If only patients are resampled, chance gives one verdict or the other.
     assert share("undecided", 0.7, over_both) >= 0.9
     assert share("undecided", 0.7, over_patients_alone) <= 0.6
-    assert share(CHANGES, 0.5, over_both) >= 0.9
+    assert share("changes with the weights", 0.5, over_both) >= 0.9
     assert share("does not explain the decision", 0.9, over_both) >= 0.9
 
 
@@ -304,7 +304,7 @@ def test_another_patients_map_is_of_another_patient_and_the_same_class():
 def test_empty_maps_are_counted_and_have_no_score_for_lungs_or_faithfulness(honest, marked_cases):
     silent = copy.deepcopy(honest.network)
     with torch.no_grad():
-        silent[-1].weight[1] = -1.0  # all that there is speaks against the class
+        silent[-1].weight[1] = -1.0  # all evidence is against the class
     trained = honest._replace(network=silent)
     scores = score_maps(trained, marked_cases[0][:3], methods=["gradcam"], faithful=2, steps=2, seed=0)
     located = scores.located[scores.located["map"] == "Grad-CAM"]
@@ -323,26 +323,26 @@ def test_one_patient_has_no_interval_and_no_verdict(honest, marked_cases):
     table = summary(scores, rng=np.random.default_rng(0))
     assert np.isnan(table.loc["Grad-CAM", "share in lungs"].low)
     assert table.loc["Grad-CAM", "verdict"] == "undecided"
-    assert table.index.to_list() == ["Grad-CAM", "centred Gaussian", "uniform"]  # nobody else to compare with
+    assert table.index.to_list() == ["Grad-CAM", "centred Gaussian", "uniform"]  # there is no other patient
 
 
 def test_black_around_the_lungs_stays_black_where_a_network_sees_lungs_alone(honest, marked_cases):
-    # What such a network never saw must not count as evidence: a map of the background alone explains nothing.
+    # Such a network has never seen another background, so the background must not count as evidence.
     case = marked_cases[0][0]
     lung = cv2.imread(case.lung, cv2.IMREAD_GRAYSCALE) > 0
     masked = honest._replace(lungs=lambda xray: xray * lung, card=card(lung_masking=True))
     image = masked.preprocessing(read_xray(case.path))[None]
-    baseline = cam_scores._baseline(masked, image)
+    one = torch.ones(1, dtype=torch.long)
+    subject = cam_scores._subject(masked, image, one)
     outside = torch.from_numpy(~lung)
-    torch.testing.assert_close(baseline[0, :, outside], image[0, :, outside])
-    assert (baseline[0, :, ~outside] == 0).float().mean() > 0.95  # but for black pixels within
-    assert not cam_scores._baseline(honest, image).any()
-    subject = cam_scores._subject(masked, image, torch.ones(1, dtype=torch.long))
+    torch.testing.assert_close(subject.baseline[0, :, outside], image[0, :, outside])
+    assert (subject.baseline[0, :, ~outside] == 0).float().mean() > 0.95  # some pixels inside the lungs are black too
+    assert not cam_scores._subject(honest, image, one).baseline.any()
     lungs_kept = torch.from_numpy(lung)[None].float()
     assert masked_confidence(subject, lungs_kept).drop == pytest.approx(0, abs=1e-6)
 
 
-def test_x_rays_of_other_shapes_are_scored_at_their_own(honest, marked_cases, tmp_path):
+def test_x_rays_of_other_shapes_are_scored_at_their_own_size(honest, marked_cases, tmp_path):
     case = marked_cases[0][0]
     cv2.imwrite(str(tmp_path / "wide.png"), cv2.resize(read_xray(case.path), (192, 96)))
     half = np.zeros((96, 192), np.uint8)
@@ -406,7 +406,7 @@ def table_of(tmp_path, rows, *, findings=(), boxes=None):
     )
 
 
-def test_cases_of_one_label_are_the_test_images_that_were_right(tmp_path):
+def test_cases_of_one_label_are_the_correctly_classified_test_images(tmp_path):
     table = table_of(tmp_path, [(f"{i}.png", f"p{i}", i % 2) for i in range(6)])
     probabilities = np.eye(2)[[0, 0, 0, 1, 1, 1]]  # images 1 and 4 are wrong
     names = np.array([f"{i}.png" for i in range(6)])
@@ -423,7 +423,7 @@ def test_cases_of_one_label_are_the_test_images_that_were_right(tmp_path):
     assert drawn[0] == drawn[1]
 
 
-def test_cases_of_several_findings_are_those_with_a_box_or_else_those_that_are_there(tmp_path):
+def test_cases_of_several_findings_have_a_box_or_else_are_all_present_findings(tmp_path):
     findings = ("Mass", "Edema")
     rows = [("a.png", "p", 0, 1, 1), ("b.png", "q", 2, 0, 0), ("c.png", "r", 1, 0, 1)]
     paths = np.array([row[0] for row in rows])
@@ -446,12 +446,12 @@ def test_boxes_are_the_target_where_there_is_no_lesion_mask(honest, marked_cases
     assert table.index.get_level_values("finding").unique().to_list() == [ILL, "all"]
 
 
-def test_scoring_without_cases_is_an_error_with_the_reason(honest):
+def test_scoring_without_cases_is_refused_with_the_reason(honest):
     with pytest.raises(ValueError, match="none was classified correctly"):
         score_maps(honest, [], methods=["gradcam"], faithful=1, steps=1, seed=0)
 
 
-def test_a_study_may_name_every_method_there_is():
+def test_a_study_may_name_all_methods():
     assert Maps(methods=tuple(METHODS)).methods == tuple(METHODS)
     with pytest.raises(ValueError, match="gradcamm"):
         Maps(methods=("gradcamm",))

@@ -19,7 +19,7 @@ from networks import ARCHITECTURES, build_network
 SIDE = 28  # blocks of 2 x 2
 EVIDENCE = torch.zeros(SIDE, SIDE)
 EVIDENCE[7:21, 7:21] = 1  # a quarter of the image
-CHECKERS = 1.0 - 2 * ((torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2)  # what blurring leaves nothing of
+CHECKERS = 1.0 - 2 * ((torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2)  # blurring removes this pattern
 
 
 def checkered(n=3):
@@ -28,7 +28,7 @@ def checkered(n=3):
 
 
 def region_network(images):
-    """Probability of class 1: how much of the pattern is left in the region of the evidence, linear."""
+    """Return probabilities; that of class 1 is the share of the pattern that is left in the region of the evidence."""
     p = ((images[:, 0] * CHECKERS * EVIDENCE).sum(dim=(1, 2)) / EVIDENCE.sum()).clamp(0, 1)
     return torch.stack([1 - p, p], dim=1)
 
@@ -79,7 +79,7 @@ def test_areas_of_a_linear_network_are_those_of_the_closed_form():
     np.testing.assert_allclose(last.insertion, 0.25 / 2, atol=2e-3)
 
 
-def test_the_class_says_whose_probability_it_is():
+def test_the_probability_is_that_of_the_given_class():
     maps = EVIDENCE.expand(2, -1, -1)
     areas = deletion_insertion(region_network, checkered(2), maps, torch.tensor([0, 1]))
     np.testing.assert_allclose(areas.deletion, [1 - 0.25 / 2, 0.25 / 2], atol=1e-6)
@@ -213,10 +213,10 @@ def test_a_probability_of_zero_cannot_drop():
 
 
 def test_a_map_on_the_evidence_keeps_the_confidence_and_its_complement_loses_it():
-    kept = masked_confidence(region_network, checkered(), EVIDENCE.expand(3, -1, -1), ones())
-    lost = masked_confidence(region_network, checkered(), 1 - EVIDENCE.expand(3, -1, -1), ones())
-    np.testing.assert_allclose(kept.drop, 0, atol=1e-6)
-    np.testing.assert_allclose(lost.drop, 1, atol=1e-6)
+    evidence = masked_confidence(region_network, checkered(), EVIDENCE.expand(3, -1, -1), ones())
+    complement = masked_confidence(region_network, checkered(), 1 - EVIDENCE.expand(3, -1, -1), ones())
+    np.testing.assert_allclose(evidence.drop, 0, atol=1e-6)
+    np.testing.assert_allclose(complement.drop, 1, atol=1e-6)
 
 
 # Random networks
@@ -229,7 +229,7 @@ def card_of(architecture, outputs=3):
 
 
 def smooth_images(n=8, side=96):
-    """Return (n, 3, side, side) grey images that have hardly anything in common."""
+    """Return (n, 3, side, side) grey images that hardly correlate."""
     coarse = torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     return functional.interpolate(coarse, (side, side), mode="bicubic").expand(-1, 3, -1, -1)
 
@@ -398,14 +398,14 @@ def test_stages_that_are_the_same_number_of_modules_come_once():
     assert steps == [(0.5, {"2.weight", "2.bias"}), (1.0, set(before))]
 
 
-def test_what_does_not_run_on_the_example_becomes_random_last():
+def test_modules_that_do_not_run_on_the_example_become_random_last():
     trained, fresh = small_network(0), small_network(1)
     for network in (trained, fresh):
         network[0].unused = nn.Linear(1, 1)
     before = state(trained)
     last = {"0.unused.weight", "0.unused.bias"}
-    kept = [last - changed(network, before) for _, network in randomised(trained, fresh, EXAMPLE)]
-    assert kept == [last, last, set()]
+    unchanged = [last - changed(network, before) for _, network in randomised(trained, fresh, EXAMPLE)]
+    assert unchanged == [last, last, set()]
 
 
 def test_a_frozen_network_whose_weights_were_loaded_by_assignment_stays_as_it_is():
@@ -436,7 +436,7 @@ def test_rank_correlation_is_scipys_with_and_without_ties():
     np.testing.assert_allclose(correlation, expected, atol=1e-12)
 
 
-def test_rank_correlation_knows_the_order_alone():
+def test_rank_correlation_depends_on_the_order_alone():
     maps = noise(4, 7, 7)
     np.testing.assert_allclose(rank_correlation(maps, maps.exp() * 1e-9), 1)
     np.testing.assert_allclose(rank_correlation(maps, -(maps**3)), -1)

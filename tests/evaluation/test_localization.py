@@ -33,7 +33,7 @@ def table_of(maps, *cases):
     return localization.overlap_table(located(maps, *cases), rng=np.random.default_rng(0))
 
 
-def boxes(n=40, shape=(20, 30), seed=0):
+def random_masks(n=40, shape=(20, 30), seed=0):
     """Return (N, H, W) masks with one random box each."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n, *shape), dtype=bool)
@@ -62,7 +62,7 @@ def test_a_zero_map_has_no_peak():
 
 
 def test_the_mask_itself_as_map_scores_one_and_its_complement_zero():
-    for mask in boxes():
+    for mask in random_masks():
         for score in (localization.peak_inside, localization.mass_inside):
             assert score(mask * 1.0, mask) == pytest.approx(1)
             assert score(~mask * 1.0, mask) == 0
@@ -85,7 +85,7 @@ def test_mass_is_the_share_of_the_sum_whatever_the_scale():
 
 
 def test_the_uniform_map_holds_the_area_and_random_peaks_hit_it_as_often():
-    mask = boxes(n=1)[0]
+    mask = random_masks(n=1)[0]
     uniform = localization.CHANCE["uniform"](mask.shape)
     assert localization.mass_inside(uniform, mask) == pytest.approx(mask.mean())
     noise = np.random.default_rng(0).random((4000, *mask.shape))
@@ -93,7 +93,7 @@ def test_the_uniform_map_holds_the_area_and_random_peaks_hit_it_as_often():
     assert hits == pytest.approx(mask.mean(), abs=4 * np.sqrt(mask.mean() * (1 - mask.mean()) / 4000))
 
 
-def test_the_gaussian_is_centred_symmetric_and_as_wide_as_it_says():
+def test_the_gaussian_is_centred_symmetric_and_has_its_documented_width():
     map_ = localization.centred_gaussian_map((101, 201))
     assert localization.peak(map_) == (50, 100)
     np.testing.assert_allclose(map_, map_[::-1, ::-1])
@@ -206,7 +206,7 @@ def test_a_table_about_one_patient_has_no_intervals():
 
 def test_the_table_counts_overlaps_above_the_threshold_by_finding():
     maps = [localization.box_mask(of, (20, 20)) * 1.0 for of in TRUTH]
-    maps[0][...] = 0  # a "Mass" that nothing was detected for
+    maps[0][...] = 0  # no box is detected for a "Mass"
     maps[1] = localization.box_mask([[0, 0, 0.1, 0.5]], (20, 20)) * 1.0  # a third of an "Effusion"
     table = table_of(maps)["at 0.5"].loc["map"]
     assert table["Mass"].to_dict() == {"IoU": 0.5, "IoBB": 0.5}
@@ -228,7 +228,7 @@ def test_images_without_a_box_are_left_out_of_the_table():
     assert table.loc[("map", "all", "IoU"), ["images", "at 0.7"]].to_list() == [4, 1]
 
 
-def test_what_of_a_true_box_lies_beyond_the_image_cannot_be_missed():
+def test_the_part_of_a_true_box_beyond_the_image_is_ignored():
     truth = np.array([[0.8, 0.8, 0.3, 0.3]])
     assert localization.best_overlap(localization.box_mask(truth, (20, 20)) * 1.0, truth).iou == pytest.approx(1)
     assert np.isnan(localization.best_overlap(np.ones((4, 4)), np.array([[1.2, 0.1, 0.2, 0.2]])).iou)

@@ -1,4 +1,4 @@
-"""Results on disk: what belongs together is by_seed, and what does not is refused."""
+"""Runs on disk: those of one study are read together, and those that do not fit are refused."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_a_comparison_with_a_study_of_other_images_is_refused(folds, tmp_path):
     text = STUDY.replace('root = "data"', f'root = "{folds / "data"}"')
     (tmp_path / "own.toml").write_text('compare = ["theirs"]' + text)
     study = load_study(tmp_path / "own.toml")
-    assert list(runs_of(study, tmp_path / "runs")) == ["theirs"]  # there is no run of its own: that is enough
+    assert list(runs_of(study, tmp_path / "runs")) == ["theirs"]  # a study without runs of its own is allowed
     splits["path"] = "elsewhere/" + splits["path"]
     splits.to_csv(tmp_path / "runs" / "theirs" / "lenet5" / "splits.csv", index=False)
     refusal = r"images of .*theirs/lenet5/splits.csv are not in .*data.*: train again, or give the data_root"
@@ -109,7 +109,7 @@ def test_a_comparison_with_a_study_of_other_images_is_refused(folds, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_own_results_of_relabelled_images_are_refused(folds, tmp_path):
+def test_runs_of_images_that_were_relabelled_since_are_refused(folds, tmp_path):
     shutil.copytree(folds / "runs" / "mine-fold1", tmp_path / "runs" / "mine")
     study = load_study(folds / "mine.toml")
     assert list(runs_of(study, tmp_path / "runs")) == ["LeNet-5"]
@@ -140,15 +140,15 @@ def test_a_study_without_results_says_how_to_get_them(folds, tmp_path):
 
 @pytest.fixture(scope="module")
 def repeats(folds):
-    """The folder of runs of that study's repeats with the seeds 2 and 11; of fold 1, with 2."""
+    """The folder of the study's repeats with the seeds 2 and 11, and of fold 1 with the seed 2."""
     study, runs = load_study(folds / "mine.toml"), folds / "repeats"
-    for each in (study.repeated(2), study.repeated(11), study.overridden(fold=1).repeated(2)):
-        fine_tune_study(each, load_table(each), "lenet5", runs=runs, device="cpu")
+    for repeat in (study.repeated(2), study.repeated(11), study.overridden(fold=1).repeated(2)):
+        fine_tune_study(repeat, load_table(repeat), "lenet5", runs=runs, device="cpu")
     return runs
 
 
-def as_own(repeats, tmp_path, *, seed):
-    """Copy the runs, with seed 2's run as that of the study itself, its card telling of another seed."""
+def as_own_run(repeats, tmp_path, *, seed):
+    """Copy the runs, and seed 2's run into the study's own folder with another seed in its card."""
     shutil.copytree(repeats, tmp_path / "runs")
     folder = tmp_path / "runs" / "mine" / "lenet5"
     shutil.copytree(repeats / "mine-seed2" / "lenet5", folder)
@@ -167,24 +167,24 @@ def test_the_lowest_seed_stands_in_for_a_network_that_the_study_itself_did_not_t
     assert [(run.study, run.fold, run.seed) for run in runs.values()] == [("mine", None, 2), ("mine", 1, 2)]
 
 
-def test_the_runs_of_a_network_are_found_by_seed_the_own_one_first(folds, repeats, tmp_path):
+def test_the_runs_of_a_network_are_keyed_by_seed_with_its_own_run_first(folds, repeats, tmp_path):
     study = load_study(folds / "mine.toml")
     assert [list(by_seed) for by_seed in seeds_of(study, repeats).values()] == [[2, 11], [2]]
-    folder = as_own(repeats, tmp_path, seed=5)
-    shutil.copytree(folder, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # no repeat: another study's
+    folder = as_own_run(repeats, tmp_path, seed=5)
+    shutil.copytree(folder, tmp_path / "runs" / "mine-seed3x" / "lenet5")  # another study, not a repeat
     by_seed = seeds_of(study, tmp_path / "runs")["LeNet-5"]
     assert list(by_seed) == [5, 2, 11]
     assert by_seed[5].folder == folder == runs_of(study, tmp_path / "runs")["LeNet-5"].folder
 
 
-def test_a_repeat_of_the_seed_that_the_study_itself_has_does_not_count_twice(folds, repeats, tmp_path):
-    folder = as_own(repeats, tmp_path, seed=11)
+def test_a_repeat_with_the_seed_of_the_study_itself_does_not_count(folds, repeats, tmp_path):
+    folder = as_own_run(repeats, tmp_path, seed=11)
     by_seed = seeds_of(load_study(folds / "mine.toml"), tmp_path / "runs")["LeNet-5"]
     assert list(by_seed) == [11, 2]
     assert by_seed[11].folder == folder
 
 
-def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats):
+def test_repeats_share_test_images_and_differ_in_their_predictions(folds, repeats):
     first, second = seeds_of(load_study(folds / "mine.toml"), repeats)["LeNet-5"].values()
     assert first.splits().equals(second.splits())
     a, b = first.predictions("test"), second.predictions("test")
@@ -193,7 +193,7 @@ def test_repeats_share_test_images_and_differ_in_what_they_learnt(folds, repeats
 
 
 def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_path):
-    folder = as_own(repeats, tmp_path, seed=5)
+    folder = as_own_run(repeats, tmp_path, seed=5)
     splits = pd.read_csv(folder / "splits.csv")
     splits.loc[splits["split"] == "test", "split"] = "train"
     splits.to_csv(folder / "splits.csv", index=False)
@@ -223,7 +223,7 @@ def test_a_network_that_is_not_in_the_file_is_shown_but_in_no_ensemble_of_the_st
 def test_spread_over_seeds_is_that_of_the_scores_of_hand_made_predictions(folds, repeats, tmp_path):
     shutil.copytree(repeats, tmp_path / "runs")
     for seed, correct in ((2, 3), (11, 4)):
-        # Of 2 normal and 3 ill the first `correct` are, at a threshold of 0.5, decided as they are.
+        # The first `correct` of 2 normal and 3 ill images are classified correctly at a threshold of 0.5.
         folder = tmp_path / "runs" / f"mine-seed{seed}" / "lenet5"
         target = np.array([0, 0, 1, 1, 1])
         ill = np.where((np.arange(5) < correct) == (target == 1), 0.9, 0.2)
