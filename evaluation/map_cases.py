@@ -60,7 +60,7 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
     pairs = (_findings if table.multilabel else _correct)(table, predictions)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
     stored = stored_probabilities(predictions, table)
-    return [_case(table, *pairs[i], stored) for i in drawn]
+    return [map_case(table, *pairs[i], stored) for i in drawn]
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
@@ -83,7 +83,7 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
     return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
 
 
-def _case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
+def map_case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
     boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
     return MapCase(
         image["path"],

@@ -147,7 +147,7 @@ def histories():
 def test_learning_curves_hold_the_histories_values(fig):
     tables = histories()
     kept = dict(zip(NETWORKS, (2, 6, 1), strict=True))
-    plot_utils.draw_learning_curves(fig, tables, best_epochs=kept, score="accuracy")
+    plot_utils.draw_learning_curves(fig, tables, best_epochs=kept)
     colors = plot_utils.palette(NETWORKS)
     for ax, figure in zip(fig.axes, ("loss", "accuracy"), strict=True):
         lines = np.reshape(ax.lines, (3, 3))
@@ -175,9 +175,7 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
             "val_auc": [0.5, 0.6, np.nan, 0.7],
         }
     )
-    plot_utils.draw_learning_curves(
-        fig, dict.fromkeys(EIGHT, history), score="auc", best_epochs=dict.fromkeys(EIGHT, 4)
-    )
+    plot_utils.draw_learning_curves(fig, dict.fromkeys(EIGHT, history), best_epochs=dict.fromkeys(EIGHT, 4))
     for ax in fig.axes:
         stars = [line for line in ax.lines if line.get_marker() == "*"]
         assert [star.get_xdata()[0] for star in stars] == [4] * 8
@@ -188,7 +186,7 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
 
 def test_learning_curves_of_one_phase_have_no_line_of_change(fig):
     kept = dict.fromkeys(NETWORKS, 1)
-    plot_utils.draw_learning_curves(fig, histories(), best_epochs=kept, score="accuracy")
+    plot_utils.draw_learning_curves(fig, histories(), best_epochs=kept)
     assert len(fig.axes[0].lines) == 9
     assert "change of phase" not in legend_texts(fig.legends[0])
 

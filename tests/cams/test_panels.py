@@ -180,7 +180,7 @@ def test_cam_grid_has_a_row_a_group_and_says_where_there_is_nothing():
     fig = Figure(figsize=(10, 7), layout="constrained")
     box = (0.25, 0.5, 0.25, 0.125)
     groups = {
-        "true positive": [cam_sample(boxes=[box])] * 6,
+        "true positive": [cam_sample(boxes=[box])] * 5,
         "false positive": [cam_sample(truth="Normal", correct=False)],
         "false negative": [],
     }
