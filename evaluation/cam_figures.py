@@ -48,12 +48,11 @@ def both_classes(results: Results) -> Figure | Markdown:
     rows = []
     for image in table.subset("test").groupby("label").sample(2, random_state=seed).to_dict("records"):
         case = map_case(table, image, int(image["label"]), stored)
-        panels = {name: cam_panel(trained, case._replace(class_index=i)) for i, name in enumerate(table.classes)}
-        predicted = panels[panels[table.classes[0]].predicted]
-        (other,) = set(table.classes) - {predicted.predicted}
-        unmarked = {"predicted": other, "probability": 1 - predicted.probability, "correct": None}
-        both = {"the predicted class": predicted, "the other class": panels[other]._replace(**unmarked)}
-        rows.append(_row(case, both))
+        panels = [cam_panel(trained, case._replace(class_index=i)) for i in range(2)]
+        shown = table.classes.index(panels[0].predicted)
+        predicted, other = panels[shown], table.classes[1 - shown]
+        unmarked = panels[1 - shown]._replace(predicted=other, probability=1 - predicted.probability, correct=None)
+        rows.append(_row(case, {"the predicted class": predicted, "the other class": unmarked}))
     return _figure(rows, results.example)
 
 

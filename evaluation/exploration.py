@@ -29,16 +29,11 @@ def groups_of(table: XrayTable) -> tuple[str, ...]:
     return (*table.classes, "No finding") if table.multilabel else table.classes
 
 
-def kinds_of(table: XrayTable) -> str:
-    """Return "findings" or "classes": what a text calls the classes of a table."""
-    return "findings" if table.multilabel else "classes"
-
-
 def overview(table: XrayTable) -> str:
     """Return the number of images, and the remarks of their reader."""
     ids = "with patient ids" if table.has_patient_ids else "without patient ids: each image counts as a patient"
-    first = f"{len(table):,} images of {len(table.classes)} {kinds_of(table)}, {ids}"
-    return "\n".join([first, *table.notes])
+    kinds = "findings" if table.multilabel else "classes"
+    return "\n".join([f"{len(table):,} images of {len(table.classes)} {kinds}, {ids}", *table.notes])
 
 
 def patient_tables(table: XrayTable) -> list[pd.DataFrame | Markdown]:
@@ -102,9 +97,8 @@ def augmentation_figure(study: Study, augment: Augment, path: str, lungs: LungMa
     if augment.views == 1:
         return Markdown("*Networks see every training image as it is.*")
     size = max(study.training_of(name).image_size for name in study.networks)
-    original = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs).resize(
-        read_xray(path)
-    )
+    preprocessing = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs)
+    original = preprocessing.resize(read_xray(path))
     draws = augment.draw(9, derived_generator(study.seed, "shown views"))
     augmented = augment(original.expand(9, -1, -1, -1), draws)[:, 0].round().byte().numpy()
     return draw_augmentations(Figure(figsize=(10, 4.4), layout="constrained"), original[0].numpy(), augmented)
@@ -136,8 +130,9 @@ def conclusion(table: XrayTable, probes: pd.DataFrame, duplicates: Mapping[str, 
     """Return the last lines of notebook 1. `probes` and `duplicates` are tables of `traps`."""
     shortcuts = [f"{name} (AUC {row.roc_auc:.2f})" for name, row in probes.iterrows() if row.shortcut]
     counts = table.counts().sum(axis=1)[list(table.classes)]
+    kinds = "findings" if table.multilabel else "classes"
     return Markdown(
-        f"- Imbalance: of {len(counts)} {kinds_of(table)} the most frequent has **{counts.max() / counts.min():.1f} "
+        f"- Imbalance: of {len(counts)} {kinds} the most frequent has **{counts.max() / counts.min():.1f} "
         f"times** the rarest's images.\n"
         f"- Shortcuts (what tells the classes apart without the lungs): **{', '.join(shortcuts) or 'none found'}**.\n"
         f"- Images with a near-duplicate in another split: **{duplicates['… in another split']}**."

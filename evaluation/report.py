@@ -34,7 +34,6 @@ class Results:
         table: the images, split as for the training.
         runs: the runs by title, one seed of each network.
         seeds: the runs of each network, by seed.
-        teams: the members of each ensemble, by the name of the ensemble.
         test: the test predictions of each network and ensemble, by title.
         example: the network in figures of a single network: the best on validation. Folds have different validation
             images and cannot be ranked, so the first fold is the example.
@@ -45,7 +44,6 @@ class Results:
     table: XrayTable
     runs: Mapping[str, Run]
     seeds: Mapping[str, Mapping[int, Run]]
-    teams: Mapping[str, list[str]]
     test: Mapping[str, Predictions]
     example: str
     leader: str
@@ -121,7 +119,7 @@ def read_results(study: Study, runs: Path) -> Results:
     example = teams[leader][0] if of_folds else leader
     table = apply_splits(images, trained[example].folder / "splits.csv", cards[example].classes)
     seeds, test = read_seeds(study, runs, images), with_ensembles(study, trained)
-    return Results(study, table, trained, seeds, teams, test, example, leader)
+    return Results(study, table, trained, seeds, test, example, leader)
 
 
 def best_on_validation(cards: Mapping[str, ModelCard]) -> tuple[str, str]:
@@ -157,16 +155,15 @@ def overview(results: Results) -> str:
     if results.focus != metrics.MACRO:
         lines.append(f"positive class (scores of one class are about it): {results.focus}")
     for title, run in results.runs.items():
-        unreported, undecided = ", ".join(run.card.unreported), ", ".join(run.card.undecided)
-        if unreported:
-            lines.append(f"{title}: does not report {unreported}: no training image has it, or all have it")
-        if undecided:
-            lines.append(f"{title}: never predicts {undecided}: no threshold could be chosen")
+        if run.card.unreported:
+            lines.append(
+                f"{title}: does not report {', '.join(run.card.unreported)}: all training images, or none, have it"
+            )
+        if run.card.undecided:
+            lines.append(f"{title}: never predicts {', '.join(run.card.undecided)}: no threshold could be chosen")
         if run.card.lung_masking:
             failed = len(pd.read_csv(run.folder / "lungs_failed.csv"))
-            lines.append(
-                f"{title}: sees the lungs only, but {failed} of {len(run.splits())} images whole: no lungs found"
-            )
+            lines.append(f"{title}: sees lungs only; {failed} of {len(run.splits())} images stay whole: no lungs found")
     return "\n".join(lines)
 
 
@@ -192,9 +189,8 @@ def seed_tables(results: Results, study: str) -> list[pd.DataFrame | Markdown]:
     """
     tables = [seed_spread(seed_scores(results.repeated)).round(3)] if results.repeated else []
     single = ", ".join(title for title in results.seeds if title not in results.repeated)
-    command = f"`python finetune.py {study} --seeds 0,1,2`"
-    line = Markdown(f"one seed only: {single}. For more: {command}, then run this again")
-    return [*tables, line] if single else tables
+    line = f"one seed only: {single}. For more: `python finetune.py {study} --seeds 0,1,2`, then run this again"
+    return [*tables, Markdown(line)] if single else tables
 
 
 def differences(results: Results) -> pd.DataFrame:
@@ -228,6 +224,6 @@ def conclusion(results: Results, compared: pd.DataFrame) -> list[str]:
     lines = [f"{role}: **{results.leader}**, test {results.headline} **{figures[results.leader]}**."]
     for pair, by_metric in compared.iterrows():
         lines.append(f"Difference in test accuracy, {pair}: {by_metric['accuracy']}.")
-    for name, members in results.teams.items():
+    for name, members in ensembles(results.study, results.runs).items():
         lines.append(f"{name} ({', '.join(members)}): test {results.headline} {figures[name]}.")
     return lines
