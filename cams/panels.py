@@ -176,8 +176,8 @@ def _overlay(row: CamRow, panel: CamPanel, ax: Axes) -> None:
     _outlines(row, ax)
     if not np.any(panel.map):
         box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}
-        place = {"transform": ax.transAxes, "ha": "center"}
-        ax.text(0.5, 0.05, "no positive evidence", **place, color="white", bbox=box, fontsize=9)
+        look = {"ha": "center", "color": "white", "bbox": box, "fontsize": 9}
+        ax.text(0.5, 0.05, "no positive evidence", transform=ax.transAxes, **look)
 
 
 def _prediction(panel: CamPanel) -> tuple[str, str]:
@@ -243,8 +243,7 @@ def _image(image: np.ndarray | None, ax: Axes) -> None:
 
 
 def _row_label(text: str, ax: Axes) -> None:
-    broken = text.replace(" ", "\n").replace("_", "_\n")
-    ax.set_ylabel(broken, rotation=0, ha="right", va="center", fontsize=11)
+    ax.set_ylabel(text.replace(" ", "\n").replace("_", "_\n"), rotation=0, ha="right", va="center", fontsize=11)
 
 
 def _outline(mask: np.ndarray | None, ax: Axes, *, color: str, style: str) -> None:

@@ -89,8 +89,8 @@ def reliability(results: Results) -> Figure | Markdown:
     tables = {}
     for title, test in results.test.items():
         error = expected_calibration_error(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
-        table = reliability_table(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
-        tables[f"{title}, ECE {error:.3f}"] = table
+        bins = reliability_table(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
+        tables[f"{title}, ECE {error:.3f}"] = bins
     fig, ax = _panel(9, 5)
     plot_utils.plot_reliability(tables, ax)
     return fig
@@ -120,9 +120,8 @@ def embedding(results: Results) -> Figure | Markdown:
     test, seed = results.table.subset("test"), results.study.seed
     images = test.sample(min(len(test), MOST_EMBEDDED), random_state=seed)
     embeddings = embeddings_of(results.networks[results.example], images["path"])
-    silhouette = metrics.silhouette(embeddings, images["label"].to_numpy())
+    points, silhouette = metrics.tsne(embeddings, seed=seed), metrics.silhouette(embeddings, images["label"].to_numpy())
     fig, ax = _panel(8, 5.2, f"{results.example}: {len(images)} test images, silhouette {silhouette:.3f}")
-    points = metrics.tsne(embeddings, seed=seed)
     for i, (name, style) in enumerate(plot_utils.styles(results.table.classes).items()):
         of_class = points[images["label"] == i]
         look = {"color": style["color"], "marker": style["marker"], "edgecolor": "white", "linewidth": 0.4}

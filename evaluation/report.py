@@ -124,10 +124,9 @@ def read_results(study: Study, runs: Path) -> Results:
 
 def best_on_validation(cards: Mapping[str, ModelCard]) -> tuple[str, str]:
     """Return the title of the network that is best on validation, and the measure in words."""
-    measures = {title: card.validation for title, card in cards.items()}
     if any(card.multilabel for card in cards.values()):
-        return max(measures, key=lambda title: measures[title]["auc"]), "Highest mean AUC on validation"
-    return min(measures, key=lambda title: measures[title]["loss"]), "Lowest validation loss"
+        return max(cards, key=lambda title: cards[title].validation["auc"]), "Highest mean AUC on validation"
+    return min(cards, key=lambda title: cards[title].validation["loss"]), "Lowest validation loss"
 
 
 def training_table(cards: Mapping[str, ModelCard]) -> pd.DataFrame:
