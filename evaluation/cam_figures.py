@@ -166,7 +166,7 @@ def cam_samples(
         drawn = images.loc[rng.permutation(paths)].drop_duplicates("patient")[:OF_A_KIND]
         samples[name] = []
         for image in drawn.to_dict("records"):
-            findings = ", ".join(name for name in table.classes if table.multilabel and image[name])
+            findings = ", ".join(finding for finding in table.classes if table.multilabel and image[finding])
             truth = findings or [*table.classes, NO_FINDING][int(image["label"])]
             case = map_case(table, image, class_index, stored)._replace(label=truth, lesion=None, lung=None)
             samples[name].append(_row(case, {name: cam_panel(trained, case)}))
