@@ -23,7 +23,7 @@ WRITERS = {
     "covid_radiography": partial(write_covid_radiography, per_class=150),
 }
 NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "demo")  # the demo draws its own data
-LIMIT, SIZE = 40, 32  # images of a study, and their pixels
+LIMIT, SIZE = 60, 64  # images of a study, and their pixels: with fewer, maps of one cell have no contrast
 REAL = {"kermany": "chest_xray", "chestxray14": "ChestX-ray14", "covid_radiography": "COVID-19_Radiography_Dataset"}
 
 
@@ -31,7 +31,7 @@ REAL = {"kermany": "chest_xray", "chestxray14": "ChestX-ray14", "covid_radiograp
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all results, with the one lung model that all studies share."""
     folder = tmp_path_factory.mktemp("runs")
-    write_lung_model(folder / "lungs", phantoms=16, epochs=1)
+    write_lung_model(folder / "lungs", phantoms=96, epochs=4)
     return folder
 
 
