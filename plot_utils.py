@@ -2,10 +2,8 @@
 
 Numbers in, Axes out: nothing is computed from predictions, shown, saved or set globally. Figures need
 `layout="constrained"`, which makes room for labels and legends, and a height that fits their content: 0.2 inch for each
-bar or dot. Titles are the caller's: only the caller knows whether the data are synthetic.
+bar or dot. The caller sets the titles, because only the caller knows whether the data are synthetic.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +16,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-MARKERS = "osD^vPX<"  # beside the colours, for prints without them
+MARKERS = "osD^vPX<"  # for prints without colours
 LINES = ("-", "--", "-.", (0, (1, 1)))
 SMALL = 8.5  # points; the smallest print that is readable in a notebook 1000 px wide
 FEW = 5  # classes whose names fit side by side under a panel
@@ -36,31 +34,35 @@ BLUE, RED = COLORS[0], COLORS[3]
 def palette(names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """Return a colour for each name, by position: the same list of names has the same colours in every figure.
 
-    Colours repeat from the eleventh name on; lines and markers then differ (see `styles`).
+    From the eleventh name on, colours repeat; `styles` then gives them other lines and markers.
     """
     return dict(zip(names, sns.color_palette(COLORS, len(names)), strict=True))
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Return a colour, a line style and a marker for each name, by position. Up to 40 names, no two have the same
-    colour and line, and no two the same colour and marker.
+    """Return a colour, a line style and a marker for each name, by position. Among 40 names, no two have the same
+    colour and line, and no two have the same colour and marker.
     """
-    lines = [LINES[(i + i // len(COLORS)) % len(LINES)] for i in range(len(names))]
-    return {
-        name: {"color": color, "linestyle": lines[i], "marker": MARKERS[i % len(MARKERS)]}
-        for i, (name, color) in enumerate(palette(names).items())
-    }
+    looks = {}
+    for i, (name, color) in enumerate(palette(names).items()):
+        line = LINES[(i + i // len(COLORS)) % len(LINES)]
+        looks[name] = {"color": color, "linestyle": line, "marker": MARKERS[i % len(MARKERS)]}
+    return looks
 
 
 # Notebook 1: the data
 
 
 def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_shares: bool = False) -> Axes:
-    """Draw a group of bars for each row of a table. They are horizontal, the first row on top, where the names of the
+    """Draw a group of bars for each row of a table. Bars are horizontal, the first row on top, where the names of the
     rows do not fit side by side.
 
-    `number` is the format of the number at each bar, `title` that of the axis of values; `equal_shares` draws a dashed
-    line where all rows of a table of percentages would be equal.
+    Args:
+        table: the values; a row for each group, a column for each colour.
+        ax: Axes to fill.
+        number: the format of the number at each bar.
+        title: the title of the axis of values.
+        equal_shares: draw a dashed line where all rows of a table of percentages would be equal.
     """
     horizontal = len(table) > FEW or sum(map(len, table.index)) > 70
     colors = palette(list(table.columns))
@@ -68,11 +70,9 @@ def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_s
     for bars in ax.containers:
         ax.bar_label(bars, fmt=number, padding=2, fontsize=SMALL)
     names_axis, value_axis = (ax.yaxis, ax.xaxis) if horizontal else (ax.xaxis, ax.yaxis)
-    names_axis.set_inverted(horizontal)
+    names_axis.set(inverted=horizontal, label_text="")
     names_axis.set_tick_params(length=0)
-    names_axis.set_label_text("")
-    value_axis.set(label_text=title, major_locator=MaxNLocator(integer=True, nbins=6))
-    value_axis.set_major_formatter("{x:,.0f}")
+    value_axis.set(label_text=title, major_locator=MaxNLocator(integer=True, nbins=6), major_formatter="{x:,.0f}")
     if equal_shares:
         line = ax.axvline if horizontal else ax.axhline
         line(100 / len(table), color="0.3", linestyle="--", linewidth=1, zorder=3, label="equal shares")
@@ -83,17 +83,16 @@ def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_s
 
 
 def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw width against height; `sizes` has a row for each image and the columns width, height and class. The area of
-    a marker is its number of images.
+    """Draw width against height. `sizes` has a row for each image and the columns width, height and class. The area of
+    a marker shows the number of images of this size.
     """
     counts = sizes.groupby(["class", "width", "height"], sort=False).size()
     for name, style in styles(list(dict.fromkeys(sizes["class"]))).items():
         of_class = counts[name].rename("images").reset_index()
-        images, number = of_class["images"], len(of_class)
-        # Hollow markers of different shapes: all classes stay visible where they have the same sizes.
+        areas = np.maximum(500 * of_class["images"] / counts.max(), 12)
+        # Classes with the same sizes all stay visible, because markers are hollow and differ in shape.
         look = {"facecolor": (*style["color"], 0.12), "edgecolor": style["color"], "marker": style["marker"]}
-        label = f"{name}: {images.sum():,} images, {number:,} size{'s' * (number > 1)}"
-        areas = np.maximum(500 * images / counts.max(), 12)
+        label = f"{name}: {of_class['images'].sum():,} images, {len(of_class):,} size{'s' * (len(of_class) > 1)}"
         ax.scatter(of_class["width"], of_class["height"], areas, **look, label=label)
     ax.axline((0, 0), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=0, label="square")
     right, top = 1.15 * sizes[["width", "height"]].max()
@@ -105,22 +104,23 @@ def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_intensities(histograms: Mapping[str, np.ndarray], edges: np.ndarray, ax: Axes) -> Axes:
-    """Draw the mean histogram of each class and, up to five classes, the band of its middle half of images.
+    """Draw the mean histogram of each class and, for up to five classes, the band of its middle half of images.
 
-    `histograms` are (N, B) densities of grey values, a row for each image, by class; `edges` are the (B + 1,) grey
-    values between the bins.
+    Args:
+        histograms: by class, (N, B) densities of grey values, a row for each image.
+        edges: (B + 1,) grey values between the bins, 0 to 255.
+        ax: Axes to fill.
     """
     centres = (edges[:-1] + edges[1:]) / 2
     bands = len(histograms) <= FEW
     for name, style in styles(list(histograms)).items():
         densities = histograms[name]
         if bands:
-            low, high = np.percentile(densities, [25, 75], axis=0)
-            ax.fill_between(centres, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            quartiles = np.percentile(densities, [25, 75], axis=0)
+            ax.fill_between(centres, *quartiles, color=style["color"], alpha=0.15, linewidth=0)
         label = f"{name} (n = {len(densities):,})"
         ax.plot(centres, densities.mean(axis=0), **style | {"marker": None}, label=label)
-    ax.set(xlabel="grey value (0 = black, 255 = white)", ylabel="density", xlim=(edges[0], edges[-1]))
-    ax.set_ylim(bottom=0)
+    ax.set(xlabel="grey value (0 = black, 255 = white)", ylabel="density", xlim=edges[[0, -1]], ylim=(0, None))
     legend_beside(ax, title="line: mean\nband: middle half of images" if bands else "line: mean")
     return ax
 
@@ -129,28 +129,27 @@ def plot_intensities(histograms: Mapping[str, np.ndarray], edges: np.ndarray, ax
 
 
 def draw_learning_curves(
-    fig: FigureBase, histories: Mapping[str, pd.DataFrame], *, best_epochs: Mapping[str, int], score: str
+    fig: FigureBase, histories: Mapping[str, pd.DataFrame], *, best_epochs: Mapping[str, int]
 ) -> FigureBase:
-    """Draw the loss (left) and a score (right) by epoch: training dashed, validation solid, a star at the kept epoch,
-    and a thin vertical line where the phase of a training changes.
+    """Draw the loss (left) and a score (right) by epoch. Training is dashed, validation is solid. A star marks the kept
+    epoch, a thin vertical line a change of phase.
 
     Args:
         fig: Figure or SubFigure to fill.
-        histories: by network, a row for each epoch; columns epoch, phase, and train_ and val_ loss and score.
+        histories: by network, a row for each epoch; columns epoch, phase, and train_ and val_ loss and score. The
+            score is "accuracy" or "auc".
         best_epochs: by network, the epoch whose weights were kept.
-        score: "accuracy" or "auc", as in the columns.
     """
     colors = palette(list(histories))
-    phases = [history.groupby("phase")["epoch"].min() for history in histories.values()]
-    changes = {epoch - 0.5 for first_epochs in phases for epoch in first_epochs.iloc[1:]}
+    changes = {first - 0.5 for history in histories.values() for first in history["epoch"][history["phase"].diff() > 0]}
+    score = "auc" if any("val_auc" in history for history in histories.values()) else "accuracy"
     for ax, measure in zip(fig.subplots(1, 2), ("loss", score), strict=True):
         for name, history in histories.items():
             by_epoch = history.set_index("epoch")
             marker = "o" if len(by_epoch) == 1 else None  # a line needs two points
             ax.plot(by_epoch[f"train_{measure}"], "--", color=colors[name], lw=1.2, marker=marker)
             ax.plot(by_epoch[f"val_{measure}"], "-", color=colors[name], lw=2)
-            best = best_epochs[name]
-            ax.plot(best, by_epoch.loc[best, f"val_{measure}"], color=colors[name], **STAR)
+            ax.plot(best_epochs[name], by_epoch.loc[best_epochs[name], f"val_{measure}"], color=colors[name], **STAR)
         for change in changes:
             ax.axvline(change, **PHASE, zorder=0)
         ax.set(xlabel="epoch", ylabel="mean area under the ROC curve" if measure == "auc" else measure)
@@ -158,9 +157,9 @@ def draw_learning_curves(
         ax.set_xlim(0.5, max(history["epoch"].max() for history in histories.values()) + 0.5)
         ax.grid(alpha=0.3)
     handles = [Line2D([], [], color=color, lw=2, label=name) for name, color in colors.items()]
-    handles.append(Line2D([], [], color="0.3", linestyle="--", lw=1.2, label="training"))
-    handles.append(Line2D([], [], color="0.3", lw=2, label="validation"))
-    handles.append(Line2D([], [], color="0.8", **STAR, label="kept epoch"))
+    training = Line2D([], [], color="0.3", linestyle="--", lw=1.2, label="training")
+    validation = Line2D([], [], color="0.3", lw=2, label="validation")
+    handles += [training, validation, Line2D([], [], color="0.8", **STAR, label="kept epoch")]
     handles += [Line2D([], [], **PHASE, label="change of phase")] * bool(changes)
     fig.legend(handles=handles, loc="outside right upper", frameon=False)
     return fig
@@ -170,22 +169,22 @@ def draw_learning_curves(
 
 
 def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str) -> FigureBase:
-    """Draw horizontal bars in the table's order: the score of each network with its interval (left) and the minutes
-    that its training took (right). `table` has the columns network, estimate, low, high (0 to 1; NaN ends: no whiskers)
-    and minutes.
+    """Draw the score of each network with its interval (left) and the minutes of its training (right) as horizontal
+    bars, in the order of the table.
+
+    `table` has the columns network, estimate, low, high and minutes. Scores are 0 to 1; where low and high are NaN,
+    there are no whiskers.
     """
     left, right = fig.subplots(1, 2, sharey=True)
     bars = {"color": list(palette(list(table["network"])).values()), "height": 0.65}
-    rows, whiskers = range(len(table)), {"xerr": _reach(table), "capsize": 3}
-    by_score = left.barh(rows, table["estimate"], **whiskers, **bars)
-    by_minutes = right.barh(rows, table["minutes"], **bars)
-    left.bar_label(by_score, [f"{value:.1%}" for value in table["estimate"]], padding=5, fontsize=SMALL)
-    right.bar_label(by_minutes, [_minutes(value) for value in table["minutes"]], padding=5, fontsize=SMALL)
-    for ax in (left, right):
+    by_score = left, "estimate", "{:.1%}".format, {"xerr": _reach(table), "capsize": 3}
+    for ax, column, number, whiskers in (by_score, (right, "minutes", _minutes, {})):
+        drawn = ax.barh(range(len(table)), table[column], **whiskers, **bars)
+        ax.bar_label(drawn, table[column].map(number), padding=5, fontsize=SMALL)
         _name_rows(list(table["network"]), ax)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_axisbelow(True)
-    # The axis ends beyond 100 %: the number of a network that is always right needs room.
+    # The axis ends beyond 100 %, to make room for the number of a network that is always right.
     left.set(xlabel=f"{score} and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     right.set(xlabel="minutes of training", xlim=(0, max(1e-3, 1.25 * table["minutes"].max())))
@@ -198,32 +197,33 @@ def _minutes(value: float) -> str:
 
 
 def plot_confusion(counts: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes:
-    """Draw (C, C) counts, row = true class, column = predicted class. The shade, and the small print up to eight
-    classes, is the share of the true class.
+    """Draw (C, C) counts, row = true class, column = predicted class. The shade is the share of the true class; for up
+    to eight classes, the share is also written below the count.
     """
     support = counts.sum(axis=1)
     shares = counts / np.maximum(support, 1)[:, None]
     texts = counts.astype(str).astype(object)
     if len(classes) <= 8:
         texts += [[f"\n{share:.1%}" if sum(row) else "\n–" for share in row] for row in shares]
-    many, gap = len(classes) > FEW, " " if len(classes) > FEW else "\n"
+    gap, rotation, align = (" ", 45, "right") if len(classes) > FEW else ("\n", 0, "center")
     names = [name.replace(" ", gap) for name in classes]
     rows = [f"{name}{gap}(n = {n})" for name, n in zip(classes, support, strict=True)]
     look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "cbar": False, "square": True, "linewidths": 0.5}
-    text = {"annot": texts, "fmt": "", "annot_kws": {"fontsize": SMALL if many else 10}}
-    sns.heatmap(shares, xticklabels=names, yticklabels=rows, **text, **look, linecolor="0.85", ax=ax)
-    for label in ax.get_xticklabels():
-        label.set(rotation=45 if many else 0, ha="right" if many else "center", rotation_mode="anchor")
-    ax.tick_params(axis="y", labelrotation=0)
+    text = {"annot": texts, "fmt": "", "annot_kws": {"fontsize": SMALL if len(classes) > FEW else 10}}
+    sns.heatmap(shares, **text, **look, linecolor="0.85", ax=ax)
+    ax.set_xticks(ax.get_xticks(), names, rotation=rotation, ha=align, rotation_mode="anchor")
+    ax.set_yticks(ax.get_yticks(), rows, rotation=0)
     ax.tick_params(length=0)
     ax.set(xlabel="predicted class", ylabel="true class")
     return ax
 
 
 def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
-    """Draw the ROC curve of each class and the diagonal of chance; the areas are in the legend, which stands beside the
-    axes where there are more than five classes. `curves` has false positive rates, true positive rates and the area,
-    NaN where there is nothing to tell apart, by class.
+    """Draw the ROC curve of each class and the diagonal of chance. The legend names the areas. For more than five
+    classes, it stands beside the axes.
+
+    `curves` has, by class, the false positive rates, the true positive rates and the area. The area is NaN where the
+    images are all of the class, or none is.
     """
     many = len(curves) > FEW
     for name, style in styles(list(curves)).items():
@@ -241,17 +241,17 @@ def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axe
 
 
 def plot_auc_by_label(areas: pd.DataFrame, mean: pd.Series, ax: Axes) -> Axes:
-    """Draw areas under the ROC curve as dots with whiskers, the largest on top. A dashed line marks chance, a solid
-    line with a band the mean and its interval.
+    """Draw areas under the ROC curve as dots with whiskers, the largest on top. A dashed line marks chance; a solid
+    line with a band marks the mean and its interval.
 
-    `areas` has a row for each label and, like `mean`, the columns estimate, low and high. Labels without an area stand
-    below, without a dot.
+    `areas` has a row for each label; it and `mean` have estimate, low and high. Labels without an area stand below,
+    without a dot.
     """
     areas = areas.sort_values("estimate", ascending=False, kind="stable")
+    rows = np.arange(len(areas))
     ax.axvline(0.5, color="0.4", linestyle="--", linewidth=1.2, label="chance (0.500)")
     ax.axvspan(mean["low"], mean["high"], color=RED, alpha=0.15, linewidth=0)
     ax.axvline(mean["estimate"], color=RED, linewidth=1.5, label=f"mean ({mean['estimate']:.3f})")
-    rows = np.arange(len(areas))
     _interval_dots(areas, rows, ax, fmt="o", color=BLUE)
     for row in rows[areas["estimate"].isna()]:
         _note("no area", (0.5, row), ax)
@@ -263,16 +263,14 @@ def plot_auc_by_label(areas: pd.DataFrame, mean: pd.Series, ax: Axes) -> Axes:
 
 def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
     """Draw precision (solid) and recall (dashed) over the decision threshold: a thin line for each label, and their
-    means as thick lines. Above the largest probability of a label its recall is 0 and it has no precision.
+    means as thick lines. Above the largest probability of a label, its recall is 0 and its precision is not drawn.
 
-    `points` has ascending thresholds, precision and recall at each, and the average precision, by label.
+    `points` has, by label, ascending thresholds, the precision and the recall at each, and the average precision.
     """
     grid = np.linspace(0, 1, 501)
-    for column, name, beyond, look in (
-        (1, "precision", np.nan, {"color": BLUE, "linestyle": "-"}),
-        (2, "recall", 0, {"color": RED, "linestyle": "--"}),
-    ):
-        # At a threshold between two of a label's own, decisions are those at the next larger one.
+    precision = 1, "precision", np.nan, {"color": BLUE, "linestyle": "-"}
+    for column, name, beyond, look in (precision, (2, "recall", 0, {"color": RED, "linestyle": "--"})):
+        # Between two thresholds of a label, the decisions are those at the larger one.
         curves = [pd.Series(p[column], p[0]).reindex(grid, method="bfill") for p in points.values()]
         by_label = pd.concat(curves, axis=1).fillna(beyond)
         ax.plot(by_label, **look, linewidth=0.7, alpha=0.45)
@@ -285,11 +283,11 @@ def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, n
 
 
 def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw dots with whiskers: `table` has the columns network, metric, estimate, low and high. Metrics stand from top
-    to bottom and networks within them, in the table's order.
+    """Draw dots with whiskers. `table` has the columns network, metric, estimate, low and high. Metrics stand from top
+    to bottom, and the networks within each metric, in the table's order.
     """
-    metrics = list(dict.fromkeys(table["metric"]))
-    networks = styles(list(dict.fromkeys(table["network"])))
+    metrics = table["metric"].unique().tolist()
+    networks = styles(table["network"].unique())
     offsets = (np.arange(len(networks)) - (len(networks) - 1) / 2) * 0.7 / len(networks)
     for offset, (name, style) in zip(offsets, networks.items(), strict=True):
         of_network = table[table["network"] == name]
@@ -304,35 +302,34 @@ def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot for each seed and their mean as a line. Below them stands the interval of the first seed: what other
-    patients would change, under what another training changes.
+    """Draw a dot for each seed and their mean as a line. The interval of the first seed stands below them, so that the
+    spread over trainings can be compared with the spread over patients.
 
-    `scores` has a score for each network and seed, the levels of its index; `intervals` has estimate, low and high of
-    the first seed, by network.
+    `scores` has a score for each network and seed, the levels of its index. `intervals` has, by network, estimate, low
+    and high of the first seed.
     """
     spread = scores.groupby(level="network", sort=False).agg(["mean", "std"])
     rows = np.arange(len(spread))
     line = {"color": BLUE, "linewidth": 2, "label": "mean of the seeds\n(± standard deviation)"}
     ax.vlines(spread["mean"], rows - 0.4, rows, **line)
     for row, (name, (mean, std)) in enumerate(spread.iterrows()):
-        of_network = scores[name]
-        # Each seed has a height of its own: equal scores do not hide one another.
-        heights = row - 0.4 + 0.4 * (np.arange(len(of_network)) + 0.5) / len(of_network)
-        ax.plot(of_network, heights, "o", color=BLUE, alpha=0.8, label=None if row else "one seed")
+        # Each seed has its own height, so that equal scores do not hide one another.
+        heights = row - 0.4 + 0.4 * (np.arange(len(scores[name])) + 0.5) / len(scores[name])
+        ax.plot(scores[name], heights, "o", color=BLUE, alpha=0.8, label=None if row else "one seed")
         place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
         ax.annotate(f"mean {mean:.3f} ± {std:.3f}", (mean, row - 0.4), **place, fontsize=SMALL)
-    first = {"fmt": "s", "color": RED, "label": "first seed, its interval\nover patients"}
-    _interval_dots(intervals.loc[spread.index], rows + 0.2, ax, numbers=False, **first)
+    label = "first seed, its interval\nover patients"
+    _whiskers(intervals.loc[spread.index], rows + 0.2, ax, fmt="s", color=RED, label=label)
     _name_rows(list(spread.index), ax)
     legend_beside(ax)
     return ax
 
 
 def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
-    """Draw accuracy against confidence; `tables` of bins have the columns confidence, accuracy and count. The area of a
-    marker is its share of images; bins of fewer than `FEW_IMAGES` are hollow and not joined by the line.
+    """Draw accuracy against confidence. The area of a marker shows the bin's share of the images. Bins of fewer than
+    `FEW_IMAGES` images are hollow, and the line leaves them out. Below the diagonal a network is over-confident.
 
-    Below the diagonal a network is over-confident.
+    `tables` has, by network, a row for each bin with the columns confidence, accuracy and count.
     """
     ax.plot([0, 1], [0, 1], **CHANCE)
     ax.annotate("over-confident", (0.97, 0.04), ha="right", color="0.35", style="italic")
@@ -340,15 +337,13 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     for name, style in styles(list(tables)).items():
         filled = tables[name][tables[name]["count"] > 0]
         enough = filled["count"] >= FEW_IMAGES
-        line = {"color": style["color"], "linewidth": 1.5, "label": "_line"}
-        ax.plot("confidence", "accuracy", data=filled[enough], **line)
+        ax.plot("confidence", "accuracy", data=filled[enough], color=style["color"], linewidth=1.5, label="_line")
         faces = [(*style["color"], 0.65) if solid else "none" for solid in enough]
         look = {"marker": style["marker"], "facecolors": faces, "edgecolors": [style["color"]]}
         areas = np.maximum(250 * filled["count"] / filled["count"].sum(), 10)
         ax.scatter(filled["confidence"], filled["accuracy"], areas, **look, label=name)
-    ax.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
-    ax.set_xlabel("confidence (probability of the predicted class)")
-    ax.set_ylabel("accuracy (share of them correct)")
+    labels = {"xlabel": "confidence (probability of the predicted class)", "ylabel": "accuracy (share of them correct)"}
+    ax.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal", **labels)
     legend = legend_beside(ax, title=f"marker area: share of images\nhollow: fewer than {FEW_IMAGES} images")
     for handle in legend.legend_handles:
         handle.set(sizes=[45], facecolor=handle.get_edgecolor())
@@ -358,26 +353,27 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
 # Parts of several charts
 
 
-def _interval_dots(
-    table: pd.DataFrame, heights: np.ndarray, ax: Axes, *, numbers: bool = True, **style: object
-) -> None:
-    """Draw the estimates of a table as dots, with whiskers from low to high where these are not NaN, and write them
-    beside.
-    """
-    ax.errorbar(table["estimate"], heights, xerr=_reach(table), capsize=3, markersize=6, **style)
+def _interval_dots(table: pd.DataFrame, heights: np.ndarray, ax: Axes, **style: object) -> None:
+    """Draw `_whiskers`, and write each estimate beside its dot."""
+    _whiskers(table, heights, ax, **style)
     ends = np.fmax(table["estimate"], table["high"])
     for estimate, end, height in zip(table["estimate"], ends, heights, strict=True):
-        if numbers and not np.isnan(estimate):
+        if not np.isnan(estimate):
             _note(f"{estimate:.3f}", (end, height), ax)
 
 
+def _whiskers(table: pd.DataFrame, heights: np.ndarray, ax: Axes, **style: object) -> None:
+    """Draw the estimates of a table as dots, with whiskers from low to high where these are not NaN."""
+    ax.errorbar(table["estimate"], heights, xerr=_reach(table), capsize=3, markersize=6, **style)
+
+
 def _reach(table: pd.DataFrame) -> np.ndarray:
-    """Return (2, N) lengths of whiskers, 0 where a percentile interval, as may happen, lies beside its estimate."""
+    """Return (2, N) lengths of whiskers. A length is 0 where a percentile interval does not hold its estimate."""
     return np.maximum([table["estimate"] - table["low"], table["high"] - table["estimate"]], 0)
 
 
 def _name_rows(names: Sequence[str], ax: Axes) -> None:
-    """Name the rows of a chart, the first on top, and leave room for numbers at its sides."""
+    """Name the rows of a chart, the first on top, and leave room for numbers at both sides."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.7)
     ax.tick_params(axis="y", length=0)
@@ -386,10 +382,10 @@ def _name_rows(names: Sequence[str], ax: Axes) -> None:
 
 
 def _note(text: str, point: tuple[float, float], ax: Axes) -> None:
-    """Write in small print to the right of a point."""
+    """Write a small note to the right of a point."""
     ax.annotate(text, point, xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
 
 
 def legend_beside(ax: Axes, *, title: str | None = None) -> Legend:
-    """Add a legend to the right of the axes, where it covers no data."""
+    """Add a legend to the right of the axes. There it covers no data."""
     return ax.legend(title=title, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)

@@ -1,6 +1,4 @@
-"""The charts of notebook 3: `report.Results` in, a Figure out, or a line that says why there is nothing to see."""
-
-from __future__ import annotations
+"""The charts of notebook 3: `report.Results` in, a Figure out, or a line that says why there is none."""
 
 import pandas as pd
 from IPython.display import Markdown
@@ -15,8 +13,8 @@ from evaluation.report import Results
 from evaluation.runs import seed_scores
 from inference.trained_networks import embeddings_of
 
-BINS = 10  # of confidence
-EMBEDDED = 600  # test images at most
+CONFIDENCE_BINS = 10
+MOST_EMBEDDED = 600  # test images
 
 
 def _panel(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
@@ -27,23 +25,21 @@ def _panel(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
 
 
 def confusion(results: Results) -> Figure | Markdown:
-    """Return the confusion matrices of every network, on the training images above those on the test images."""
+    """Return the confusion matrices of every network: above on the training images, below on the test images."""
     if results.table.multilabel:
         return Markdown("*Several findings an image: one cannot be mistaken for another, see below.*")
     runs, classes = results.runs, results.table.classes
     fig = Figure(figsize=(3.9 * len(runs), 7.2), layout="constrained")
-    axes = iter(fig.subplots(2, len(runs), squeeze=False).flat)
-    train = {title: run.predictions("train") for title, run in runs.items()}
-    for split, answers in {"train": train, "test": results.test}.items():
-        for title in runs:
-            answer, ax = answers[title], next(axes)
-            counts = metrics.confusion_counts(answer.targets, answer.predicted, len(classes))
+    for split, axes in zip(("train", "test"), fig.subplots(2, len(runs), squeeze=False), strict=True):
+        for (title, run), ax in zip(runs.items(), axes, strict=True):
+            predictions = run.predictions(split)
+            counts = metrics.confusion_counts(predictions.targets, predictions.predicted, len(classes))
             plot_utils.plot_confusion(counts, classes, ax).set_title(f"{title}, {split}")
     return fig
 
 
 def seeds(results: Results) -> Figure | None:
-    """Return the scores over seeds beside the intervals over patients; None without repeated trainings."""
+    """Return the scores over seeds beside the intervals over patients, or None without repeated trainings."""
     if not results.repeated:
         return None
     fig, ax = _panel(9, 1.4 + 0.8 * len(results.repeated))
@@ -53,32 +49,32 @@ def seeds(results: Results) -> Figure | None:
 
 
 def roc(results: Results) -> Figure:
-    """Return the ROC curves of every network: of each class or, of two, the positive one (the other is its mirror)."""
+    """Return the ROC curves of every network. Of two classes, only the positive one is drawn: the other mirrors it."""
     classes = results.table.classes
     shown = range(len(classes)) if results.positive is None else [results.positive]
     width = (3.8 if len(classes) <= plot_utils.FEW else 8.5) * len(results.runs)
     fig = Figure(figsize=(width, 4.6), layout="constrained")
     for title, ax in zip(results.runs, fig.subplots(1, len(results.runs), squeeze=False)[0], strict=True):
-        answers = results.test[title].targets, results.test[title].probabilities
-        curves = {classes[i]: metrics.roc_points(*answers, i) for i in shown}
+        test = results.test[title]
+        curves = {classes[i]: metrics.roc_points(test.targets, test.probabilities, i) for i in shown}
         plot_utils.plot_roc(curves, ax).set_title(title)
     return fig
 
 
 def findings(results: Results) -> list[Figure | pd.DataFrame | Markdown]:
-    """Return the areas under the ROC curve of several findings, their summary, and what a threshold costs."""
+    """Return the areas under the ROC curve of several findings, a summary, and precision and recall by threshold."""
     if not results.table.multilabel:
         return [Markdown("*One class an image: see the curves above.*")]
-    scores, answers = (results.scores[results.scores["network"] == results.example], results.test[results.example])
+    scores, test = results.scores[results.scores["network"] == results.example], results.test[results.example]
     areas = scores[scores["metric"] == "roc_auc"].set_index("class")
     fig, ax = _panel(9, 5, results.example)
     plot_utils.plot_auc_by_label(areas.drop(index=metrics.MACRO), areas.loc[metrics.MACRO], ax)
     summary = metrics.auc_summary(scores).to_frame("AUC over the findings").round(4)
-    curves = {
-        name: metrics.precision_recall_points(answers.targets, answers.probabilities, i)
-        for i, name in enumerate(results.table.classes)
-    }
-    curves = {name: curve for name, curve in curves.items() if len(curve.thresholds)}
+    curves = {}
+    for i, name in enumerate(results.table.classes):
+        points = metrics.precision_recall_points(test.targets, test.probabilities, i)
+        if len(points.thresholds):
+            curves[name] = points
     if not curves:
         return [fig, summary, Markdown("*No finding has test images both with it and without it.*")]
     tradeoff, ax = _panel(9, 4.6, results.example)
@@ -91,47 +87,45 @@ def reliability(results: Results) -> Figure | Markdown:
     if results.table.multilabel:
         return Markdown("*Several findings an image: their probabilities are not calibrated.*")
     tables = {}
-    for title, answers in results.test.items():
-        error = expected_calibration_error(answers.targets, answers.probabilities, bins=BINS)
-        table = reliability_table(answers.targets, answers.probabilities, bins=BINS)
-        tables[f"{title}, ECE {error:.3f}"] = table
+    for title, test in results.test.items():
+        error = expected_calibration_error(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
+        bins = reliability_table(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
+        tables[f"{title}, ECE {error:.3f}"] = bins
     fig, ax = _panel(9, 5)
     plot_utils.plot_reliability(tables, ax)
     return fig
 
 
 def randomisation(results: Results, maps: MapReport) -> Figure | Markdown:
-    """Return how far the shown network's maps stay the same while it is made random from the head down."""
+    """Return how well the example's maps agree with those of networks that are random from the head down."""
     if results.example not in maps.scored:
         return NO_MAPS
-    rows = maps.scored[results.example].randomised
     fig, ax = _panel(9, 4.2, f"{results.example}, {results.study.maps.faithful} test images")
-    means = rows.groupby(["map", "share"], sort=False)["agreement"].mean().unstack("map", sort=False)
-    means = means.sort_index()
-    # Steps are evenly spaced: the head is one layer of a hundred, and the step that matters most.
+    agreement = maps.scored[results.example].randomised.groupby(["map", "share"], sort=False)["agreement"]
+    means = agreement.mean().unstack("map", sort=False).sort_index()
+    # Steps are evenly spaced. By its share of the layers, the head would lie too close to "nothing".
     steps = ["nothing", "the head", *(f"{share:.0%}" for share in means.index[1:])]
     for name, style in plot_utils.styles(list(means)).items():
         ax.plot(steps, [1, *means[name]], **style | {"linestyle": "-"}, markersize=7, alpha=0.8, label=name)
-    ax.set(ylim=(0, 1.04), xlabel="layers that are random, from the head down")
-    ax.set_ylabel("agreement with the trained network's\nmap (absolute rank correlation)")
+    words = "agreement with the trained network's\nmap (absolute rank correlation)"
+    ax.set(ylim=(0, 1.04), xlabel="layers that are random, from the head down", ylabel=words)
     plot_utils.legend_beside(ax)
     return fig
 
 
 def embedding(results: Results) -> Figure | Markdown:
-    """Return the input of the shown network's last layer, for test images, in two dimensions."""
+    """Return the inputs of the example's last layer for test images, in two dimensions."""
     if results.table.multilabel:
         return Markdown("*Several findings an image: it belongs to no single class.*")
     test, seed = results.table.subset("test"), results.study.seed
-    images = test.sample(min(len(test), EMBEDDED), random_state=seed)
-    inside, labels = (embeddings_of(results.networks[results.example], images["path"]), images["label"].to_numpy())
-    silhouette = metrics.silhouette(inside, labels)
+    images = test.sample(min(len(test), MOST_EMBEDDED), random_state=seed)
+    embeddings = embeddings_of(results.networks[results.example], images["path"])
+    points, silhouette = metrics.tsne(embeddings, seed=seed), metrics.silhouette(embeddings, images["label"].to_numpy())
     fig, ax = _panel(8, 5.2, f"{results.example}: {len(images)} test images, silhouette {silhouette:.3f}")
-    points = metrics.tsne(inside, seed=seed)
     for i, (name, style) in enumerate(plot_utils.styles(results.table.classes).items()):
-        of_class = points[labels == i]
+        of_class = points[images["label"] == i]
         look = {"color": style["color"], "marker": style["marker"], "edgecolor": "white", "linewidth": 0.4}
         ax.scatter(*of_class.T, s=30, alpha=0.75, **look, label=f"{name} (n = {len(of_class):,})")
-    ax.set(xticks=[], yticks=[], aspect="equal")  # without numbers: only neighbourhood means something
+    ax.set(xticks=[], yticks=[], aspect="equal")  # no numbers, because the distances mean nothing
     plot_utils.legend_beside(ax)
     return fig

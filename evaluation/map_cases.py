@@ -58,14 +58,8 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
     """
     pairs = (_findings if table.multilabel else _correct)(table, predictions)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    stored, cases = stored_probabilities(predictions, table), []
-    for image, index in (pairs[i] for i in drawn):
-        path, label = image["path"], table.classes[index]
-        boxes = table.boxes[(table.boxes["path"] == path) & (table.boxes["label"] == index)]
-        boxes = boxes[["x", "y", "width", "height"]].to_numpy(float)
-        masks = image["lesion"], image["mask"]
-        cases.append(MapCase(path, image["patient"], index, label, *masks, boxes, stored[path]))
-    return cases
+    stored = stored_probabilities(predictions, table)
+    return [map_case(table, *pairs[i], stored) for i in drawn]
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
@@ -86,6 +80,20 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
     correct = predictions.paths[predictions.predicted == predictions.targets]
     chosen = relative_paths(test["path"], table.root).isin(correct).to_numpy(bool)
     return [(image, int(image["label"])) for image in test[chosen].to_dict("records")]
+
+
+def map_case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
+    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
+    return MapCase(
+        image["path"],
+        image["patient"],
+        index,
+        table.classes[index],
+        lesion=image["lesion"],
+        lung=image["mask"],
+        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
+        probabilities=stored[image["path"]],
+    )
 
 
 def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:

@@ -1,6 +1,4 @@
-"""What the class activation maps of a study's networks are worth: the tables of notebook 3 on maps."""
-
-from __future__ import annotations
+"""How far the class activation maps of a study's networks can be trusted: the tables of notebook 3 on maps."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +25,10 @@ class MapReport(NamedTuple):
     """Scores of the maps of a study's networks.
 
     Attributes:
-        scored: the scores of each network's maps, by title, where it has a case.
-        means: their means with intervals and verdicts (see `map_summary.summary`), by title.
+        scored: by title, the scores of a network's maps; only networks with a case.
+        means: by title, their means with intervals and verdicts (see `map_summary.summary`).
         find_lungs: finds the lungs of an X-ray; None where the data has lung masks, or where there is no lung model.
-        lungs_from: words that say who found the lungs, if anyone had to.
+        lungs_from: text on the source of the lungs; empty without `find_lungs`.
     """
 
     scored: Mapping[str, MapScores]
@@ -40,20 +38,20 @@ class MapReport(NamedTuple):
 
 
 def cases_of(results: Results, title: str) -> list[MapCase]:
-    """Return the test images by which the maps of a network are scored."""
-    most, seed = results.study.maps.images, results.study.seed
-    return map_cases(results.table, results.test[title], most=most, seed=seed)
+    """Return the test images on which the maps of a network are scored."""
+    study = results.study
+    return map_cases(results.table, results.test[title], most=study.maps.images, seed=study.seed)
 
 
 def map_report(results: Results, lung_model: Path) -> MapReport:
     """Return the scores of every network's maps. Where the data has no lung masks, the lung model in the folder
-    `training.lung_model` finds the lungs, if there is one.
+    `lung_model` finds the lungs, if the folder has one.
     """
     settings, find_lungs, lungs_from = results.study.maps, None, ""
     if results.table.frame["mask"].isna().all() and (lung_model / "model.json").is_file():
         segmenter = load_segmenter(lung_model)
         find_lungs, lungs_from = LungMasking(segmenter).mask_of, f", as found by {segmenter.knows}"
-    how = {"methods": settings.methods, "faithful": settings.faithful, "steps": settings.steps}
+    how = settings.model_dump(include={"methods", "faithful", "steps"})
     scored, means = {}, {}
     for title, network in results.networks.items():
         cases = cases_of(results, title)
@@ -64,7 +62,7 @@ def map_report(results: Results, lung_model: Path) -> MapReport:
 
 
 def map_tables(maps: MapReport) -> list[pd.DataFrame | Markdown]:
-    """Return how many cases the scores of the maps stand on, and the scores."""
+    """Return the number of cases behind the scores of the maps, and the scores."""
     if not maps.scored:
         return [NO_MAPS]
     lines = [f"{title}: {map_summary.case_counts(scores)}" for title, scores in maps.scored.items()]
@@ -74,33 +72,35 @@ def map_tables(maps: MapReport) -> list[pd.DataFrame | Markdown]:
 
 
 def box_tables(results: Results, maps: MapReport) -> list[pd.DataFrame | Markdown]:
-    """Return the shares of maps that meet the true boxes: of all networks, then finding by finding of one method."""
+    """Return the shares of maps that meet the true boxes: for all networks, then by finding for the example's first
+    method.
+    """
     if not len(results.table.boxes):
         return [Markdown("*This data has no boxes.*")]
-    shares = {title: overlap_table(maps.scored[title].located, rng=results.rng()).iloc[:, :9] for title in maps.scored}
-    if results.example not in shares:
+    if results.example not in maps.scored:
         return [NO_MAPS]
+    shares = {
+        title: overlap_table(scores.located, rng=results.rng()).iloc[:, :9] for title, scores in maps.scored.items()
+    }
     method = METHODS[results.study.maps.methods[0]].title
     pooled = pd.concat(shares, names=["network"]).xs("all", level="finding").round(2)
-    title = Markdown(f"**{results.example}, {method}**")
-    return [pooled, title, shares[results.example].loc[method].dropna().round(2)]
+    return [pooled, Markdown(f"**{results.example}, {method}**"), shares[results.example].loc[method].dropna().round(2)]
 
 
 def map_lines(maps: MapReport) -> list[str]:
-    """Return lines for the conclusion: each network's first method beside chance, and methods not to be believed."""
+    """Return lines for the conclusion: each network's first method beside chance, and methods that fail a test."""
+    lungs = f"share inside the lungs{maps.lungs_from}:"
     lines = []
     for title, means in maps.means.items():
         method, first = means.index[0], means.iloc[0]
-        chance = means.loc[[name for name in (ANOTHER, *CHANCE) if name in means.index]]
-        for column, words in (
-            ("peak in lesion", "its peak in the lesion"),
-            ("share in lungs", f"share inside the lungs{maps.lungs_from}:"),
-        ):
+        chance = means.loc[means.index.intersection([ANOTHER, *CHANCE])]
+        for column, words in (("peak in lesion", "its peak in the lesion"), ("share in lungs", lungs)):
             if column in means:
                 beside = ", ".join(f"{name} {figure.estimate:.0%}" for name, figure in chance[column].items())
                 lines.append(f"{title}, {method}: {words} **{first[column]:.0%}** ({beside}).")
-        for column in means.columns.intersection(["peak, minus another's"]):
-            lines.append(f"{title}, {method}: {column}, case by case: **{first[column]:.2f}**.")
+        if "peak, minus another's" in means:
+            difference = first["peak, minus another's"]
+            lines.append(f"{title}, {method}: peak, minus another's, case by case: **{difference:.2f}**.")
         doubtful = means["verdict"][means["verdict"].str.contains("does not explain")]
         lines += [f"{title}, {name}: {verdict}." for name, verdict in doubtful.items()]
     return lines

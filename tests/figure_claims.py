@@ -1,4 +1,4 @@
-"""What tests of figures read back from them."""
+"""Facts that tests read from figures."""
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -8,9 +8,9 @@ def legend_texts(legend):
 
 
 def inside_figure(fig):
-    """Return whether, once laid out, no label or legend lies outside of the figure (1 pixel of rounding allowed)."""
+    """Return whether all labels and legends lie inside the figure after layout, within 1 pixel."""
     canvas = FigureCanvasAgg(fig)
-    # The second time, since the layout settles axes of a fixed aspect only then.
+    # Twice, because the layout places axes of a fixed aspect only in the second pass.
     canvas.draw()
     canvas.draw()
     renderer = canvas.get_renderer()

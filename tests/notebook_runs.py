@@ -1,4 +1,4 @@
-"""Run a notebook of the project in this process: kernels would each load torch anew."""
+"""Run notebooks in the process of the tests: a kernel would load torch again for each of them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,27 +7,30 @@ import nbformat
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
+from lungs.segmentation import save_segmenter
+from training.lung_model import PHANTOM_TRAINING, phantom_segmenter, untrained_segmenter
+
 PROJECT = Path(__file__).parent.parent
 
 
-class Shown(NamedTuple):
-    """What the cells of a notebook printed, and the data of their other outputs by MIME type."""
+class Outputs(NamedTuple):
+    """The outputs of all cells of a notebook: the printed text, and the data of each other output by MIME type."""
 
     printed: str
-    outputs: list[dict[str, object]]
+    displayed: list[dict[str, object]]
 
     def of_type(self, kind: str) -> list[object]:
         """Return the outputs of a MIME type."""
-        return [data[kind] for data in self.outputs if kind in data]
+        return [data[kind] for data in self.displayed if kind in data]
 
     @property
     def pictures(self) -> int:
         """The number of figures."""
-        return sum(any(kind.startswith("image/") for kind in data) for data in self.outputs)
+        return sum(any(kind.startswith("image/") for kind in data) for data in self.displayed)
 
     @property
     def text(self) -> str:
-        """All that can be read."""
+        """All text outputs."""
         return "\n".join(
             [self.printed, *map(str, self.of_type("text/markdown")), *map(str, self.of_type("text/plain"))]
         )
@@ -35,17 +38,18 @@ class Shown(NamedTuple):
 
 class _Shell(InteractiveShell):
     def enable_gui(self, gui=None):
-        """Do nothing: pictures are data here, no window is opened."""
+        """Open no window."""
 
 
-def run_notebook(name: str, **parameters: object) -> Shown:
-    """Run the cells of a notebook at the project's root from top to bottom, in an empty namespace, with `parameters` in
-    place of those in its cell; an error in a cell is raised.
+def run_notebook(name: str, **parameters: object) -> Outputs:
+    """Run the cells of a notebook from top to bottom, with `parameters` in place of its own, and return the outputs.
+
+    Raises the error of the first cell that fails.
     """
     shell = _Shell.instance()
     shell.reset(new_session=False)
     shell.enable_matplotlib("inline")
-    printed, outputs = [], []
+    printed, displayed = [], []
     for cell in nbformat.read(PROJECT / f"{name}.ipynb", as_version=4).cells:
         if cell.cell_type != "code":
             continue
@@ -56,7 +60,13 @@ def run_notebook(name: str, **parameters: object) -> Shown:
             result = shell.run_cell(source)
         result.raise_error()
         printed.append(captured.stdout)
-        outputs += [output.data for output in captured.outputs]
+        displayed += [output.data for output in captured.outputs]
         if result.result is not None:
-            outputs.append(shell.display_formatter.format(result.result)[0])
-    return Shown("".join(printed), outputs)
+            displayed.append(shell.display_formatter.format(result.result)[0])
+    return Outputs("".join(printed), displayed)
+
+
+def write_lung_model(folder: Path, *, phantoms: int, epochs: int) -> None:
+    """Train a lung model on small phantoms and save it: notebook 1 would need half a minute for its own."""
+    training = PHANTOM_TRAINING.model_copy(update={"image_size": 64, "epochs": epochs})
+    save_segmenter(folder, phantom_segmenter(untrained_segmenter(image_size=64), phantoms, training))

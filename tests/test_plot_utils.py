@@ -35,12 +35,12 @@ EIGHT = [f"a_network_of_long_name_{i}" for i in range(8)]
 
 
 @pytest.mark.slow
-def test_importing_leaves_matplotlibs_settings_alone():
+def test_import_does_not_change_the_settings_of_matplotlib():
     code = "import matplotlib as m; before = dict(m.rcParams); import plot_utils; assert dict(m.rcParams) == before"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_name_keeps_its_colour_in_every_figure_with_the_same_names():
+def test_the_same_names_have_the_same_colours_in_every_figure():
     colors = plot_utils.palette(NETWORKS)
     assert list(colors) == NETWORKS
     assert len(set(colors.values())) == len(NETWORKS)
@@ -68,21 +68,21 @@ def test_class_counts_are_the_heights_and_the_numbers_of_the_bars(fig, ax):
     assert inside_figure(fig)
 
 
-def test_counts_of_a_few_images_have_whole_numbers_at_the_axis(fig, ax):
+def test_axis_of_counts_has_whole_numbers(fig, ax):
     counts = pd.DataFrame({"test": [1, 2]}, index=CLASSES[:2])
     plot_utils.plot_bars(counts, ax, number="{:,.0f}", title="images")
     fig.canvas.draw()
     assert all(tick == round(tick) for tick in ax.get_yticks())
 
 
-def test_shares_stand_beside_a_line_where_all_would_be_equal(ax):
+def test_a_line_marks_equal_shares(ax):
     shares = pd.DataFrame({"as they come": [25.0, 75], "weighted": [50.0, 50]}, index=CLASSES[:2])
     plot_utils.plot_bars(shares, ax, number="{:.1f}%", title="share", equal_shares=True)
     assert [text.get_text() for text in ax.texts] == ["25.0%", "75.0%", "50.0%", "50.0%"]
     assert list(lines_by_label(ax)["equal shares"].get_ydata()) == [50, 50]
 
 
-def test_bars_of_many_classes_lie_with_the_first_on_top():
+def test_bars_of_many_classes_are_horizontal_with_the_first_on_top():
     fig = Figure(figsize=(9, 8), layout="constrained")
     ax = fig.subplots()
     counts = pd.DataFrame({"train": range(100, 114), "test": range(14)}, index=FINDINGS)
@@ -98,7 +98,7 @@ def test_bars_of_many_classes_lie_with_the_first_on_top():
     assert lines_by_label(again)["equal shares"].get_xdata() == pytest.approx([100 / 14] * 2)
 
 
-def test_image_sizes_are_drawn_once_each_with_areas_in_proportion(fig, ax):
+def test_each_image_size_is_one_marker_with_an_area_in_proportion(fig, ax):
     sizes = pd.DataFrame(
         [(300, 200, "Normal")] * 40 + [(500, 600, "Normal")] * 10 + [(300, 200, "COVID-19")] * 20,
         columns=["width", "height", "class"],
@@ -114,7 +114,7 @@ def test_image_sizes_are_drawn_once_each_with_areas_in_proportion(fig, ax):
     assert inside_figure(fig)
 
 
-def test_intensity_lines_are_means_over_images_and_bands_quartiles(ax):
+def test_intensity_lines_are_means_and_bands_are_quartiles_over_images(ax):
     edges = np.linspace(0, 255, 6)
     densities = np.random.default_rng(0).random((9, 5))
     plot_utils.plot_intensities({"Normal": densities, "COVID-19": densities + 1}, edges, ax)
@@ -140,14 +140,14 @@ def test_intensities_of_many_classes_are_lines_without_bands(fig, ax):
 def histories():
     rng = np.random.default_rng(0)
     columns = ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-    made = {name: pd.DataFrame(rng.random((6, 4)), columns=columns) for name in NETWORKS}
-    return {name: history.assign(epoch=np.arange(1, 7), phase=1) for name, history in made.items()}
+    tables = {name: pd.DataFrame(rng.random((6, 4)), columns=columns) for name in NETWORKS}
+    return {name: history.assign(epoch=np.arange(1, 7), phase=1) for name, history in tables.items()}
 
 
 def test_learning_curves_hold_the_histories_values(fig):
     tables = histories()
-    kept = dict(zip(NETWORKS, (2, 6, 1), strict=True))
-    plot_utils.draw_learning_curves(fig, tables, best_epochs=kept, score="accuracy")
+    best_epochs = dict(zip(NETWORKS, (2, 6, 1), strict=True))
+    plot_utils.draw_learning_curves(fig, tables, best_epochs=best_epochs)
     colors = plot_utils.palette(NETWORKS)
     for ax, figure in zip(fig.axes, ("loss", "accuracy"), strict=True):
         lines = np.reshape(ax.lines, (3, 3))
@@ -158,8 +158,8 @@ def test_learning_curves_hold_the_histories_values(fig):
             np.testing.assert_array_equal(val.get_xdata(), history["epoch"])
             assert (train.get_linestyle(), val.get_linestyle()) == ("--", "-")
             assert train.get_color() == val.get_color() == colors[name]
-            assert star.get_xdata()[0] == kept[name]
-            assert star.get_ydata()[0] == history[f"val_{figure}"][kept[name] - 1]
+            assert star.get_xdata()[0] == best_epochs[name]
+            assert star.get_ydata()[0] == history[f"val_{figure}"][best_epochs[name] - 1]
     assert legend_texts(fig.legends[0])[:3] == NETWORKS
     assert inside_figure(fig)
 
@@ -175,9 +175,7 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
             "val_auc": [0.5, 0.6, np.nan, 0.7],
         }
     )
-    plot_utils.draw_learning_curves(
-        fig, dict.fromkeys(EIGHT, history), score="auc", best_epochs=dict.fromkeys(EIGHT, 4)
-    )
+    plot_utils.draw_learning_curves(fig, dict.fromkeys(EIGHT, history), best_epochs=dict.fromkeys(EIGHT, 4))
     for ax in fig.axes:
         stars = [line for line in ax.lines if line.get_marker() == "*"]
         assert [star.get_xdata()[0] for star in stars] == [4] * 8
@@ -186,9 +184,9 @@ def test_learning_curves_of_eight_networks_show_auc_and_where_the_phase_changes(
     assert inside_figure(fig)
 
 
-def test_learning_curves_of_one_phase_have_no_line_of_change(fig):
-    kept = dict.fromkeys(NETWORKS, 1)
-    plot_utils.draw_learning_curves(fig, histories(), best_epochs=kept, score="accuracy")
+def test_learning_curves_of_one_phase_have_no_phase_line(fig):
+    best_epochs = dict.fromkeys(NETWORKS, 1)
+    plot_utils.draw_learning_curves(fig, histories(), best_epochs=best_epochs)
     assert len(fig.axes[0].lines) == 9
     assert "change of phase" not in legend_texts(fig.legends[0])
 
@@ -209,8 +207,8 @@ def test_scores_and_minutes_are_bars_side_by_side(fig):
     assert [bar.get_width() for bar in right.patches] == table["minutes"].to_list()
     ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments() if len(segment)]
     np.testing.assert_allclose(ends, table[["low", "high"]].dropna())
-    written = [t.get_text() for t in right.texts]
-    assert written == ["0 s", "24 s", "3.2", "12", "45", "130", "700", "1,200"]
+    minutes = [t.get_text() for t in right.texts]
+    assert minutes == ["0 s", "24 s", "3.2", "12", "45", "130", "700", "1,200"]
     assert [t.get_text() for t in left.get_yticklabels()] == EIGHT
     assert left.get_ylim()[0] > left.get_ylim()[1]
     assert inside_figure(fig)
@@ -219,7 +217,7 @@ def test_scores_and_minutes_are_bars_side_by_side(fig):
 # Notebook 3
 
 
-def test_confusion_texts_equal_the_counts_and_row_i_is_the_true_class(fig, ax):
+def test_confusion_texts_are_the_counts_and_rows_are_true_classes(fig, ax):
     counts = np.arange(16).reshape(4, 4) ** 2
     counts[1] = 0
     plot_utils.plot_confusion(counts, CLASSES, ax)
@@ -311,7 +309,7 @@ def test_precision_and_recall_of_several_labels_are_thin_and_their_mean_is_thick
         for threshold, value in expected.items():
             assert np.interp(threshold, line.get_xdata(), line.get_ydata()) == pytest.approx(value)
     last = precision.get_xdata()[np.isfinite(precision.get_ydata())][-1]
-    assert last == pytest.approx(0.6)  # above, no image is called either
+    assert last == pytest.approx(0.6)  # above it, no image is predicted to have a label
     assert recall.get_xdata()[-1] == 1
     assert inside_figure(fig)
 
@@ -338,17 +336,17 @@ def test_whiskers_reach_from_low_to_high_and_a_missing_interval_is_a_bare_dot(fi
     table = pd.DataFrame(rows, columns=["network", "metric", "estimate", "low", "high"])
     plot_utils.plot_comparison(table, ax)
     for name, container in zip(["vgg16", "resnet18"], ax.containers, strict=True):
-        own = table[table["network"] == name]
+        of_network = table[table["network"] == name]
         markers, _, (whiskers,) = container
-        np.testing.assert_allclose(markers.get_xdata().astype(float), own["estimate"])
+        np.testing.assert_allclose(markers.get_xdata().astype(float), of_network["estimate"])
         drawn = np.array([segment[:, 0] for segment in whiskers.get_segments() if len(segment)])
-        np.testing.assert_allclose(drawn, own[["low", "high"]].dropna())
+        np.testing.assert_allclose(drawn, of_network[["low", "high"]].dropna())
     assert [t.get_text() for t in ax.get_yticklabels()] == ["accuracy", "recall"]
     assert [t.get_text() for t in ax.texts] == ["0.800", "0.600", "0.900", "0.700"]
     assert inside_figure(fig)
 
 
-def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax):
+def test_seeds_are_dots_around_their_mean_above_the_interval_of_the_first_seed(fig, ax):
     scores = pd.Series(
         [0.8, 0.9, 0.9, 0.7, 0.6],
         pd.MultiIndex.from_tuples(
@@ -369,7 +367,7 @@ def test_seeds_are_dots_around_their_mean_above_the_first_ones_interval(fig, ax)
     np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
     np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])
     assert [text.get_text() for text in ax.texts] == ["mean 0.867 ± 0.058", "mean 0.650 ± 0.071"]
-    assert [text.xy[0] for text in ax.texts] == pytest.approx([2.6 / 3, 0.65])  # at the line that they tell of
+    assert [text.xy[0] for text in ax.texts] == pytest.approx([2.6 / 3, 0.65])  # beside the line of the mean
     assert inside_figure(fig)
 
 
@@ -382,7 +380,7 @@ def test_reliability_points_are_the_filled_bins(ax):
     assert large == pytest.approx(3 * small)
 
 
-def test_line_of_reliability_leaves_out_bins_of_few_images(ax):
+def test_reliability_line_leaves_out_bins_of_few_images(ax):
     table = pd.DataFrame(
         {"confidence": [0.2, 0.4, 0.6, 0.8, 0.95], "accuracy": [0, 0.5, 1, 0.7, 0.9], "count": [1, 20, 9, 10, 99]}
     )

@@ -32,7 +32,7 @@ def grey(seed=0, size=24):
     return np.random.default_rng(seed).integers(256, size=(size, size), dtype=np.uint8)
 
 
-def test_sample_grid_has_a_row_a_class_on_the_fixed_grey_scale(fig):
+def test_sample_grid_has_a_row_for_each_class_on_a_fixed_grey_scale(fig):
     images = {name: [grey(10 * i + j) for j in range(3)] for i, name in enumerate(CLASSES)}
     assert draw_samples(fig, images) is fig
     axes = np.reshape(fig.axes, (4, 3))
@@ -59,7 +59,7 @@ def test_mean_images_share_one_grey_scale(fig):
     assert {ax.images[0].get_clim() for ax in panels} == {(0, 121)}
 
 
-def test_augmentations_follow_their_original_five_a_row(fig):
+def test_augmentations_follow_their_original_five_in_a_row(fig):
     images = [grey(i) for i in range(8)]
     draw_augmentations(fig, images[0], images[1:])
     axes = np.reshape(fig.axes, (2, 5))
@@ -70,7 +70,7 @@ def test_augmentations_follow_their_original_five_a_row(fig):
     assert inside_figure(fig)
 
 
-def test_lungs_are_outlined_above_what_the_network_sees_and_failures_are_told_in_red(fig):
+def test_lungs_are_outlined_above_the_network_input_and_failures_are_written_in_red(fig):
     mask = np.zeros((24, 24), dtype=bool)
     mask[4:20, 3:9] = True
     images = [grey(i) for i in range(3)]
@@ -81,13 +81,13 @@ def test_lungs_are_outlined_above_what_the_network_sees_and_failures_are_told_in
         assert np.array_equal(above[i].images[0].get_array(), images[i])
         assert np.array_equal(below[i].images[0].get_array(), seen[i])
     assert [len(ax.collections) for ax in above] == [1, 1, 0]
-    told = [ax.get_xlabel().replace("\n", " ") for ax in below]
-    assert told == ["", "", "kept whole: one lung only"]
+    labels = [ax.get_xlabel().replace("\n", " ") for ax in below]
+    assert labels == ["", "", "kept whole: one lung only"]
     assert to_hex(below[2].xaxis.label.get_color()) == WRONG
     assert inside_figure(fig)
 
 
-def test_lungs_of_a_study_that_masks_none_are_drawn_without_what_no_network_sees(fig):
+def test_lungs_of_a_study_without_masking_are_drawn_without_a_network_input(fig):
     mask = np.zeros((24, 24), bool)
     mask[4:20, 3:9] = True
     draw_lung_segmentations(fig, [grey(0), grey(1)], [mask, mask], [None, "one lung only"], None)
@@ -108,7 +108,7 @@ def cam_rows(**masks):
     return [CamRow(grey(0), "Normal", panels, **masks), CamRow(grey(1), "COVID-19", wrong, **masks)]
 
 
-def test_cam_panels_say_what_was_predicted_and_mark_right_and_wrong_twice(fig):
+def test_cam_panels_name_the_prediction_and_mark_it_by_sign_and_colour(fig):
     rows = cam_rows()
     draw_grad_cams(fig, rows)
     axes = np.reshape(fig.axes[:6], (2, 3))
@@ -146,12 +146,12 @@ def test_outlines_follow_the_masks_and_are_named(fig):
     assert legend_texts(fig.legends[0]) == ["lesion", "lung"]
 
 
-def test_masks_that_are_empty_or_missing_draw_nothing(fig):
+def test_empty_and_missing_masks_draw_nothing(fig):
     draw_grad_cams(fig, cam_rows(lesion=np.zeros((24, 24))))
     assert all(not ax.collections for ax in fig.axes[:6])
 
 
-def test_a_panel_may_have_a_background_of_its_own_and_no_mark(fig):
+def test_a_panel_can_have_its_own_background_and_no_mark(fig):
     map_ = np.full((24, 24), 0.5)
     masked = grey(5)
     panels = {
@@ -176,11 +176,11 @@ def cam_sample(predicted="Pneumonia", truth="Pneumonia", correct=True, **more):
     return CamRow(grey(), truth, {"Grad-CAM": panel}, **more)
 
 
-def test_cam_grid_has_a_row_a_group_and_says_where_there_is_nothing():
+def test_cam_grid_has_a_row_for_each_group_and_a_note_for_an_empty_group():
     fig = Figure(figsize=(10, 7), layout="constrained")
     box = (0.25, 0.5, 0.25, 0.125)
     groups = {
-        "true positive": [cam_sample(boxes=[box])] * 6,
+        "true positive": [cam_sample(boxes=[box])] * 5,
         "false positive": [cam_sample(truth="Normal", correct=False)],
         "false negative": [],
     }
@@ -219,7 +219,7 @@ def test_a_grid_without_any_sample_is_drawn(fig):
     assert [ax.texts[0].get_text() for ax in fig.axes[:2]] == ["none in the\ntest images"] * 2
 
 
-def test_rows_mark_annotated_boxes_and_name_them(fig):
+def test_annotated_boxes_are_drawn_and_named(fig):
     image = np.full((50, 100), 90, np.uint8)
     panels = {"LayerCAM": CamPanel(np.zeros((50, 100)), "Mass", 0.4, True)}
     row = CamRow(image, "Mass", panels, boxes=[(0.1, 0.2, 0.3, 0.4)])
