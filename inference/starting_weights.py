@@ -21,7 +21,7 @@ class StartingWeights:
 
 
 def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
-    """Return what a network starts from.
+    """Return the weights that a network starts from.
 
     Args:
         study: the study, whose setting `weights` names a file, a run folder, "imagenet" or "none".
@@ -44,9 +44,8 @@ def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
         try:
             file = run_folder(weights, runs) / "model.safetensors"
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"no weights file {weights}: give a file, a run folder, 'imagenet' or 'none' ({error})"
-            ) from None
+            reason = f"give a file, a run folder, 'imagenet' or 'none' ({error})"
+            raise FileNotFoundError(f"no weights file {weights}: {reason}") from None
     card = read_card(file.parent) if (file.parent / "model.json").is_file() else None
     if card is not None and card.architecture != network:
         raise ValueError(f"the weights {weights} are of {card.architecture}, not of {network}")
@@ -58,9 +57,9 @@ def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
 def kept_head(
     card: ModelCard | None, table: XrayTable, outputs: int, hidden_units: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...] | None, str]:
-    """Return what becomes of the head in the starting weights.
+    """Return whether the head of the starting weights is kept, and in which order.
 
-    Outputs are matched by the names of their classes: no output goes on from one that meant something else.
+    Outputs are matched by the names of their classes: an output never starts from the weights of another class.
 
     Args:
         card: the card beside the weights, or None.

@@ -99,7 +99,7 @@ def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_
     once_trained(monkeypatch, lambda: overwrite(picture))
     folder = train(study)
     printed = capsys.readouterr().out
-    assert f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has" in printed
+    assert f"WARNING: 1 of 20 images have changed since the training of LeNet-5 began, the first: {picture} has" in printed
     assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
     with pytest.raises(ValueError, match=r"have changed since .*lenet5 was trained: put them back, or train again"):
         read_runs(study, folder.parent.parent, read_images(study))
@@ -154,7 +154,7 @@ def test_images_that_are_deleted_in_training_cost_nothing_where_they_are_cached(
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=root.parent / "other", device="cpu")
     assert (folder / "predictions_test.csv").read_bytes() == expected
     printed = capsys.readouterr().out
-    assert "WARNING: 10 of 20 images are not what they were when LeNet-5 began, the first: " in printed
+    assert "WARNING: 10 of 20 images have changed since the training of LeNet-5 began, the first: " in printed
     assert "0.bmp is gone. Put them back, or train again" in printed
 
 
@@ -254,11 +254,11 @@ def test_a_class_without_validation_images_is_named(study, capsys):
 
 
 def test_a_network_that_did_not_learn_is_remarked_on_and_one_that_did_is_not(study, capsys):
-    warning = "WARNING: LeNet-5 has hardly learnt anything: its validation loss is "
+    warning = "WARNING: LeNet-5 has hardly learnt anything: its lowest validation loss is "
     folder = train(study.overridden(learning_rate=1e-12))
     printed = capsys.readouterr().out
     assert warning in printed
-    assert f"one and the same answer for every image has {np.log(2):.4f}" in printed
+    assert f"the same answer for every image has {np.log(2):.4f}" in printed
     card = json.loads((folder / "model.json").read_text())
     assert card["validation"]["uninformed_loss"] == pytest.approx(np.log(2))
     learnt = train(study.overridden(learning_rate=1e-2, epochs=8))
