@@ -22,7 +22,7 @@ from architectures.batch_norm_folding import add_batch_norm, fold_batch_norm
 from datasets import SPLITS, XrayTable
 from evaluation.calibration import fit_temperature
 from evaluation.predictions import choose_thresholds
-from inference.starting_weights import NO_FILE, StartingWeights, kept_head, starting_weights
+from inference.starting_weights import kept_head, starting_weights
 from inference.trained_networks import ModelCard, save_network
 from lungs.segmentation import save_segmenter
 from studies.loading import PROJECT, load_study, load_table, positive_class
@@ -38,7 +38,7 @@ from training.run_folder import RESUME, finished_digest, log_epoch, replaced_res
 from utils import Preprocessing, resolve_device, seed_everything
 
 RUNS = PROJECT / "runs"
-# A network whose validation loss never falls below this share of the uninformed one has learnt nothing.
+# A network has learnt nothing if its validation loss never falls below this share of the uninformed loss.
 LEARNT = 0.99
 
 
@@ -51,6 +51,7 @@ class Job:
         runs: the folder of all run folders.
         folder: the run folder.
         training: the settings of this network.
+        weights_file, weights_card: as `starting_weights` returns them.
         preprocessing: what every image goes through; `preprocessing.lungs` masks the lungs if the study asks for it.
     """
 
@@ -62,7 +63,8 @@ class Job:
     training: NetworkTraining
     accelerator: PartialState
     task: LearningTask
-    start: StartingWeights
+    weights_file: Path | None
+    weights_card: ModelCard | None
     preprocessing: Preprocessing
     provenance: Provenance
 
@@ -125,7 +127,7 @@ def _fine_tune_job(job: Job, *, restart: bool) -> Path:
 
 def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, device: str) -> Job:
     """Return the job of training one network. Raises ValueError or FileNotFoundError if it cannot be done."""
-    start = starting_weights(study, network, runs)
+    weights = starting_weights(study, network, runs)
     accelerator = accelerator_on(resolve_device(device))
     training = study.training_of(network)
     task = learning_task(training, table)
@@ -135,11 +137,11 @@ def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, devic
     with accelerator.main_process_first():  # the main process may have to train a lung model
         lungs = lung_masking_of(study, runs)
     preprocessing = Preprocessing(training.image_size, study.preprocessing.mean, study.preprocessing.std, lungs)
-    provenance = from_main(  # another process might see another state of the files
-        accelerator, lambda: provenance_of(study, table, network, preprocessing.key, start.file, accelerator)
+    provenance = from_main(  # another process may see another state of the files
+        accelerator, lambda: provenance_of(study, table, network, preprocessing.key, weights[0], accelerator)
     )
     folder = runs / study.name / network
-    return Job(study, table, network, runs, folder, training, accelerator, task, start, preprocessing, provenance)
+    return Job(study, table, network, runs, folder, training, accelerator, task, *weights, preprocessing, provenance)
 
 
 # --- prepare data ---
@@ -160,9 +162,10 @@ def _prepared(job: Job) -> PreparedImages:
 def _built(job: Job) -> nn.Module:
     seed_everything(job.study.seed)
     training, outputs = job.training, job.task.outputs
-    head_order, head = kept_head(job.start.card, job.table, outputs, training.hidden_units)
+    head_order, head = kept_head(job.weights_card, job.table, outputs, training.hidden_units)
     options = training.model_dump(include={"dropout", "residual_gain", "hidden_units"})
-    model = networks.build_network(job.network, outputs, weights=job.start.weights, head_order=head_order, **options)
+    weights = str(job.weights_file or training.weights)
+    model = networks.build_network(job.network, outputs, weights=weights, head_order=head_order, **options)
     if training.temporary_batch_norm:
         add_batch_norm(model)
     _announce(job, networks.parameter_count(model), head)
@@ -170,7 +173,7 @@ def _built(job: Job) -> nn.Module:
 
 
 def _announce(job: Job, parameters: int, head: str) -> None:
-    """Print what is going to be trained, and what is doubtful about it."""
+    """Print what will be trained and how, with warnings."""
     table, training = job.table, job.training
     positive, unlearnt = positive_class(job.study, table), table.one_sided("train")
     reason = "the study says so" if job.study.positive else "the other one has a name for healthy people"
@@ -179,7 +182,7 @@ def _announce(job: Job, parameters: int, head: str) -> None:
     lines = [  # a line that does not apply is empty
         f"{parameters:,} parameters for {len(table.classes)} classes, weights {training.weights}, "
         f"{training.image_size} px, {len(table.subset('train'))} training images",
-        training.weights not in NO_FILE and f"head: {head}",
+        job.weights_file and f"head: {head}",
         f"computed in {described(training.precision, job.accelerator.device)}",
         training.weights == "none" and only_head and "the frozen layers keep random weights: only good for a trial",
         positive and f"the positive class is {positive!r}: {reason}",
@@ -228,7 +231,7 @@ def _record(
             f"the first: {changed[0]}. Put them back, or train again"
         )
         if not images.decoded:
-            # The network may have seen both versions: no one set of images belongs to these results.
+            # The network may have seen both versions, so these results must never count as finished.
             fingerprint = f"{card.origin['data_fingerprint']}, changed in training"
             card = replace(card, origin={**card.origin, "settings": None, "data_fingerprint": fingerprint})
     if (lowest := course.history["val_loss"].min()) > LEARNT * uninformed:

@@ -20,7 +20,7 @@ from training.devices import resolve_precision
 
 # These settings change how long a training takes, not its results.
 COSTS = frozenset({"cache_images", "checkpoint_minutes"})
-# These settings change the results but not the weights: a training may go on with others.
+# These settings change the results but not the weights: an interrupted training may continue with other values.
 AFTER_TRAINING = frozenset({"keep_checkpoints", "threshold"})
 
 
@@ -29,7 +29,7 @@ class Provenance:
     """What one training depends on.
 
     Attributes:
-        settings: all that the weights depend on, so all that must be the same when the training goes on.
+        settings: everything that the weights depend on. It must be the same when the training continues.
         digest: 16 hex digits that change with anything that the results depend on.
         content: a digest for each image of the table when the training began, None for an unreadable one.
     """
@@ -62,7 +62,7 @@ def provenance_of(
         weights: the file that the training starts from, or None.
         accelerator: this process's device and the number of processes.
     """
-    content = content_digests(table.frame["path"])  # first: every later change of an image is noticed
+    content = content_digests(table.frame["path"])  # first, so that every later change of an image is noticed
     training = study.training_of(network)
     groups = {"preprocessing": study.preprocessing, "augmentation": study.augmentation}
     settings = {
