@@ -312,7 +312,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", metavar="DIR", type=Path, default=RUNS, help="where results go (default: runs/)")
     parser.add_argument("--networks", metavar="A,B", help="only these networks (default: the study's)")
     parser.add_argument(
-        "--weights", metavar="imagenet|none|FILE|RUN", help="what to start from; a run's head is kept for its classes"
+        "--weights",
+        metavar="imagenet|none|FILE|RUN",
+        help="what to start from; RUN is a run folder or STUDY/NETWORK, its head is kept if the classes are the same "
+        "(default: the study's)",
     )
     parser.add_argument("--epochs", metavar="N", type=int, help="of each phase")
     parser.add_argument("--image-size", metavar="N", type=int, help="side of the square image, pixels")

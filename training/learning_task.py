@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from datasets import XrayTable
 from studies.settings import Training
@@ -38,18 +37,23 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
         ValueError: the settings do not fit the classes, or a class has no training image.
     """
     _refuse_unfit(training, table)
-    number, targets, weights = len(table.classes), table.targets("train"), None
-    if training.balance == "loss":
-        weights = label_weights(targets) if table.multilabel else class_weights(targets, number)
-    objective, shares = SINGLE_LABEL, _class_shares(training, table)
-    if table.multilabel:
+    multilabel, number = table.multilabel, len(table.classes)
+    targets, objective, weights = table.targets("train"), SINGLE_LABEL, None
+    if multilabel:
         # The score leaves out a finding with NaN: one that all or none of the training images have.
         unlearnt = torch.from_numpy(np.isin(table.classes, table.one_sided("train")))
         objective = replace(
             MULTI_LABEL, score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
         )
+    if training.balance == "loss":
+        weights = label_weights(targets) if multilabel else class_weights(targets, number)
+    shares = torch.full(
+        (number,), 0.5 if multilabel else 1 / number, dtype=torch.double
+    )  # of the classes, as balancing makes them
+    if training.balance == "none":
+        shares = torch.tensor(targets if multilabel else np.eye(number)[targets]).double().mean(dim=0)
     return LearningTask(
-        outputs=number if table.multilabel or training.head == "softmax" else 1,
+        outputs=number if multilabel or training.head == "softmax" else 1,
         objective=objective,
         loss_weights=weights,
         uninformed_loss=uninformed_loss(objective, shares, torch.tensor(table.targets("val")), weights),
@@ -85,12 +89,3 @@ def _refuse_unfit(training: Training, table: XrayTable) -> None:
             print(f"WARNING: no validation image of {', '.join(absent['val'])}: nothing is chosen by that class")
     if unfit:
         raise ValueError(unfit)
-
-
-def _class_shares(training: Training, table: XrayTable) -> Tensor:
-    """Return the (C,) frequencies of the classes in training. Balancing makes all classes equally frequent."""
-    number = len(table.classes)
-    if training.balance != "none":
-        return torch.full((number,), 0.5 if table.multilabel else 1 / number, dtype=torch.double)
-    targets = torch.tensor(table.targets("train"))
-    return (targets if table.multilabel else functional.one_hot(targets, number)).double().mean(dim=0)
