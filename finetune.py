@@ -122,7 +122,7 @@ def _fine_tune_job(job: Job, *, restart: bool) -> Path:
     return job.folder
 
 
-# --- what is checked before any work ---
+# --- check before any work ---
 
 
 def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, device: str) -> Job:
@@ -236,8 +236,8 @@ def _record(
             card = replace(card, origin={**card.origin, "settings": None, "data_fingerprint": fingerprint})
     if (lowest := course.history["val_loss"].min()) > LEARNT * uninformed:
         print(
-            f"WARNING: {job.title} has hardly learnt anything: its lowest validation loss is {lowest:.4f}, and the "
-            f"same answer for every image has {uninformed:.4f}"
+            f"WARNING: {job.title} has hardly learnt anything: its lowest validation loss is {lowest:.4f}; the same "
+            f"answer for every image has {uninformed:.4f}"
         )
     probabilities = {split: card.probabilities(values).numpy() for split, values in logits.items()}
     with replaced_results(job.folder) as results:

@@ -47,9 +47,8 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
         )
     if training.balance == "loss":
         weights = label_weights(targets) if multilabel else class_weights(targets, number)
-    shares = torch.full(
-        (number,), 0.5 if multilabel else 1 / number, dtype=torch.double
-    )  # of the classes, as balancing makes them
+    # Balancing makes all classes equally frequent.
+    shares = torch.full((number,), 0.5 if multilabel else 1 / number, dtype=torch.double)
     if training.balance == "none":
         shares = torch.tensor(targets if multilabel else np.eye(number)[targets]).double().mean(dim=0)
     return LearningTask(

@@ -95,5 +95,5 @@ def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
         warning = "WARNING: " if len(failed) > MANY_FAILURES * len(table) else ""
         reasons = failed["reason"].str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
         frequent = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
-        print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which stay whole ({frequent})")
+        print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which are used whole ({frequent})")
     return failed.assign(path=relative_paths(failed["path"], table.root))

@@ -30,10 +30,10 @@ CARD, WEIGHTS = "model.json", "model.safetensors"
 # Every training writes `ALWAYS`; a training on lungs alone writes `OF_LUNGS` too.
 ALWAYS = (CARD, WEIGHTS, "history.csv", "timing.csv", "splits.csv", *(f"predictions_{split}.csv" for split in SPLITS))
 OF_LUNGS = ("lungs", "lungs_failed.csv")
-# These grow in `resume/` epoch by epoch and belong to the results.
+# Every epoch adds a file to these folders in `resume/`. They belong to the results.
 OF_EPOCHS = ("checkpoints", "tensorboard")
 RESUME = "resume"
-# Results in `resume/`: while they are written, and from then on until all of them are in the run folder.
+# The results are in the first of these folders in `resume/` while they are written, then in the second one.
 INCOMPLETE, COMPLETE = "results_incomplete", "results"
 
 
@@ -168,7 +168,7 @@ def replaced_results(folder: Path) -> Iterator[Path]:
     try:
         yield staged
         for path in (*staged.rglob("*"), staged):
-            flush(path)  # before the older results and the state to go on from are deleted
+            flush(path)  # before the older results and the training's state are deleted
         os.replace(staged, working / COMPLETE)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
