@@ -176,8 +176,8 @@ def _announce(job: Job, parameters: int, head: str) -> None:
     """Print what will be trained and how, with warnings."""
     table, training = job.table, job.training
     positive, unlearnt = positive_class(job.study, table), table.one_sided("train")
-    reason = "the study says so" if job.study.positive else "the other one has a name for healthy people"
-    undecided = [name for name in table.one_sided("val") if name not in unlearnt and training.threshold != "none"]
+    reason = "the study says so" if job.study.positive else "the other class has a name for healthy people"
+    undecided = ", ".join(name for name in table.one_sided("val") if name not in unlearnt)
     only_head = any(phase.trainable == "head" for phase in training.all_phases)
     lines = [  # a line that does not apply is empty
         f"{parameters:,} parameters for {len(table.classes)} classes, weights {training.weights}, "
@@ -187,7 +187,9 @@ def _announce(job: Job, parameters: int, head: str) -> None:
         training.weights == "none" and only_head and "the frozen layers keep random weights: only good for a trial",
         positive and f"the positive class is {positive!r}: {reason}",
         unlearnt and f"WARNING: no training image has {', '.join(unlearnt)}, or all have: not learnt, not reported",
-        undecided and f"WARNING: no validation image has {', '.join(undecided)}, or all have: never predicted",
+        undecided
+        and training.threshold != "none"
+        and f"WARNING: no validation image has {undecided}, or all have: no threshold can be chosen, never predicted",
     ]
     print("\n".join(f"{job.title}: {line}" for line in lines if line))
 
