@@ -50,7 +50,7 @@ class Job:
         network: the name of the architecture.
         runs: the folder of all run folders.
         folder: the run folder.
-        training: the settings of this network.
+        training: the settings of this network, with the precision that it is computed in.
         weights_file, weights_card: as `starting_weights` returns them.
         preprocessing: what every image goes through; `preprocessing.lungs` masks the lungs if the study asks for it.
     """
@@ -133,13 +133,15 @@ def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, devic
     task = learning_task(training, table)
     if training.batch_size < (number := accelerator.num_processes):
         raise ValueError(f"batch_size {training.batch_size} is shared by {number} processes: raise it")
-    refuse_differences(accelerator, process_settings(accelerator, training))
+    refuse_differences(accelerator, process_settings(accelerator))
     with accelerator.main_process_first():  # the main process may have to train a lung model
         lungs = lung_masking_of(study, runs)
     preprocessing = Preprocessing(training.image_size, study.preprocessing.mean, study.preprocessing.std, lungs)
     provenance = from_main(  # another process may see another state of the files
         accelerator, lambda: provenance_of(study, table, network, preprocessing.key, weights[0], accelerator)
     )
+    # All processes compute in the precision of the main one.
+    training = training.model_copy(update={"precision": provenance.settings["precision"]})
     folder = runs / study.name / network
     return Job(study, table, network, runs, folder, training, accelerator, task, *weights, preprocessing, provenance)
 
@@ -183,7 +185,7 @@ def _announce(job: Job, parameters: int, head: str) -> None:
         f"{parameters:,} parameters for {len(table.classes)} classes, weights {training.weights}, "
         f"{training.image_size} px, {len(table.subset('train'))} training images",
         job.weights_file and f"head: {head}",
-        f"computed in {described(training.precision, job.accelerator.device)}",
+        f"computed in {described(job.study.training_of(job.network).precision, job.accelerator.device)}",
         training.weights == "none" and only_head and "the frozen layers keep random weights: only good for a trial",
         positive and f"the positive class is {positive!r}: {reason}",
         unlearnt and f"WARNING: no training image has {', '.join(unlearnt)}, or all have: not learnt, not reported",

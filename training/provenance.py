@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.table import content_digests
 from studies.loading import PROJECT, positive_class
-from studies.settings import Study, Training
+from studies.settings import Study
 from training.devices import resolve_precision
 
 # These settings change how long a training takes, not its results.
@@ -39,14 +39,9 @@ class Provenance:
     content: Sequence[str | None]
 
 
-def process_settings(accelerator: PartialState, training: Training) -> dict[str, object]:
+def process_settings(accelerator: PartialState) -> dict[str, object]:
     """Return the settings that each process determines for itself and that must be the same in all processes."""
-    return {
-        "threads": torch.get_num_threads(),
-        "device": accelerator.device.type,
-        "torch": str(torch.__version__),
-        "precision": resolve_precision(training.precision, accelerator.device),
-    }
+    return {"threads": torch.get_num_threads(), "device": accelerator.device.type, "torch": str(torch.__version__)}
 
 
 def provenance_of(
@@ -69,12 +64,13 @@ def provenance_of(
         **training.model_dump(mode="json", exclude=COSTS | AFTER_TRAINING),
         **{f"{name} {key}": value for name in groups for key, value in groups[name].model_dump(mode="json").items()},
         "seed": study.seed,
+        "precision": resolve_precision(training.precision, accelerator.device),
         "data": data_fingerprint(table),
         "images": images,
         # The card beside a weights file names the classes of its head.
         "content of weights": weights and content_digests([weights, weights.with_name("model.json")]),
         "processes": accelerator.num_processes,
-        **process_settings(accelerator, training),
+        **process_settings(accelerator),
     }
     results = settings | training.model_dump(mode="json", include=AFTER_TRAINING)
     results["positive"] = positive_class(study, table)  # the same whether the study names it or not
