@@ -1,6 +1,5 @@
 """The weights that a training starts from: ImageNet's, none, a file, or those of a trained network."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import XrayTable
@@ -8,20 +7,13 @@ from inference.trained_networks import ModelCard, read_card, run_folder
 from networks import architecture
 from studies.settings import Study
 
-NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are no file of the user's
+NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are not in a file of the user's
 
 
-@dataclass(frozen=True)
-class StartingWeights:
-    """The weights that a training starts from, as `build_network` takes them; their file, and the card beside it."""
+def starting_weights(study: Study, network: str, runs: Path) -> tuple[Path | None, ModelCard | None]:
+    """Return the file of the weights that a network starts from, and the model card beside it.
 
-    weights: str
-    file: Path | None = None
-    card: ModelCard | None = None
-
-
-def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
-    """Return what a network starts from.
+    The file is None for the weights "imagenet" and "none"; the card is None where there is none.
 
     Args:
         study: the study, whose setting `weights` names a file, a run folder, "imagenet" or "none".
@@ -36,7 +28,7 @@ def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
     architecture(network)
     weights = study.training_of(network).weights
     if weights in NO_FILE:
-        return StartingWeights(weights)
+        return None, None
     if [study.training_of(name).weights for name in study.networks].count(weights) > 1:
         raise ValueError(f"{weights} holds one network's weights: name that network with --networks")
     file = Path(weights)
@@ -44,23 +36,22 @@ def starting_weights(study: Study, network: str, runs: Path) -> StartingWeights:
         try:
             file = run_folder(weights, runs) / "model.safetensors"
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"no weights file {weights}: give a file, a run folder, 'imagenet' or 'none' ({error})"
-            ) from None
+            reason = f"give a file, a run folder, 'imagenet' or 'none' ({error})"
+            raise FileNotFoundError(f"no weights file {weights}: {reason}") from None
     card = read_card(file.parent) if (file.parent / "model.json").is_file() else None
     if card is not None and card.architecture != network:
         raise ValueError(f"the weights {weights} are of {card.architecture}, not of {network}")
     if file.parent.resolve() == (runs / study.name / network).resolve():
         raise ValueError(f"{file.parent} holds the weights to start from and would replace them: give another --runs")
-    return StartingWeights(str(file), file, card)
+    return file, card
 
 
 def kept_head(
     card: ModelCard | None, table: XrayTable, outputs: int, hidden_units: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...] | None, str]:
-    """Return what becomes of the head in the starting weights.
+    """Return whether the head of the starting weights is kept, and in which order.
 
-    Outputs are matched by the names of their classes: no output goes on from one that meant something else.
+    Outputs are matched by the names of their classes: an output never starts from the weights of another class.
 
     Args:
         card: the card beside the weights, or None.

@@ -1,4 +1,4 @@
-"""Fine-tuning a study: all settings arrive, it repeats itself to the byte and loses nothing."""
+"""Fine-tuning a study: every setting is used, one seed gives the same bytes, and no result is lost."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def train_small(small_study, tmp_path_factory):
     return train
 
 
-def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
+def test_run_folder_holds_exactly_the_documented_files(trained_run, tiny_study):
     assert {path.name for path in trained_run.iterdir()} - {"tensorboard"} == {
         "model.safetensors",
         "model.json",
@@ -67,7 +67,7 @@ def test_run_folder_holds_all_that_was_promised(trained_run, tiny_study):
     assert str(tiny_study.data.root) not in json.dumps(card)
 
 
-def test_saved_predictions_are_what_the_saved_model_says(trained_run, tiny_study):
+def test_saved_predictions_match_the_saved_model(trained_run, tiny_study):
     network, card, _ = load_network(trained_run)
     predictions = pd.read_csv(trained_run / "predictions_test.csv")
     images = torch.stack(
@@ -97,14 +97,14 @@ def digest(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_the_same_seed_gives_the_same_model_file_and_another_seed_another(train_small, small_study):
+def test_one_seed_gives_the_same_weights_file_and_another_seed_gives_another(train_small, small_study):
     first = train_small()
-    torch.rand(7)  # whatever was drawn before must not matter
+    torch.rand(7)  # earlier random numbers must not matter
     assert digest(train_small()) == digest(first)
     assert digest(train_small(seed=small_study.seed + 1)) != digest(first)
 
 
-def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(train_small, tmp_path, monkeypatch):
+def test_a_failed_training_leaves_the_older_results_unchanged(train_small, tmp_path, monkeypatch):
     folder = train_small(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
 
@@ -115,7 +115,7 @@ def test_a_training_that_breaks_off_leaves_the_older_result_as_it_was(train_smal
     with pytest.raises(OSError, match="No space left"):
         train_small(tmp_path, seed=9)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
-    assert list(folder.parent.iterdir()) == [folder]  # what was unfinished is gone
+    assert list(folder.parent.iterdir()) == [folder]  # the unfinished results are deleted
 
 
 def test_temperature_is_fitted_on_the_validation_images(train_small, small_study, monkeypatch):
@@ -135,10 +135,10 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
     class Stop(Exception):
         pass
 
-    seen = {}
+    arguments = {}
 
     def capture(network, batches, **options):
-        seen.update(options, network=network, batches=batches)
+        arguments.update(options, network=network, batches=batches)
         raise Stop
 
     monkeypatch.setattr(finetune, "fine_tune", capture)
@@ -147,7 +147,7 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
     def settings(**changes):
         with pytest.raises(Stop):
             fine_tune_study(tiny_study.overridden(**changes), table, "resnet18", runs=tmp_path, device="cpu")
-        return seen
+        return arguments
 
     plain = settings(balance="none")
     assert plain["batches"]["train"].weights is None
@@ -177,7 +177,7 @@ def study_file(tiny_study):
     return str(tiny_study.data.root.parent / "tiny.toml")
 
 
-def test_script_trains_what_it_is_told(study_file, tmp_path, capsys):
+def test_options_of_the_command_line_reach_the_training(study_file, tmp_path, capsys):
     status = main(
         f"{study_file} --runs {tmp_path} --epochs 1 --limit 24 --device cpu --batch-size 5 --image-size 40 "
         "--seed 4 --networks lenet5".split()
@@ -238,15 +238,15 @@ precision = "fp32"
 
 @pytest.fixture(scope="module")
 def ordered(tmp_path_factory):
-    """A folder for the studies of `trained_with`: what one test has trained, another need not train again."""
+    """A folder for the studies of `trained_with`: all tests share the trained networks in it."""
     return tmp_path_factory.mktemp("ordered")
 
 
 @pytest.fixture
 def trained_with(phantom_root, ordered, capsys):
-    """Train on some classes of the phantom; return the run folder, the losses on validation, and what was printed.
+    """Train on some classes of the phantom; return the run folder, the validation losses, and the printed text.
 
-    The learning rate is next to nothing: the losses are those of the weights that the training starts from.
+    The learning rate is almost zero, so the losses are those of the starting weights.
     """
 
     def train(name, classes, *arguments, options=""):
@@ -272,18 +272,18 @@ def logits_of(folder):
         return load_network(folder).network(images)
 
 
-def test_starting_weights_keep_their_head_by_the_names_of_its_classes(trained_with):
+def test_the_head_of_starting_weights_is_kept_for_the_same_classes(trained_with):
     folder, losses, printed = trained_with("first", LUNGS)
     assert "head:" not in printed
     for number, weights in enumerate((folder, folder / "model.safetensors", "first/lenet5")):
-        again, same, printed = trained_with(f"again{number}", LUNGS, "--weights", str(weights))
+        again, new_losses, printed = trained_with(f"again{number}", LUNGS, "--weights", str(weights))
         assert "LeNet-5: head: kept\n" in printed
         torch.testing.assert_close(logits_of(again), logits_of(folder))
-        assert same == pytest.approx(losses, abs=1e-6)
+        assert new_losses == pytest.approx(losses, abs=1e-6)
 
 
 @pytest.mark.parametrize(("first", "options"), [("first", ""), ("hidden", "hidden_units = [8]")])
-def test_the_outputs_of_starting_weights_are_put_into_the_order_of_the_classes(trained_with, first, options):
+def test_the_outputs_of_starting_weights_are_reordered_like_the_classes(trained_with, first, options):
     folder, _, _ = trained_with(first, LUNGS, options=options)
     order = [2, 0, 1]
     classes = [LUNGS[i] for i in order]
@@ -294,7 +294,7 @@ def test_the_outputs_of_starting_weights_are_put_into_the_order_of_the_classes(t
     assert settings["weights"] == f"{first}/lenet5"
 
 
-def test_a_single_output_is_turned_where_its_two_classes_are_exchanged(trained_with):
+def test_a_single_output_changes_its_sign_when_its_two_classes_are_swapped(trained_with):
     options = 'head = "sigmoid"'
     folder, _, _ = trained_with("one", LUNGS[::2], options=options)
     other, _, printed = trained_with("one_turned", LUNGS[::-2], "--weights", "one/lenet5", options=options)
@@ -304,7 +304,7 @@ def test_a_single_output_is_turned_where_its_two_classes_are_exchanged(trained_w
     assert "LeNet-5: head: new (that of the weights has another form)\n" in printed
 
 
-def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_with, tmp_path):
+def test_a_head_of_other_or_unknown_classes_is_replaced_and_the_rest_is_kept(trained_with, tmp_path):
     folder, _, _ = trained_with("first", LUNGS)
     file = tmp_path / "alone.safetensors"
     file.write_bytes((folder / "model.safetensors").read_bytes())
@@ -320,7 +320,7 @@ def test_a_head_of_other_or_unknown_classes_is_new_and_the_rest_is_kept(trained_
         assert (started.fc3.weight - first.fc3.weight).abs().amax(1).min() > 0.01
 
 
-def test_weights_of_another_architecture_are_refused_before_any_work(trained_with, study_file, tmp_path, capsys):
+def test_weights_of_another_architecture_are_refused_before_training(trained_with, study_file, tmp_path, capsys):
     folder, _, _ = trained_with("first", LUNGS)
     for weights in (str(folder), str(folder / "model.safetensors")):
         assert main([study_file, "--weights", weights, "--runs", str(tmp_path / "other")]) == 2
@@ -343,9 +343,9 @@ def test_history_goes_to_tensorboard_where_it_is_installed(trained_run):
 
     events = EventAccumulator(str(trained_run / "tensorboard"))
     events.Reload()
-    written = [event.value for event in events.Scalars("val_loss")]
+    logged = [event.value for event in events.Scalars("val_loss")]
     expected = pd.read_csv(trained_run / "history.csv")["val_loss"]
-    np.testing.assert_allclose(written, expected, rtol=1e-6)
+    np.testing.assert_allclose(logged, expected, rtol=1e-6)
 
 
 def test_limited_study_is_trained_under_its_own_name(study_file, tmp_path):
@@ -403,7 +403,7 @@ def findings(tmp_path_factory):
     return load_study(folder / "mine.toml")
 
 
-def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(findings, tmp_path):
+def test_a_study_of_several_findings_saves_checkpoints_thresholds_and_labels(findings, tmp_path):
     study = findings
     table = load_table(study)
     folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
@@ -426,7 +426,7 @@ def test_a_study_of_several_findings_keeps_its_epochs_thresholds_and_labels(find
         assert chosen == pytest.approx(max(f1_score(predictions.targets[:, c], scores >= t) for t in scores), abs=1e-9)
 
 
-def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(findings, tmp_path, capsys):
+def test_findings_without_examples_are_named_and_not_reported(findings, tmp_path, capsys):
     study = findings.overridden(epochs=1)
     table = load_table(study)
     frame = table.frame.copy()
@@ -453,7 +453,7 @@ def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(fi
     areas = [roc_auc_score(predictions.targets[:, c], predictions.probabilities[:, c]) for c in ranked]
     assert np.mean(areas) == pytest.approx(card.validation["auc"], abs=1e-6)
     assert not predictions.predicted[:, [card.classes.index(name) for name in without]].any()
-    # The most probable finding of an X-ray is never one of which nothing is known.
+    # An unreported finding is never the most probable one.
     network.classifier[-1].bias.data[card.classes.index("Edema")] = 99
     answer = explain(TrainedNetwork(network, card), read_xray(table.frame["path"][0]))
     assert card.classes[answer.classes[0]] != "Edema"
@@ -462,7 +462,7 @@ def test_findings_that_cannot_be_learnt_or_decided_are_named_and_not_reported(fi
         fine_tune_study(study, replace(table, frame=frame), "lenet5", runs=tmp_path / "none", device="cpu")
 
 
-def test_the_positive_class_of_the_study_is_what_thresholds_are_chosen_for(tmp_path, capsys):
+def test_thresholds_are_chosen_for_the_positive_class_of_the_study(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for label, name in enumerate(("abnormal", "healthy")):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -491,7 +491,9 @@ def test_the_positive_class_of_the_study_is_what_thresholds_are_chosen_for(tmp_p
     assert chosen == pytest.approx(best, abs=1e-12)
 
 
-def test_lungs_alone_are_what_a_masked_network_learns_and_is_asked(phantom_root, tmp_path, capsys, monkeypatch):
+def test_a_network_for_masked_lungs_sees_masked_lungs_in_training_and_at_inference(
+    phantom_root, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "mine.toml").write_text(
         f"""
         title = "Lungs"

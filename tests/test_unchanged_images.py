@@ -1,4 +1,4 @@
-"""A training is of one set of images: what changes or goes while it runs, or afterwards, is named."""
+"""A training belongs to one set of images: images that change or vanish, then or later, are named."""
 
 import json
 import os
@@ -41,24 +41,24 @@ precision = "fp32"
 
 
 def write(path, grey):
-    """Write a picture of 32 px with its own grain; those of one grey value are equally large files."""
+    """Write a picture of 32 px with its own noise. All files have the same size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grain = np.random.default_rng(len(str(path))).integers(0, 20, (32, 32))
-    Image.fromarray((grey + grain).astype(np.uint8)).save(path, "BMP")
+    noise = np.random.default_rng(len(str(path))).integers(0, 20, (32, 32))
+    Image.fromarray((grey + noise).astype(np.uint8)).save(path, "BMP")
 
 
 @pytest.fixture
 def study(tmp_path):
-    """A study of ten dark and ten bright pictures, uncompressed, in a folder of its own."""
+    """A study of ten dark and ten bright uncompressed pictures."""
     for number in range(10):
         write(tmp_path / "xrays" / "bright" / f"{number}.bmp", 200)
         write(tmp_path / "xrays" / "dark" / f"{number}.bmp", 30)
-    (tmp_path / "own.toml").write_text(STUDY)
-    return load_study(tmp_path / "own.toml")
+    (tmp_path / "brightness.toml").write_text(STUDY)
+    return load_study(tmp_path / "brightness.toml")
 
 
 def overwrite(path, grey=90):
-    """Give a picture another content, of the same size and with the same time of its last change."""
+    """Replace the content of a picture; its size and modification time stay the same."""
     before = os.stat(path)
     write(path, grey)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -70,19 +70,19 @@ def train(study, **options):
     return fine_tune_study(study, load_table(study), "lenet5", runs=runs, device="cpu", **options)
 
 
-def once_trained(monkeypatch, act):
-    """Call `act` when the last epoch is done and the results are not written yet."""
-    real = finetune.fine_tune
+def after_training(monkeypatch, act):
+    """Call `act` after the last epoch, before the results are written."""
+    fine_tune = finetune.fine_tune
 
-    def then(*args, **options):
-        done = real(*args, **options)
+    def fine_tune_and_act(*args, **options):
+        course = fine_tune(*args, **options)
         act()
-        return done
+        return course
 
-    monkeypatch.setattr(finetune, "fine_tune", then)
+    monkeypatch.setattr(finetune, "fine_tune", fine_tune_and_act)
 
 
-def test_a_fingerprint_is_of_the_content_whatever_size_and_time_say(study):
+def test_a_fingerprint_changes_with_the_content_even_if_size_and_time_do_not(study):
     before = data_fingerprint(load_table(study))
     assert data_fingerprint(load_table(study)) == before
     picture = study.data.root / "dark" / "3.bmp"
@@ -93,25 +93,25 @@ def test_a_fingerprint_is_of_the_content_whatever_size_and_time_say(study):
     assert data_fingerprint(load_table(study)) == before
 
 
-def test_images_that_change_in_training_are_named_and_the_record_is_that_of_its_start(study, capsys, monkeypatch):
+def test_images_that_change_in_training_are_named_and_the_first_fingerprint_is_recorded(study, capsys, monkeypatch):
     before = data_fingerprint(load_table(study))
     picture = study.data.root / "dark" / "3.bmp"
-    once_trained(monkeypatch, lambda: overwrite(picture))
+    after_training(monkeypatch, lambda: overwrite(picture))
     folder = train(study)
     printed = capsys.readouterr().out
-    assert f"WARNING: 1 of 20 images are not what they were when LeNet-5 began, the first: {picture} has" in printed
+    assert (
+        f"WARNING: 1 of 20 images have changed since the training of LeNet-5 began, the first: {picture} has" in printed
+    )
     assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
     with pytest.raises(ValueError, match=r"have changed since .*lenet5 was trained: put them back, or train again"):
         read_runs(study, folder.parent.parent, read_images(study))
 
 
-def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_taken_for_good(
-    study, monkeypatch, capsys
-):
+def test_results_of_images_that_changed_between_epochs_never_count_as_finished(study, monkeypatch, capsys):
     study = study.overridden(cache_images=False)
     picture = study.data.root / "dark" / "3.bmp"
     content = picture.read_bytes()
-    once_trained(monkeypatch, lambda: overwrite(picture))
+    after_training(monkeypatch, lambda: overwrite(picture))
     folder = train(study)
     picture.write_bytes(content)
     with pytest.raises(ValueError, match="have changed"):
@@ -122,14 +122,14 @@ def test_results_of_images_that_may_have_been_seen_in_both_versions_are_never_ta
 
 
 def test_an_image_that_changes_while_images_are_decoded_is_not_trained_on(study, monkeypatch):
-    real, picture = prepared_images.cached, study.data.root / "dark" / "3.bmp"
+    cached, picture = prepared_images.cached, study.data.root / "dark" / "3.bmp"
 
-    def then(*args, **options):
-        images = real(*args, **options)
+    def cached_and_overwritten(*args, **options):
+        images = cached(*args, **options)
         overwrite(picture)
         return images
 
-    monkeypatch.setattr(prepared_images, "cached", then)
+    monkeypatch.setattr(prepared_images, "cached", cached_and_overwritten)
     with pytest.raises(ValueError, match="have changed while they were decoded: train again"):
         train(study)
     monkeypatch.undo()
@@ -138,7 +138,7 @@ def test_an_image_that_changes_while_images_are_decoded_is_not_trained_on(study,
     assert json.loads((folder / "model.json").read_text())["origin"]["data_fingerprint"] == before
 
 
-def test_an_image_that_cannot_be_read_is_not_said_to_be_absent(study):
+def test_an_unreadable_image_is_not_reported_as_missing(study):
     table, picture = load_table(study), study.data.root / "dark" / "3.bmp"
     picture.unlink()
     picture.mkdir()
@@ -146,44 +146,43 @@ def test_an_image_that_cannot_be_read_is_not_said_to_be_absent(study):
         data_fingerprint(table)
 
 
-def test_images_that_are_deleted_in_training_cost_nothing_where_they_are_cached(study, capsys, monkeypatch):
-    whole = train(study)
-    expected = (whole / "predictions_test.csv").read_bytes()
+def test_deleting_images_during_training_changes_no_result_if_they_are_cached(study, capsys, monkeypatch):
+    expected = (train(study) / "predictions_test.csv").read_bytes()
     root = study.data.root
-    once_trained(monkeypatch, lambda: shutil.rmtree(root / "dark"))
+    after_training(monkeypatch, lambda: shutil.rmtree(root / "dark"))
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=root.parent / "other", device="cpu")
     assert (folder / "predictions_test.csv").read_bytes() == expected
     printed = capsys.readouterr().out
-    assert "WARNING: 10 of 20 images are not what they were when LeNet-5 began, the first: " in printed
+    assert "WARNING: 10 of 20 images have changed since the training of LeNet-5 began, the first: " in printed
     assert "0.bmp is gone. Put them back, or train again" in printed
 
 
-def test_images_that_are_deleted_in_training_keep_its_state_where_they_are_not_cached(study, monkeypatch):
+def test_deleting_images_during_training_keeps_its_state_if_they_are_not_cached(study, monkeypatch):
     study = study.overridden(cache_images=False)
     expected = (train(study) / "model.safetensors").read_bytes()
     table, runs = load_table(study), study.data.root.parent / "other"
     picture = Path(table.subset("test")["path"][0])
     content = picture.read_bytes()
-    once_trained(monkeypatch, picture.unlink)
+    after_training(monkeypatch, picture.unlink)
     with pytest.raises(FileNotFoundError, match="no such file"):
         fine_tune_study(study, table, "lenet5", runs=runs, device="cpu")
-    assert (runs / "own" / "lenet5" / "resume" / "state.pt").is_file()
+    assert (runs / "brightness" / "lenet5" / "resume" / "state.pt").is_file()
     picture.write_bytes(content)
     monkeypatch.undo()
     folder = fine_tune_study(study, load_table(study), "lenet5", runs=runs, device="cpu")
     assert (folder / "model.safetensors").read_bytes() == expected
 
 
-def test_a_training_does_not_go_on_with_other_images(study, capsys, monkeypatch):
+def test_a_training_does_not_continue_on_other_images(study, capsys, monkeypatch):
     runs = study.data.root.parent / "runs"
     save = Checkpoints.save
 
-    def broken_off(self, state):
+    def save_and_stop(self, state):
         save(self, state)
         raise KeyboardInterrupt("stopped")
 
-    command = [str(study.data.root.parent / "own.toml"), "--runs", str(runs), "--device", "cpu"]
-    monkeypatch.setattr(Checkpoints, "save", broken_off)
+    command = [str(study.data.root.parent / "brightness.toml"), "--runs", str(runs), "--device", "cpu"]
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     assert main(command) == 130
     monkeypatch.undo()
     overwrite(study.data.root / "bright" / "0.bmp")
@@ -195,7 +194,7 @@ def test_a_training_does_not_go_on_with_other_images(study, capsys, monkeypatch)
     assert main([*command, "--restart"]) == 0
 
 
-def test_images_that_change_after_the_training_are_refused_beside_its_predictions(study, capsys):
+def test_images_that_changed_after_the_training_are_refused_with_its_predictions(study, capsys):
     folder = train(study)
     read_runs(study, folder.parent.parent, read_images(study))
     write(study.data.root / "bright" / "new.bmp", 200)  # was not trained on
@@ -205,7 +204,7 @@ def test_images_that_change_after_the_training_are_refused_beside_its_prediction
         read_runs(study, folder.parent.parent, read_images(study))
 
 
-def test_a_run_that_does_not_record_the_content_is_not_called_changed(study, capsys):
+def test_a_run_without_a_content_fingerprint_is_not_reported_as_changed(study, capsys):
     folder = train(study)
     card = json.loads((folder / "model.json").read_text())
     card["origin"]["data_fingerprint"] = "0123456789abcdef"  # as older versions wrote it
@@ -222,7 +221,7 @@ def test_a_run_that_does_not_record_the_content_is_not_called_changed(study, cap
 
 
 def divided(root, folders):
-    """Put the pictures of a class, by "split/class", into folders of the split."""
+    """Move the pictures into folders of splits; `folders` says how many: "split/class" -> number."""
     pictures = {name: sorted((root / name).iterdir()) for name in ("bright", "dark")}
     for place, number in folders.items():
         target = root / place
@@ -240,10 +239,10 @@ def test_a_class_without_training_images_is_refused_by_name(study, balance):
     divided(root, {"train/bright": 6, "val/bright": 2, "val/dark": 2, "test/bright": 2, "test/dark": 2})
     with pytest.raises(ValueError, match=r"no training image of dark: add some, .* leave the class out \(classes"):
         train(study.overridden(balance=balance))
-    assert not (root.parent / "runs" / "own").exists()
+    assert not (root.parent / "runs" / "brightness").exists()
 
 
-def test_a_class_without_validation_images_is_named(study, capsys):
+def test_a_class_without_validation_images_is_named_in_a_warning(study, capsys):
     root = study.data.root
     divided(root, {"train/bright": 6, "train/dark": 6, "val/bright": 2, "test/bright": 2, "test/dark": 2})
     train(study.overridden(balance="none"))
@@ -253,12 +252,12 @@ def test_a_class_without_validation_images_is_named(study, capsys):
 # --- a network that does not learn ---
 
 
-def test_a_network_that_did_not_learn_is_remarked_on_and_one_that_did_is_not(study, capsys):
-    warning = "WARNING: LeNet-5 has hardly learnt anything: its validation loss is "
+def test_only_a_network_that_has_not_learnt_gets_a_warning(study, capsys):
+    warning = "WARNING: LeNet-5 has hardly learnt anything: its lowest validation loss is "
     folder = train(study.overridden(learning_rate=1e-12))
     printed = capsys.readouterr().out
     assert warning in printed
-    assert f"one and the same answer for every image has {np.log(2):.4f}" in printed
+    assert f"the same answer for every image has {np.log(2):.4f}" in printed
     card = json.loads((folder / "model.json").read_text())
     assert card["validation"]["uninformed_loss"] == pytest.approx(np.log(2))
     learnt = train(study.overridden(learning_rate=1e-2, epochs=8))

@@ -1,6 +1,5 @@
 """A study's images, ready to be trained on: lungs masked, decoded once, in batches."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from networks import architecture
 from studies.settings import Study
 from training.augmentation import Augmentation
 from training.batches import Batches, make_batches
-from training.image_cache import CacheFailed, ImageFile, cached
+from training.image_cache import CacheFailed, cached
 from training.lung_model import default_segmenter
 from utils import Preprocessing
 
-MANY_FAILURES = 0.2  # share of images without lungs from which on a warning is printed
+MANY_FAILURES = 0.2  # A warning is printed if no lungs are found in a larger share of the images.
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PreparedImages:
 
 
 def lung_masking_of(study: Study, runs: Path) -> LungMasking | None:
-    """Return what masks the lungs, or None in a study of whole images. A missing lung model is trained."""
+    """Return the study's lung masking, None in a study of whole images. A missing lung model is trained first."""
     if study.preprocessing.lung_model is None:
         return None
     folder = runs / study.preprocessing.lung_model
@@ -50,7 +49,7 @@ def lung_masking_of(study: Study, runs: Path) -> LungMasking | None:
 def prepared_images(
     study: Study, table: XrayTable, network: str, preprocessing: Preprocessing, runs: Path
 ) -> PreparedImages:
-    """Mask the lungs and decode the images where the study wants that; return the batches.
+    """Mask the lungs and decode the images if the study asks for it; return the batches.
 
     Args:
         study: the study.
@@ -60,17 +59,19 @@ def prepared_images(
         runs: the folder of all run folders. Decoded images are kept in `image_cache/` there.
 
     Raises:
-        ValueError: an image cannot be read, or the lungs are found in no image.
+        ValueError: an image cannot be read, or lungs are found in no image.
     """
-    training = study.training_of(network)
-    rows = {split: (table.subset(split)["path"], table.targets(split)) for split in SPLITS}
+    training, images = study.training_of(network), None
+    paths = {split: table.subset(split)["path"] for split in SPLITS}
     without_lungs = None if preprocessing.lungs is None else _without_lungs(table, preprocessing.lungs)
-    images = None
     if training.cache_images:
-        paths = {split: paths for split, (paths, _) in rows.items()}
-        images = _cached_images(paths, preprocessing, runs, title=architecture(network).title)
+        title = architecture(network).title
+        try:
+            images = cached(paths, preprocessing, runs / "image_cache", title=title)
+        except CacheFailed as error:
+            print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
     batches = make_batches(
-        rows,
+        {split: (paths[split], table.targets(split)) for split in SPLITS},
         preprocessing,
         num_classes=len(table.classes),
         batch_size=training.batch_size,
@@ -94,16 +95,5 @@ def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
         warning = "WARNING: " if len(failed) > MANY_FAILURES * len(table) else ""
         reasons = failed["reason"].str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
         frequent = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
-        print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which stay whole ({frequent})")
+        print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which are used whole ({frequent})")
     return failed.assign(path=relative_paths(failed["path"], table.root))
-
-
-def _cached_images(
-    paths: Mapping[str, Sequence[str]], preprocessing: Preprocessing, runs: Path, *, title: str
-) -> dict[str, ImageFile] | None:
-    """Return the decoded images of each split, or None where they cannot be kept on the disk."""
-    try:
-        return cached(paths, preprocessing, runs / "image_cache", title=title)
-    except CacheFailed as error:
-        print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
-        return None

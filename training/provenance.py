@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from datasets import SPLITS, XrayTable, data_fingerprint
 from datasets.table import content_digests
@@ -20,7 +20,7 @@ from training.devices import resolve_precision
 
 # These settings change how long a training takes, not its results.
 COSTS = frozenset({"cache_images", "checkpoint_minutes"})
-# These settings change the results but not the weights: a training may go on with others.
+# These settings change the results but not the weights: an interrupted training may continue with other values.
 AFTER_TRAINING = frozenset({"keep_checkpoints", "threshold"})
 
 
@@ -29,7 +29,7 @@ class Provenance:
     """What one training depends on.
 
     Attributes:
-        settings: all that the weights depend on, so all that must be the same when the training goes on.
+        settings: everything that the weights depend on. It must be the same when the training continues.
         digest: 16 hex digits that change with anything that the results depend on.
         content: a digest for each image of the table when the training began, None for an unreadable one.
     """
@@ -39,15 +39,15 @@ class Provenance:
     content: Sequence[str | None]
 
 
-def process_settings(accelerator: Accelerator) -> dict[str, object]:
-    """Return those settings that each process has by itself and that all processes must share."""
+def process_settings(accelerator: PartialState) -> dict[str, object]:
+    """Return the settings that each process determines for itself and that must be the same in all processes."""
     return {"threads": torch.get_num_threads(), "device": accelerator.device.type, "torch": str(torch.__version__)}
 
 
 def provenance_of(
-    study: Study, table: XrayTable, network: str, images: str, weights: Path | None, accelerator: Accelerator
+    study: Study, table: XrayTable, network: str, images: str, weights: Path | None, accelerator: PartialState
 ) -> Provenance:
-    """Return what the training of one network depends on. All images are read for it.
+    """Return what the training of one network depends on. This reads all images.
 
     Args:
         study: the study.
@@ -57,17 +57,17 @@ def provenance_of(
         weights: the file that the training starts from, or None.
         accelerator: this process's device and the number of processes.
     """
-    content = content_digests(table.frame["path"])  # first: what changes from now on is noticed
+    content = content_digests(table.frame["path"])  # first, so that every later change of an image is noticed
     training = study.training_of(network)
-    groups = {name: getattr(study, name).model_dump(mode="json") for name in ("preprocessing", "augmentation")}
+    groups = {"preprocessing": study.preprocessing, "augmentation": study.augmentation}
     settings = {
         **training.model_dump(mode="json", exclude=COSTS | AFTER_TRAINING),
-        **{f"{name} {key}": value for name, group in groups.items() for key, value in group.items()},
+        **{f"{name} {key}": value for name in groups for key, value in groups[name].model_dump(mode="json").items()},
         "seed": study.seed,
         "precision": resolve_precision(training.precision, accelerator.device),
         "data": data_fingerprint(table),
         "images": images,
-        # The card beside a file names the classes of its head.
+        # The card beside a weights file names the classes of its head.
         "content of weights": weights and content_digests([weights, weights.with_name("model.json")]),
         "processes": accelerator.num_processes,
         **process_settings(accelerator),
@@ -79,20 +79,20 @@ def provenance_of(
 
 
 def origin(study: Study, table: XrayTable, provenance: Provenance) -> dict[str, object]:
-    """Return what `model.json` says of where a network comes from."""
+    """Return where a network comes from, as `model.json` records it."""
     settings = provenance.settings
-    versions = {package: version(package) for package in ("torch", "torchvision", "accelerate")}
+    packages = ("torch", "torchvision", "accelerate")
     return {
         # The data root is where one machine keeps the data: it is no part of the experiment.
         "study": study.model_dump(mode="json", exclude={"data": {"root"}, "datasets": {"__all__": {"root"}}}),
         "seed": study.seed,
         "images": {split: len(table.subset(split)) for split in SPLITS},
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
         "settings": provenance.digest,
         "data_fingerprint": settings["data"],
-        # Another number of threads sums in another order, which changes the last bits.
-        **{key: settings[key] for key in ("threads", "processes", "precision")},
+        # Another number of threads adds in another order, which changes the last bits.
+        **{key: settings[key] for key in ("threads", "processes", "precision", "device")},
     }
 
 
@@ -106,9 +106,8 @@ def _commit() -> str | None:
 
 
 def changed_images(table: XrayTable, provenance: Provenance) -> list[str]:
-    """Return the images that have other content than when the training began, each with what has become of it."""
+    """Return a text for each image that has changed since the training began: its path and what happened to it."""
     paths = table.frame["path"]
     rows = zip(paths, provenance.content, content_digests(paths), strict=True)
-    return [
-        f"{path} {'is gone' if now is None else 'has other content'}" for path, before, now in rows if before != now
-    ]
+    changed = {path: now for path, before, now in rows if before != now}
+    return [f"{path} {'has other content' if now else 'is gone'}" for path, now in changed.items()]

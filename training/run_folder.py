@@ -1,7 +1,7 @@
 """What a training writes to disk: its run folder `runs/<study>/<network>/`.
 
-An unfinished training has all its files in `resume/` in that folder. Its results are staged there as well, and replace
-older results when they are complete.
+An unfinished training keeps all its files in `resume/` in that folder. Its results are first written there as well.
+When they are complete, they replace older results.
 """
 
 import json
@@ -20,50 +20,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datasets import SPLITS, XrayTable
+from datasets.splits import splits_frame
 from datasets.table import relative_paths, target_names
 from training.checkpoints import STATE
+from training.loop import FineTuned
 from utils import flush, remove_unfinished, write_whole
 
-CARD = "model.json"
-# Every training writes these files; a training on lungs alone writes `OF_LUNGS` too.
-ALWAYS = frozenset(
-    {CARD, "model.safetensors", "history.csv", "timing.csv", "splits.csv"}
-    | {f"predictions_{split}.csv" for split in SPLITS}
-)
-OF_LUNGS = frozenset({"lungs", "lungs_failed.csv"})
-# These grow in `resume/` epoch by epoch and belong to the results.
+CARD, WEIGHTS = "model.json", "model.safetensors"
+# Every training writes `ALWAYS`; a training on lungs alone writes `OF_LUNGS` too.
+ALWAYS = (CARD, WEIGHTS, "history.csv", "timing.csv", "splits.csv", *(f"predictions_{split}.csv" for split in SPLITS))
+OF_LUNGS = ("lungs", "lungs_failed.csv")
+# Every epoch adds a file to these folders in `resume/`. They belong to the results.
 OF_EPOCHS = ("checkpoints", "tensorboard")
 RESUME = "resume"
-# Staged results in `resume/`: being written, complete, and on their way into the run folder.
-INCOMPLETE, COMPLETE, MOVING = "results_incomplete", "results", "results_moving"
-
-
-def predictions_frame(table: XrayTable, split: str, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return a row for each image of a split, as `predictions_<split>.csv` holds it.
-
-    Args:
-        table: the study's images, split.
-        split: "train", "val" or "test".
-        probabilities: (N, C), in the order of `table.subset(split)` and `table.classes`.
-
-    Returns:
-        The columns `path` (below the data root), `patient`, `target` (see `target_names`), and one for each class.
-    """
-    rows = table.subset(split)
-    frame = pd.DataFrame({"path": relative_paths(rows["path"], table.root), "patient": rows["patient"]})
-    frame["target"] = target_names(table, split)
-    frame[list(table.classes)] = probabilities
-    return frame
+# The results are in the first of these folders in `resume/` while they are written, then in the second one.
+INCOMPLETE, COMPLETE = "results_incomplete", "results"
 
 
 def log_epoch(folder: Path, history: pd.DataFrame, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write what an epoch leaves in `resume/`.
+    """Write the files of one epoch into `resume/`.
 
     Args:
         folder: the `resume/` folder.
         history: a row for each epoch so far. All go into `history.csv`, the last one also to TensorBoard where that
             is installed.
-        weights: tensors on the CPU that are kept as this epoch's checkpoint, or None.
+        weights: tensors on the CPU, saved as this epoch's checkpoint; None saves no checkpoint.
     """
     write_whole(folder / "history.csv", history.to_csv(index=False))
     if weights is not None:
@@ -79,22 +60,47 @@ def log_epoch(folder: Path, history: pd.DataFrame, weights: Mapping[str, Tensor]
             writer.add_scalar(column, history[column].iloc[-1], len(history))
 
 
+def write_tables(folder: Path, table: XrayTable, course: FineTuned, probabilities: Mapping[str, np.ndarray]) -> None:
+    """Write the CSV files of the results.
+
+    `predictions_<split>.csv` has a row for each image of the split, with the columns `path` (below the data root),
+    `patient`, `target` (see `target_names`), and one for each class.
+
+    Args:
+        folder: where the files go.
+        table: the study's images, split.
+        course: the history and the timing of the training.
+        probabilities: (N, C) for each split, in the order of `table.subset(split)` and `table.classes`.
+    """
+    course.history.to_csv(folder / "history.csv", index=False)
+    course.timing.to_csv(folder / "timing.csv", index=False)
+    splits_frame(table).to_csv(folder / "splits.csv", index=False)
+    for split in SPLITS:
+        rows = table.subset(split)
+        frame = pd.DataFrame({"path": relative_paths(rows["path"], table.root), "patient": rows["patient"]})
+        frame["target"] = target_names(table, split)
+        frame[list(table.classes)] = probabilities[split]
+        frame.to_csv(folder / f"predictions_{split}.csv", index=False)
+
+
 @contextmanager
 def training_folder(folder: Path, *, restart: bool) -> Iterator[Path]:
     """Yield `resume/` in a run folder, locked against other trainings.
 
-    Of several processes that train together only the main one calls it.
+    When several processes train together, only the main process calls this.
 
     Args:
         folder: the run folder.
         restart: whether to empty `resume/` first.
 
     Raises:
-        ValueError: another training is at work on the folder.
+        ValueError: another training is using the folder.
     """
     working = folder / RESUME
     with _lock(folder):
         _put_in_place(folder)
+        if (folder / CARD).is_file():
+            print(f"{folder} holds older results: they are replaced when this training is done")
         if restart:
             shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ def training_folder(folder: Path, *, restart: bool) -> Iterator[Path]:
         try:
             yield working
         finally:
-            if not any((working / name).exists() for name in (STATE, COMPLETE, MOVING)):
+            if not any((working / name).exists() for name in (STATE, COMPLETE)):
                 shutil.rmtree(working, ignore_errors=True)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -114,8 +120,8 @@ def training_folder(folder: Path, *, restart: bool) -> Iterator[Path]:
 def _lock(folder: Path) -> AcquireReturnProxy:
     """Return the lock of a run folder, acquired.
 
-    The lock file is `runs/.locks/<study>/<network>.lock` and is never deleted: a process that has opened a lock file
-    just before it is deleted would hold a lock that nobody else sees.
+    The lock file is `runs/.locks/<study>/<network>.lock`. It is never deleted: a process that opened the file just
+    before its deletion would hold a lock that no other process sees.
     """
     file = folder.parent.parent / ".locks" / folder.parent.name / f"{folder.name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,32 +130,29 @@ def _lock(folder: Path) -> AcquireReturnProxy:
     except Timeout:
         process = folder / RESUME / "process"
         name = f" ({process.read_text(encoding='utf-8')})" if process.is_file() else ""
-        raise ValueError(
-            f"another process{name} is training into {folder}: wait for it, or give another --runs"
-        ) from None
+        raise ValueError(f"another process{name} is training into {folder}: wait, or give another --runs") from None
 
 
 def finished_digest(folder: Path) -> str | None:
     """Return the settings digest (see `training.provenance`) of the complete results in a run folder.
 
-    Complete results that a killed process has left in `resume/` are put in place first.
+    If a killed process left complete results in `resume/`, they are put in place first.
 
     Returns:
         The digest, or None where a file of the results is missing or the digest is not recorded.
 
     Raises:
-        ValueError: results wait in `resume/`, and another training is at work on the folder.
+        ValueError: there are complete results in `resume/`, and another training is using the folder.
     """
-    if any((folder / RESUME / name).is_dir() for name in (COMPLETE, MOVING)):
-        with training_folder(folder, restart=False):
-            pass
+    if (folder / RESUME / COMPLETE).is_dir():
+        with _lock(folder):
+            _put_in_place(folder)
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        files = ALWAYS | OF_LUNGS if card["lung_masking"] else ALWAYS
-        digest = card["origin"]["settings"]
+        names, digest = (*ALWAYS, *(OF_LUNGS if card["lung_masking"] else ())), card["origin"]["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return digest if all((folder / name).exists() for name in files) else None
+    return digest if all((folder / name).exists() for name in names) else None
 
 
 @contextmanager
@@ -159,44 +162,43 @@ def replaced_results(folder: Path) -> Iterator[Path]:
     A kill at any moment leaves the older results, or the newer ones, or newer ones that `training_folder` puts in
     place. Files in the run folder that no training writes are kept.
     """
-    staged = folder / RESUME / INCOMPLETE
-    shutil.rmtree(staged, ignore_errors=True)
+    working = folder / RESUME
+    staged = working / INCOMPLETE
     staged.mkdir(parents=True)
     try:
         yield staged
         for path in (*staged.rglob("*"), staged):
-            flush(path)  # before the older results and the state to go on from are deleted
-        os.replace(staged, folder / RESUME / COMPLETE)
+            flush(path)  # before the older results and the training's state are deleted
+        os.replace(staged, working / COMPLETE)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    flush(folder / RESUME)
+    flush(working)
     _put_in_place(folder)
 
 
 def _put_in_place(folder: Path) -> None:
-    """Replace the results in a run folder by complete ones that wait in `resume/`, and delete `resume/`.
+    """Replace the results in a run folder by the complete ones in `resume/`, if there are any; delete `resume/`.
 
-    The older results are deleted, then the new ones are moved, `model.json` last. A call that was killed is repeated:
-    the name of the folder with the new results says whether older ones are still to be deleted.
+    The older results are deleted first. Then the new weights are moved, then the other files, `model.json` last. A
+    call that was killed is repeated: older results may still be there as long as the new weights are not moved.
     """
     working = folder / RESUME
-    complete, moving = working / COMPLETE, working / MOVING
-    if complete.is_dir():
-        for name in (CARD, *ALWAYS, *OF_LUNGS, *OF_EPOCHS):
+    complete = working / COMPLETE
+    if not complete.is_dir():
+        return
+    if (complete / WEIGHTS).is_file():
+        for name in (*ALWAYS, *OF_LUNGS, *OF_EPOCHS):  # `model.json` first
             _remove(folder / name)
-        os.replace(complete, moving)
-        flush(working)
-    if moving.is_dir():
-        epochs = [working / name for name in OF_EPOCHS if (working / name).is_dir()]
-        for path in (*epochs, *(path for path in moving.iterdir() if path.name != CARD)):
-            os.replace(path, folder / path.name)
-        for path in set(working.iterdir()) - {moving}:  # finished results have no state to go on from
-            _remove(path)
         flush(folder)
-        if (moving / CARD).is_file():
-            os.replace(moving / CARD, folder / CARD)
-            flush(folder)
-        shutil.rmtree(working)
+        os.replace(complete / WEIGHTS, folder / WEIGHTS)
+        flush(folder)
+    epochs = [working / name for name in OF_EPOCHS if (working / name).is_dir()]
+    for path in (*epochs, *sorted(complete.iterdir(), key=lambda path: path.name == CARD)):
+        os.replace(path, folder / path.name)
+    flush(folder)
+    for path in set(working.iterdir()) - {complete}:
+        _remove(path)
+    shutil.rmtree(working)
 
 
 def _remove(path: Path) -> None:
