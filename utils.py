@@ -368,11 +368,10 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
-    try:
+    # torch raises different errors for unknown and for absent devices.
+    with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError):
         named = torch.device(device)
         if named.type in ("cpu", "cuda", "mps"):
             torch.empty(0, device=named)
             return named
-    except (RuntimeError, AssertionError, NotImplementedError):
-        pass  # torch raises different types for an unknown and for an absent device
     raise ValueError(f"no device {device!r} on this machine: try --device cpu")

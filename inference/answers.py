@@ -35,7 +35,7 @@ class Question(NamedTuple):
     """The networks and the options that every X-ray is answered with."""
 
     members: Sequence[TrainedNetwork]
-    classes: str | list[int]  # of the maps: "top", "all" or indices
+    classes: str | list[int]  # of the maps: "top" or indices
     options: MapOptions
     lungs: LungFinder | None = None
 

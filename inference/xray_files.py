@@ -219,7 +219,7 @@ class PredictionTable(ResumableTable):
         super().__init__(output / TABLE, columns, settings, share)
 
     def remaining(self, jobs: Sequence[Job], own_jobs: Sequence[Job]) -> list[Job]:
-        """Open the table of all jobs; return which of this process's own jobs remain.
+        """Open the table of all jobs; return those of this process's own jobs that remain.
 
         Rows of two kinds of images are removed: of own images that are to be done again, and of images whose overlay
         another image's will replace. Raises ValueError or OSError as `resume` does.
@@ -250,7 +250,7 @@ class PredictionTable(ResumableTable):
         """Append the row of an image.
 
         Args:
-            record: What `inference.answers.answer` returned; or "image" and "error" only, where the image failed.
+            record: The record of `inference.answers.answer`; or only "image" and "error", if the image failed.
             state: The job's `written` and `source`.
         """
         image = os.path.abspath(record["image"])

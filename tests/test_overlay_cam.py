@@ -1,4 +1,4 @@
-"""The command line: one X-ray in, probabilities and an overlay out; mistakes answered in one line."""
+"""The command line: one X-ray in, probabilities and an overlay out; a mistake is one line on stderr."""
 
 import csv
 import importlib.util
@@ -151,7 +151,7 @@ def test_an_overlay_is_no_xray(capsys, xray, four_class_run, tmp_path):
     status, out, err = call(capsys, "-i", *overlays, xray, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert [record["image"] for record in json.loads(out)] == [str(xray)]
     assert "3 skipped, overlays of this program" in err
-    # The files can be read in spite of the mark.
+    # The mark does not make the files unreadable.
     pictures = [pixels(path) for path in overlays]
     assert np.abs(pictures[0] - pictures[1]).mean() < 8
     np.testing.assert_array_equal(pictures[1], pictures[2])
@@ -493,7 +493,7 @@ def test_warning_is_one_line_on_stderr_and_not_in_the_json(capsys, noise, small_
 
 
 class HalfMask:
-    """Keeps an X-ray's left half; gives up on bright ones."""
+    """A lung masking that keeps an X-ray's left half, and finds no lungs in bright X-rays."""
 
     def mask_of(self, xray):
         return namedtuple("Mask", "mask reason")(xray < 0, "no lung found" if xray.mean() > 200 else None)
@@ -667,8 +667,9 @@ def test_colour_bar_of_an_ensemble_goes_from_0_to_1(capsys, noise, small_run, tm
 
 
 def dark_is_lung():
-    """A U-Net made by hand: what is darker than the X-ray's mean is lung. Only the shallowest skip connection
-    counts, whose first channel takes every second pixel; nothing else reaches the output.
+    """A U-Net with weights made by hand: pixels that are darker than the X-ray's mean are lung.
+
+    Only the shallowest skip connection reaches the output. Its first channel takes every second pixel.
     """
     network = unet("resnet18").eval()
     for module in (*network.decoder.modules(), network.encoder.conv1, network.segmentation_head[0]):
@@ -716,7 +717,7 @@ def test_share_inside_the_lungs_is_that_of_the_model_beside_the_studies(capsys, 
     assert max(shares) < 0.95
     np.testing.assert_allclose([entry["in_lungs"] for entry in record["maps"]], shares, atol=1e-4)
     assert f"Grad-CAM for no, {100 * shares[0]:.0f} % of it inside the lungs: " in text
-    assert "Lungs:" not in text  # they were found, and the network sees the whole X-ray
+    assert "Lungs:" not in text  # the lungs were found, and the network does not mask them
 
 
 def test_lungs_none_leaves_out_the_lungs(capsys, chest, lung_runs, tmp_path):
@@ -729,7 +730,7 @@ def test_lungs_none_leaves_out_the_lungs(capsys, chest, lung_runs, tmp_path):
 
 def test_lung_model_that_is_named_is_used(capsys, chest, small_run, lung_runs, tmp_path):
     common = "-i", chest, "-m", small_run, "-o", tmp_path
-    assert "in_lungs" not in answered(capsys, *common)[0]["maps"][0]  # there is none beside this run
+    assert "in_lungs" not in answered(capsys, *common)[0]["maps"][0]  # no lung model is beside this run
     record, _ = answered(capsys, *common, "--lungs", lung_runs / "lungs")
     (map_,) = explain(load_network(small_run), read_xray(chest)).maps
     assert record["maps"][0]["in_lungs"] == pytest.approx(map_[LUNGS].sum() / map_.sum(), abs=1e-4)
@@ -756,7 +757,7 @@ def test_damaged_lung_model_gives_one_line_and_no_shares(capsys, chest, tmp_path
     assert (status, err.count("\n")) == (0, 1)
     assert "shares inside the lungs are left out" in err
     assert "in_lungs" not in json.loads(out)[0]["maps"][0]
-    status, out, err = call(capsys, *common, "--lungs", beside)  # asked for, it is a mistake
+    status, out, err = call(capsys, *common, "--lungs", beside)  # a mistake, because --lungs names the model
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
@@ -806,7 +807,7 @@ def test_one_xray_is_answered_without_a_heavy_import(noise, small_run, tmp_path)
     out = subprocess.run(
         [sys.executable, "-c", code, *options], cwd=PROJECT, capture_output=True, text=True, check=True
     ).stdout
-    assert "Grad-CAM for" in out  # it has answered
+    assert "Grad-CAM for" in out  # the X-ray was answered
     imported = set(out.splitlines()[-1].split())
     assert imported.isdisjoint({*HEAVY_PACKAGES, "lungs", "training", "studies", "evaluation", "datasets"})
 

@@ -154,7 +154,7 @@ def test_json_of_a_folder_is_one_list_even_if_images_fail_or_are_done(capsys, xr
     assert "1 of 12 images could not be done" in err
     failed = rows_of(tmp_path / "out")[1][5]
     assert failed == [str(xrays / "05.png"), *[""] * 9, records[5]["error"]]
-    status, out, err = call(capsys, *common)  # only the failed one is tried again
+    status, out, err = call(capsys, *common)  # only the failed image is repeated
     assert [Path(record["image"]).name for record in json.loads(out)] == ["05.png"]
     assert status == 1
     assert "skips 11 of 12 images" in err
@@ -185,7 +185,7 @@ def test_two_names_of_one_file_are_one_image(capsys, xrays, run, tmp_path, monke
     assert [row[0] for row in rows_of(tmp_path / "o")[1]] == [str(xrays / "00.png"), str(xrays / "01.png")]
 
 
-# --- going on --------------------------------------------------------------------------------------------
+# --- continuing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_table_of_a_killed_and_repeated_command_equals_an_undisturbed_one(
     assert process.returncode == -signal.SIGKILL
     lines = table.read_bytes().splitlines(keepends=True)
     assert 5 <= len(lines) < 41
-    table.write_bytes(b"".join(lines) + lines[-1][:30])  # what a cut in the middle of a line leaves
+    table.write_bytes(b"".join(lines) + lines[-1][:30])  # a line that a kill has cut
     status, out, err = call(capsys, *common, "--json")
     assert status == 0
     assert f"skips {len(lines) - 1} of 40 images" in err
@@ -261,7 +261,7 @@ def test_another_model_or_another_option_begins_the_table_anew(capsys, xrays, ru
     if change == "card":
         card = json.loads((run / "model.json").read_text()) | {"temperature": 2.0}
         (run / "model.json").write_text(json.dumps(card))
-    if change == "lungs":  # damaged, so that the shares are left out; but no longer the same
+    if change == "lungs":  # damaged: the shares are left out, and the settings differ
         (lungs := run.parent.parent / "lungs").mkdir()
         for name in ("model.json", "model.safetensors"):
             (lungs / name).write_text("{}")
@@ -338,7 +338,7 @@ def test_ctrl_c_says_how_many_images_are_done(capsys, xrays, run, tmp_path, monk
     assert capsys.readouterr().err == line
     status, text, _ = call(capsys, *common)
     assert status == 0
-    assert "skips 3 of 12 images" in text  # the third has its row
+    assert "skips 3 of 12 images" in text  # the third image has its row
     assert len(rows_of(tmp_path / "out")[1]) == 12
 
 
@@ -443,8 +443,9 @@ def test_files_of_a_killed_process_are_removed(capsys, xrays, run, tmp_path):
 
 
 def test_xrays_named_like_overlays_keep_their_bytes(capsys, run, tmp_path):
-    """15 X-rays, five of them named as the overlays of five others would be, are answered into their own folder: first
-    with a full disk, then again.
+    """15 X-rays are answered into their own folder: first with a full disk, then again.
+
+    Five of them have the names of other X-rays' overlays.
     """
     folder = tmp_path / "xrays"
     folder.mkdir()
@@ -495,7 +496,7 @@ def test_a_second_command_on_a_table_is_refused_while_the_first_works(capsys, xr
     assert call(capsys, *common)[0] == 0
 
 
-# --- names and files that something is wrong with --------------------------------------------------------
+# --- odd names and damaged files -------------------------------------------------------------------------
 
 
 def test_cells_of_different_names_differ_and_have_one_line():
@@ -537,17 +538,17 @@ def test_bad_names_fail_alone(capsys, xrays, run, tmp_path):
 
 
 def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
-    with tempfile.TemporaryDirectory() as name:  # where another user may go, as tests' own folders are not
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is closed to other users
         place = Path(name)
         place.chmod(0o777)
         model, images = (shutil.copytree(source, place / source.name) for source in (run, xrays))
         locked = place / "locked"
         shutil.copytree(xrays, locked)
-        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # all that is imported must be by now
+        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # imports what the other user may not read
         locked.chmod(0)
         root = os.geteuid() == 0
         if root:
-            os.seteuid(65534)  # what may not be read root reads all the same
+            os.seteuid(65534)  # root may read everything
         try:
             status, out, err = call(capsys, "-i", locked, locked / "00.png", images, "-m", model, "-o", place / "out")
         finally:
@@ -633,7 +634,7 @@ def test_two_processes_answer_each_image_once(capsys, many_xrays, shared_run, un
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     common = "-i", broken, many_xrays, "-m", shared_run, "-o", tmp_path / "out"
-    # The second process has the image whose name is not UTF-8, and prints it all the same.
+    # The second process has the image whose name is not UTF-8, and must print it.
     second = start(*common, RANK="1", WORLD_SIZE="2", PYTHONIOENCODING="utf-8:strict")
     while second.poll() is None and not (tmp_path / "out" / "predictions.csv").exists():
         time.sleep(0.001)
@@ -641,7 +642,7 @@ def test_two_processes_answer_each_image_once(capsys, many_xrays, shared_run, un
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, first_out, first_err = call(capsys, *common)
     second_out, second_err = second.communicate(timeout=120)
-    # A status of 1 would make the launcher end the other one.
+    # With status 1 the launcher would stop the other process.
     assert [status, second.returncode] == [0, 0]
     rows = rows_of(tmp_path / "out")[1]
     assert sorted(row for row in rows if not row[-1]) == sorted(undisturbed[1])
