@@ -16,7 +16,7 @@ For a folder, or for several images, `predictions.csv` in the output folder gets
 - lungs, in_lungs: a remark on the lungs; the share of the first map inside them
 - overlay, overlay_bytes: the first map's file; the sizes of all maps' files, joined with |
 - bytes, changed: the image's size and time of change
-- error: why the image failed; nothing else is in its row then
+- error: why the image failed; its row then has only this and the image
 
 The same command continues where it was stopped. It repeats images that failed, that have changed, or whose overlays
 have changed or are gone. With another model or other options for the maps a new table begins, and the old one is kept
@@ -24,8 +24,8 @@ as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_
 `torchrun --nproc-per-node N overlay_cam.py …`) write to one table: each does its share of the images, on its own GPU.
 Every other command is refused while one works on the table.
 
-Every overlay carries a mark. A file without the mark is never replaced; a file with it is no X-ray and is skipped.
-A line on stderr names the skipped files of a folder.
+Every overlay carries a mark. A file without the mark is never replaced, except an overlay of the table that was
+emptied. A file with the mark is no X-ray and is skipped. A line on stderr names the skipped files of a folder.
 
 Exit status:
 
@@ -154,8 +154,7 @@ def _options(arguments: argparse.Namespace) -> MapOptions:
     if arguments.boxes is not None and not 0 < arguments.boxes <= 1:
         raise ValueError(f"--boxes {arguments.boxes:g} is not above 0 and at most 1")
     if arguments.colormap not in COLORMAPS:
-        names = ", ".join(sorted(COLORMAPS))
-        raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {names}")
+        raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
     method = arguments.method.lower()
     if cam_method(method).needs == "activation" and arguments.label is not None:
         raise ValueError(f"{METHODS[method].title} knows of no class: leave out -l, or take another --method")

@@ -150,8 +150,7 @@ def images_in(inputs: Sequence[Path]) -> tuple[list[Path], dict[Path, str], list
     Raises:
         ValueError: There is no X-ray.
     """
-    images: dict[str, Path] = {}
-    problems, overlays, others = {}, [], []
+    images, problems, overlays, others = {}, {}, [], []
     for path in inputs:
         try:
             candidates, other_names = _in_folder(path) if os.path.isdir(path) else ([path], [])
