@@ -16,7 +16,7 @@ For a folder, or for several images, `predictions.csv` in the output folder gets
 - lungs, in_lungs: a remark on the lungs; the share of the first map inside them
 - overlay, overlay_bytes: the first map's file; the sizes of all maps' files, joined with |
 - bytes, changed: the image's size and time of change
-- error: why the image failed; nothing else is in its row then
+- error: why the image failed; its row then has only this and the image
 
 The same command continues where it was stopped. It repeats images that failed, that have changed, or whose overlays
 have changed or are gone. With another model or other options for the maps a new table begins, and the old one is kept
@@ -24,8 +24,8 @@ as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_
 `torchrun --nproc-per-node N overlay_cam.py …`) write to one table: each does its share of the images, on its own GPU.
 Every other command is refused while one works on the table.
 
-Every overlay carries a mark. A file without the mark is never replaced; a file with it is no X-ray and is skipped.
-A line on stderr names the skipped files of a folder.
+Every overlay carries a mark. A file without the mark is never replaced, except an overlay of the table that was
+emptied. A file with the mark is no X-ray and is skipped. A line on stderr names the skipped files of a folder.
 
 Exit status:
 
@@ -38,7 +38,6 @@ Exit status:
 import argparse
 import contextlib
 import errno
-import functools
 import json
 import os
 import re
@@ -64,12 +63,12 @@ HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE})
 
 
 class Work(NamedTuple):
-    """What this process has to do."""
+    """The task of this process."""
 
     question: Question
     share: Share
     number: int  # of this process's images
-    jobs: list[Job]  # those of them that remain
+    jobs: list[Job]  # the images that remain to be done
     skipped: list[str]  # lines about skipped files
     table: PredictionTable | None = None  # for more than one image
 
@@ -86,7 +85,7 @@ def share_of(environment: Mapping[str, str]) -> Share:
 
 
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
-    """Return which classes' maps `-l` asks for: "top", "all", or indices of classes that are reported.
+    """Return the classes whose maps `-l` asks for: "top", or the indices of reported classes.
 
     An exact name has priority. Otherwise case, spaces and punctuation do not matter where only one class fits:
     `covid_19` is `COVID-19`.
@@ -97,12 +96,11 @@ def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
     """
     if label is None:
         return "top"
-    indices = [index for index, name in enumerate(card.classes) if name == label]
-    if not indices and label.lower() == "all":
-        if not card.unreported:
-            return "all"
-        indices = list(range(len(card.classes)))
-    elif not indices:
+    if label in card.classes:
+        indices = [card.classes.index(label)]
+    elif label.lower() == "all":
+        indices = range(len(card.classes))
+    else:
         indices = [index for index, name in enumerate(card.classes) if _slug(name) == _slug(label)]
         if len(indices) != 1:
             raise ValueError(f"unknown label {label!r}: choose from {', '.join(card.classes)} or all")
@@ -118,13 +116,12 @@ def _slug(name: str) -> str:
 
 
 def suffixes(classes: str | list[int], card: ModelCard) -> list[str]:
-    """Return the endings of the names of the maps' files: "" for one map, else the class, made unique."""
-    if classes == "top" or len(classes) == 1:
+    """Return the endings of the names of the maps' files: "" for one map, else each map's class or its index."""
+    if len(classes) == 1 or classes == "top":
         return [""]
     slugs = [_slug(name) for name in card.classes]
     unique = len(set(slugs)) == len(slugs) and all(slugs)
-    indices = range(len(slugs)) if classes == "all" else classes
-    return [f"_{slugs[index] if unique else index}" for index in indices]
+    return [f"_{slugs[index] if unique else index}" for index in classes]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,20 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     image = f"X-rays, or folders of them; with several, the same command continues from {TABLE}"
     model = "a run folder or STUDY/NETWORK; of several runs with the same classes, the mean"
-    layer = "the layers that the maps are taken from; several are fused (default: the run's)"
     boxes = "draw boxes around what is above this share of the map's maximum (without a number: 0.5)"
-    lungs = "the lung model for the map's share inside the lungs (default: the run's, else RUN/../../lungs)"
-    method = f"{', '.join(METHODS)} (default: gradcam)"
-    several = {"nargs": "+", "required": True}
-    parser.add_argument("-i", "--image", metavar="IMAGE|FOLDER", type=Path, help=image, **several)
-    parser.add_argument("-m", "--model", metavar="RUN", help=model, **several)
+    parser.add_argument("-i", "--image", metavar="IMAGE|FOLDER", type=Path, nargs="+", required=True, help=image)
+    parser.add_argument("-m", "--model", metavar="RUN", nargs="+", required=True, help=model)
     parser.add_argument("-l", "--label", help="the class to explain, or all (default: the predicted one)")
     parser.add_argument("-o", "--output", type=Path, help="a .png or .jpg file, or a folder (default: here)")
-    parser.add_argument("--method", metavar="NAME", default="gradcam", help=method)
-    parser.add_argument("--layer", metavar="NAME", nargs="+", help=layer)
+    parser.add_argument("--method", metavar="NAME", default="gradcam", help=f"{', '.join(METHODS)} (default: gradcam)")
+    parser.add_argument("--layer", metavar="NAME", nargs="+", help="layers; several are fused (default: the run's)")
     parser.add_argument("--boxes", metavar="SHARE", nargs="?", type=float, const=0.5, help=boxes)
     parser.add_argument("--bar", action="store_true", help="draw a colour bar, with the raw scale, on the right")
-    parser.add_argument("--lungs", metavar="FOLDER|none", help=lungs)
+    parser.add_argument("--lungs", metavar="FOLDER|none", help="lung model (default: the run's, else RUN/../../lungs)")
     parser.add_argument("--alpha", type=float, default=0.65, help="opacity at the map's peak (default: 0.65)")
     parser.add_argument("--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -161,8 +154,7 @@ def _options(arguments: argparse.Namespace) -> MapOptions:
     if arguments.boxes is not None and not 0 < arguments.boxes <= 1:
         raise ValueError(f"--boxes {arguments.boxes:g} is not above 0 and at most 1")
     if arguments.colormap not in COLORMAPS:
-        names = ", ".join(sorted(COLORMAPS))
-        raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {names}")
+        raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
     method = arguments.method.lower()
     if cam_method(method).needs == "activation" and arguments.label is not None:
         raise ValueError(f"{METHODS[method].title} knows of no class: leave out -l, or take another --method")
@@ -170,20 +162,15 @@ def _options(arguments: argparse.Namespace) -> MapOptions:
     return MapOptions(method, layer, arguments.alpha, arguments.colormap, arguments.boxes, arguments.bar)
 
 
-def _device(name: str, share: Share) -> torch.device:
-    """Return the device by its name; "auto" gives each process on a machine a GPU of its own."""
-    device = resolve_device(name)
-    if name != "auto" or device.type != "cuda" or share.of == 1:
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", share.index)) % torch.cuda.device_count())
-
-
 def _prepare(arguments: argparse.Namespace) -> Work:
-    """Check the arguments, load the models and open the table; return what is to do."""
+    """Check the arguments, load the models and open the table; return the work."""
     options, share = _options(arguments), share_of(os.environ)
     if arguments.json and share.of > 1:
         raise ValueError(f"--json: several processes cannot print one list: leave it out, {TABLE} has it all")
-    device = _device(arguments.device, share)
+    device = resolve_device(arguments.device)
+    if arguments.device == "auto" and device.type == "cuda":  # each process on a machine has a GPU of its own
+        process = int(os.environ.get("LOCAL_RANK", share.index))
+        device = torch.device("cuda", process % torch.cuda.device_count())
     images, problems, skipped = images_in(arguments.image)
     folders = list(dict.fromkeys(run_folder(model).resolve() for model in arguments.model))
     cards = [read_card(folder) for folder in folders]
@@ -206,33 +193,34 @@ def _prepare(arguments: argparse.Namespace) -> Work:
 
 
 def _complain(message: object) -> None:
-    """Print a message on one line of stderr: file names, and errors of torch, may have several lines."""
+    """Print a message on one line of stderr. File names and errors of torch may have several lines."""
     print(f"overlay_cam.py: {' '.join(str(message).splitlines())}", file=sys.stderr)
 
 
 def _announce(work: Work, *, as_json: bool) -> None:
     """Print what is skipped and what remains before the first image."""
-    inform = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    table, lines = work.table, []
     if work.share.of > 1:
-        inform(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
-    if work.share.index == 0:
-        for line in work.skipped:
-            _complain(line)
-    if work.table is not None and work.table.set_aside is not None:
-        name = work.table.set_aside.name
-        inform(f"{work.table.path} is begun anew: its settings differ; the old table is kept as {name}")
+        lines.append(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
+    for line in work.skipped if work.share.index == 0 else ():
+        _complain(line)
+    if table is not None and table.set_aside is not None:
+        old = table.set_aside.name
+        lines.append(f"{table.path} is begun anew: its settings differ; the old table is kept as {old}")
     if done := work.number - len(work.jobs):
-        inform(f"skips {done} of {work.number} images: they are in {work.table.path}")
+        lines.append(f"skips {done} of {work.number} images: they are in {table.path}")
     if len(work.question.members) > 1 and not as_json:
-        print(f"mean of {len(work.question.members)} networks")
+        lines.append(f"mean of {len(work.question.members)} networks")
+    for line in lines:
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _attempt(work: Work, job: Job) -> dict[str, object]:
-    """Do a job and write its row; return its record, or "image" and "error" where it failed.
+    """Do a job and write its row; return its record, or "image" and "error" if it failed.
 
     Raises OSError where every later job would fail too.
     """
-    source = job.source()  # before the image is read: an image that changes meanwhile is repeated next time
+    source = job.source()  # before the image is read: an image that changes afterwards is repeated next time
     try:
         if job.problem is not None:
             raise ValueError(job.problem)
@@ -248,9 +236,8 @@ def _attempt(work: Work, job: Job) -> dict[str, object]:
 
 
 def _answer_all(work: Work, *, as_json: bool) -> int:
-    """Do the remaining jobs and print what they give; return the exit status."""
-    records, finished, failed = [], work.number - len(work.jobs), 0
-    status, reason = 0, ""
+    """Do the remaining jobs and print their records; return the exit status."""
+    records, finished, failed, stop = [], work.number - len(work.jobs), 0, None
     try:
         for job in work.jobs:
             record = _attempt(work, job)
@@ -259,43 +246,39 @@ def _answer_all(work: Work, *, as_json: bool) -> int:
                 records.append(record)
             elif "error" not in record:
                 print(text_of(record), flush=True)
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:
-        status, reason = 2, f"{error}: "
+    except (KeyboardInterrupt, OSError) as error:
+        stop = error
     if as_json:
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(records, indent=2), flush=True)
     if failed and work.number > 1:
         _complain(f"{failed} of {work.number} images could not be done")
-    if status:
+    if stop is not None:
+        reason = f"{stop}: " if isinstance(stop, OSError) else ""
         remedy = "; the same command goes on from there" if work.table is not None else ""
         _complain(f"{reason}stopped after {finished} of {work.number} images{remedy}")
-    if status or not failed or work.share.of > 1:
-        return status
+        return 2 if isinstance(stop, OSError) else 130
+    if not failed or work.share.of > 1:
+        return 0
     return 1 if failed < work.number else 2
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    """Do what the arguments ask for; return the exit status."""
-    try:
-        work = _prepare(arguments)
-    except KeyboardInterrupt:
-        _complain("stopped before the first image")
-        return 130
-    except (ValueError, OSError) as error:
-        _complain(error)
-        return 2
-    with contextlib.nullcontext() if work.table is None else contextlib.closing(work.table):
-        _announce(work, as_json=arguments.json)
-        return _answer_all(work, as_json=arguments.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit status."""
+    arguments = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _complain(f"WARNING {message}")
-        return _run(_parser().parse_args(arguments))
+        try:
+            work = _prepare(arguments)
+        except KeyboardInterrupt:
+            _complain("stopped before the first image")
+            return 130
+        except (ValueError, OSError) as error:
+            _complain(error)
+            return 2
+        with contextlib.nullcontext() if work.table is None else contextlib.closing(work.table):
+            _announce(work, as_json=arguments.json)
+            return _answer_all(work, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,7 @@
 """From an image file to a batch: reading, transforms, sampling and loss weights, seeds, safe writing.
 
-How pixels are read (`read_xray`):
-
-- 8-bit greyscale: as stored
-- colour, palette, transparency: `_grey`
-- more than 8 bits: `_scaled` chooses the range that becomes 0 to 255
-
-The command line answers one X-ray with this module, so only NumPy, Pillow and torch are imported at the top.
+The command line must start quickly, so only NumPy, Pillow and torch are imported at the top.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -42,12 +34,12 @@ NO_VALUE = 1e30  # larger than any measured value; programs write ±3.4e38 where
 # TIFF tags and their values.
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # Pillow respects it in 8-bit files only
 SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2
-STRIPS, TILES = (273, 279), (324, 325)  # offsets and lengths
-# Pillow delivers these as int32 and as uint8. Key: Pillow's mode and the sample format.
+STRIPS, TILES = (273, 279), (324, 325)  # of each: where its parts begin, and their lengths
+# Number types that Pillow reads as int32 and as uint8. Key: Pillow's mode and the sample format.
 STORED_AS = {("I", UNSIGNED): np.uint32, ("L", SIGNED): np.int8}
 
 RUN_LENGTHS = (1, 2)  # compressions of a BMP file
-# JPEG markers, and bytes that stand for no pixels.
+# JPEG markers, and bytes that belong to no image.
 START_OF_SCAN, END_OF_JPEG, FOREIGN_BYTES = 0xDA, b"\xff\xd9", bytes.fromhex("5aa533cc") * 8
 # What Pillow raises for damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, zlib.error, Image.DecompressionBombError)
@@ -59,15 +51,14 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the image in a file as (H, W) uint8, 0 = black, whatever its mode on disk.
 
     - 8-bit greyscale: as stored
-    - RGB, palette and CMYK: ITU-R 601 luma
-    - transparent parts: on black
-    - more than 8 bits: see `_scaled`
+    - RGB, palette and CMYK: ITU-R 601 luma; transparent parts: on black
+    - more than 8 bits: `_scaled` chooses the range that becomes 0 to 255
     - EXIF orientation: applied
     - several pages: the first page; a line on stderr says so, once a file
 
-    Damage is refused where the file shows it: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data
-    that end before the last pixel. Files without checksums can hold wrong pixels that nothing shows. A
-    run-length BMP is refused: any damage shifts its pixels, and Pillow fills missing data.
+    Damage is refused where the file shows it: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data that
+    end before the last pixel. A file without checksums may have wrong pixels that cannot be detected. A run-length
+    BMP is refused: any damage shifts its pixels, and Pillow fills missing data.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -105,8 +96,8 @@ def _grey(image: Image.Image, file: BinaryIO) -> np.ndarray:
     deep_colour = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
     image = ImageOps.exif_transpose(image)
     if stored or image.mode.startswith(("I", "F")):
-        values = np.asarray(image).view(stored) if stored else np.asarray(image)
-        return _scaled(values, inverted=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+        values = np.asarray(image)
+        return _scaled(values.view(stored or values.dtype), inverted=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     if deep_colour:
         return _scaled(_deep_luma(image, file))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -132,12 +123,11 @@ def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
 def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     """Return (H, W) uint8 of values of any number type.
 
-    - Integers of up to 16 bits: the range is the smallest of 8, 10, 12, 14 and 16 bits that holds all but one in
-      a thousand values. A 12-bit detector's image in a 16-bit file would otherwise be almost black, and so
-      would an image with a few hot pixels. Values above the range become white. Signed integers count from
-      their minimum.
-    - Integers of more bits, and floating point: from the smallest to the largest value; at either end one value
-      in a thousand may lie outside.
+    - Integers of up to 16 bits: the range is the smallest of 8, 10, 12, 14 and 16 bits that holds all but one in a
+      thousand values. Without this rule a 12-bit image in a 16-bit file, or an image with a few hot pixels, would be
+      almost black. Values above the range become white. Signed integers count from their minimum.
+    - Integers of more bits, and floating point: from the smallest to the largest value; at either end one value in a
+      thousand may lie outside.
     - Values that are not finite or beyond ±1e30: black; they do not count for the range.
 
     Args:
@@ -154,10 +144,10 @@ def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     outliers = measured.size // PIXELS_PER_OUTLIER
     ends = [outliers, -1 - outliers]
     low, high = map(float, np.partition(measured, ends)[ends])
-    if values.dtype.kind in "iu":
-        start = min(low, 0)
-        bits = next((bits for bits in STORED_BITS if high - start < 2**bits), None)
-        low, high = (low, high) if bits is None else (start, start + 2**bits - 1)
+    start = min(low, 0)
+    sizes = [2**bits for bits in STORED_BITS if high - start < 2**bits]
+    if values.dtype.kind in "iu" and sizes:
+        low, high = start, start + sizes[0] - 1
     scaled = (np.where(valid, values, low) - low) * (255 / ((high - low) or 1))
     grey = np.round(scaled.clip(0, 255)).astype(np.uint8)
     return np.where(valid, 255 - grey if inverted else grey, 0)
@@ -178,8 +168,8 @@ def _check_whole(image: Image.Image, file: BinaryIO) -> None:
                 file.seek(offset)
                 zlib.decompress(file.read(length))
     elif image.format in ("JPEG", "MPO"):
-        # A decoder reads a whole JPEG up to its end marker: bytes inserted before the marker change nothing. Where
-        # data are missing, the decoder takes the inserted bytes for pixels.
+        # Bytes inserted before the end marker change nothing in a whole JPEG. Where data are missing, the decoder
+        # takes these bytes for pixels.
         data = file.read()
         end = _end_of_jpeg(data)
         with Image.open(io.BytesIO(data[:end] + FOREIGN_BYTES + data[end:]), formats=["JPEG"]) as longer:
@@ -204,16 +194,14 @@ class Preprocessing:
     """The steps from an X-ray to the network's input, the same in training and at inference.
 
     1. `lungs`, where given, blackens all but the lungs.
-    2. The image is resized to a square (bilinear, anti-aliased; the aspect is not kept, as in the published
-       projects).
+    2. The image is resized to a square: bilinear, anti-aliased. The aspect is not kept, as in published projects.
     3. The grey channel is repeated three times and normalised.
 
     Attributes:
         image_size: Side of the square in pixels.
         mean: Mean of each channel, in units of the 0–1 range.
         std: Standard deviation of each channel, in the same units.
-        lungs: Function from an (H, W) uint8 X-ray to one with all but its lungs blackened, such as a
-            `lungs.masking.LungMasking`.
+        lungs: Function from (H, W) uint8 X-rays to X-rays that are black outside the lungs (`lungs.masking`).
     """
 
     image_size: int
@@ -223,7 +211,7 @@ class Preprocessing:
 
     @property
     def key(self) -> str:
-        """A text that changes whenever the resized images of the same files would change."""
+        """A text that differs whenever the resized images of the same files differ."""
         return f"{self.image_size} px, lungs {'whole' if self.lungs is None else self.lungs.key}"
 
     def read(self, path: str | os.PathLike[str]) -> Tensor:
@@ -231,13 +219,12 @@ class Preprocessing:
         return self.resize(read_xray(path))
 
     def resize(self, image: np.ndarray) -> Tensor:
-        """Return an (H, W) uint8 image as a (1, S, S) uint8 tensor, with all but the lungs black where asked for."""
+        """Return an (H, W) uint8 image as a (1, S, S) uint8 tensor, black outside the lungs where `lungs` is given."""
         from torchvision.transforms.v2 import functional
 
         if self.lungs is not None:
             image = self.lungs(image)
-        size = [self.image_size, self.image_size]
-        return functional.resize(torch.from_numpy(image)[None], size, antialias=True)
+        return functional.resize(torch.from_numpy(image)[None], [self.image_size] * 2, antialias=True)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return (…, 1, S, S) images of 0 to 255 as (…, 3, S, S) float32 on the same device.
@@ -255,7 +242,7 @@ class Preprocessing:
 def read_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> np.ndarray:
     """Return a mask file as (H, W) bool of the given shape, True where it is not black.
 
-    A mask may have another size than its X-ray (in the COVID-19 Radiography Database 256 against 299 pixels).
+    A mask may be smaller than its X-ray (in the COVID-19 Radiography Database 256 and 299 pixels).
     """
     return resized_mask(read_xray(path) > 0, shape)
 
@@ -271,7 +258,7 @@ def resized_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def class_counts(labels: Sequence[int], num_classes: int) -> Tensor:
-    """Return (C,) how often each class occurs. Raises ValueError where a class does not occur."""
+    """Return the (C,) number of images of each class. Raises ValueError for a class without images."""
     counts = torch.bincount(torch.as_tensor(list(labels)), minlength=num_classes)
     if (counts == 0).any():
         raise ValueError(f"no training image of class {int(counts.argmin())}: nothing to balance it with")
@@ -284,9 +271,7 @@ def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 
 
 def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
-    """Return (C,) loss weights, N / (C · n_c): their mean over the images is 1 (King & Zeng 2001; "balanced" in
-    scikit-learn).
-    """
+    """Return (C,) loss weights, N / (C · n_c), whose mean over the images is 1 (King & Zeng 2001)."""
     counts = class_counts(labels, num_classes)
     return (counts.sum() / (num_classes * counts)).float()
 
@@ -294,9 +279,9 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 def label_weights(targets: np.ndarray) -> Tensor:
     """Return the (2, C) weights of a multi-label loss: row 0 for negatives, row 1 for positives.
 
-    A label's negatives weigh its share of positives, its positives its share of negatives. So both sides of every
-    label have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). A label that all images
-    or no images have weighs 0 on both sides, in validation too.
+    A label's negatives have the weight of its share of positives, and its positives that of its share of negatives. So
+    both sides have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). A label that all or
+    no images have has the weight 0, in validation too.
 
     Args:
         targets: (N, C) of 0 and 1.
@@ -315,9 +300,9 @@ def seed_everything(seed: int) -> None:
 def derived_seed(seed: int, use: str, *numbers: int) -> int:
     """Return a seed for one use of random numbers.
 
-    Seeds for different uses (such as "order"), other numbers (epoch, batch, …) or another `seed` are unrelated.
+    Another use (such as "order"), other numbers (epoch, batch, …) or another `seed` give an unrelated seed.
     """
-    # A hash of the text, because generators that are seeded with lists of numbers treat [1] and [1, 0] alike.
+    # The text is hashed, because generators that are seeded with lists treat [1] and [1, 0] alike.
     text = " ".join([str(seed), use, *map(str, numbers)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
@@ -334,8 +319,8 @@ def write_whole(file: Path, content: str | bytes | Callable[[Path], None]) -> No
         file: The file to write. Its folder must exist.
         content: Text, bytes, or a function that writes the file at the path that it is given.
     """
-    # The name is random because two processes may write one file at once. It does not contain the file's name,
-    # which may already be as long as the file system allows.
+    # The name is random, because two processes may write one file at once. It is short, because the file's own name
+    # may already be as long as the file system allows.
     unfinished = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}.tmp")
     try:
         if callable(content):
@@ -357,7 +342,7 @@ def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> None:
 
     Args:
         folder: Where `write_whole` wrote.
-        older_than: Keep files that were changed within this number of seconds: other processes may be writing them.
+        older_than: Keep files that were changed within this number of seconds; other processes may be writing them.
     """
     for file in folder.glob(f"{UNFINISHED}*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
@@ -378,16 +363,15 @@ def flush(path: Path) -> None:
 def resolve_device(device: str = "auto") -> torch.device:
     """Return the device of that name; "auto" is the first CUDA GPU, else Apple's GPU, else the CPU.
 
-    Raises ValueError for a device that is unknown or not there.
+    Raises ValueError for a device that is unknown or absent.
     """
     if device == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
-    try:
+    # torch raises different errors for unknown and for absent devices.
+    with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError):
         named = torch.device(device)
         if named.type in ("cpu", "cuda", "mps"):
             torch.empty(0, device=named)
             return named
-    except (RuntimeError, AssertionError, NotImplementedError):
-        pass  # torch raises another type for each reason why a device is not there.
     raise ValueError(f"no device {device!r} on this machine: try --device cpu")

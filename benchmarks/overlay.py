@@ -1,9 +1,9 @@
-"""How long `overlay_cam.py` takes for one X-ray, beside the least that could do it.
+"""The time that `overlay_cam.py` takes for one X-ray, and the shortest possible time.
 
     python benchmarks/overlay.py -m demo/resnet18 [-i IMAGE] [-n 7]
 
-The least: a Python that imports torch and torchvision, plus one forward pass of the same network at the same
-size (timed inside that process). Runs alternate; medians and their ratio (ours / least) are arguments.
+The shortest possible time is that of importing torch and torchvision in a new Python process, plus that of one forward
+pass of the same network at the same size. The runs alternate. The report has the medians, and the ratio ours / plain.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def seconds(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both times and report them."""
     parser = argparse.ArgumentParser(description="Time overlay_cam.py against bare imports and a forward pass.")
     parser.add_argument("-m", "--model", default="demo/resnet18")
     parser.add_argument("-i", "--image", default="assets/phantom.png")
@@ -50,14 +50,13 @@ def main() -> None:
         for _ in range(arguments.rounds + 1):
             ours.append(seconds([sys.executable, "overlay_cam.py", *options]))
             imports.append(seconds([sys.executable, "-c", "import torch, torchvision"]))
-            code = FORWARD.format(project=str(PROJECT), model=arguments.model)
-            command = [sys.executable, "-c", code]
+            command = [sys.executable, "-c", FORWARD.format(project=str(PROJECT), model=arguments.model)]
             result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT)
             forwards.append(float(result.stdout))
     # The first round fills the file cache and does not count.
     ours, imports, forwards = (statistics.median(times[1:]) for times in (ours, imports, forwards))
-    least = imports + forwards
-    row = {"name": f"one X-ray, {arguments.model}", "ours": ours, "plain": least, "ratio": ours / least}
+    plain = imports + forwards
+    row = {"name": f"one X-ray, {arguments.model}", "ours": ours, "plain": plain, "ratio": ours / plain}
     report("overlay", [{**row, "imports": imports, "forward": forwards}])
 
 

@@ -8,12 +8,13 @@ from cams.methods import METHODS
 def text_of(record: dict[str, object]) -> str:
     """Return the text of a record of `inference.answers.answer`.
 
-    Its lines: the image; the classes from the most probable one on, with their decision thresholds; what is
-    predicted; remarks; the maps.
+    Its lines: the image; the classes from the most probable one on, with their decision thresholds; the prediction;
+    remarks; the maps. Classes without a probability come last.
     """
-    width = max(len(name) for name in record["probabilities"])
-    lines = [record["image"]]
-    lines += [f"  {name:<{width}}  {_probability(name, record)}" for name in _ranked(record)]
+    probabilities = record["probabilities"]
+    width = max(map(len, probabilities))
+    ranked = sorted(probabilities, key=lambda n: math.inf if probabilities[n] is None else -probabilities[n])
+    lines = [record["image"], *(f"  {name:<{width}}  {_probability(name, record)}" for name in ranked)]
     if "findings" in record:
         findings = ", ".join(record["findings"]) or "none"
         limit = "their thresholds" if "thresholds" in record else "probabilities of at least 0.5"
@@ -30,27 +31,21 @@ def text_of(record: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def _ranked(record: dict[str, object]) -> list[str]:
-    """Return the classes from the most probable one on; classes without a probability are last."""
-    probabilities = record["probabilities"]
-    return sorted(probabilities, key=lambda n: math.inf if probabilities[n] is None else -probabilities[n])
-
-
 def _probability(name: str, record: dict[str, object]) -> str:
     """Return a class's probability and its decision threshold, or why it has none."""
-    probability, thresholds = record["probabilities"][name], record.get("thresholds")
+    probability, threshold = record["probabilities"][name], record.get("thresholds", {}).get(name)
     if probability is None:
         return "–      (not reported: all of the training images have it, or none)"
-    if thresholds is None or ("predicted" in record and thresholds[name] is None):
-        return f"{probability:.3f}"
-    if thresholds[name] is None:
-        return f"{probability:.3f}  (no decision: all of the validation images have it, or none)"
-    probability, threshold = _distinct(probability, thresholds[name])
-    return f"{probability}  (decision threshold {threshold})"
+    if threshold is not None:
+        probability, threshold = _distinct(probability, threshold)
+        return f"{probability}  (decision threshold {threshold})"
+    undecided = "findings" in record and "thresholds" in record
+    note = "  (no decision: all of the validation images have it, or none)" if undecided else ""
+    return f"{probability:.3f}{note}"
 
 
 def _reason(record: dict[str, object]) -> str:
-    """Return which comparison with a threshold decided on the predicted class, see `inference.decisions.decide`."""
+    """Return the comparison with a threshold that decided on the predicted class, see `inference.decisions.decide`."""
     *_, (name, threshold) = ((n, t) for n, t in record["thresholds"].items() if t is not None)
     probability, threshold = _distinct(record["probabilities"][name], threshold)
     comparison = "reaches" if name == record["predicted"] else "is below"
@@ -64,22 +59,16 @@ def _distinct(probability: float, threshold: float) -> tuple[str, str]:
 
 
 def _notes(entry: dict[str, object], record: dict[str, object]) -> str:
-    """Return what is said of a map: that it is empty, its share inside the lungs, the number of its boxes."""
+    """Return the remarks on a map: that it is empty, its share inside the lungs, the number of its boxes."""
     if entry["empty"]:
-        reason = "; it is predicted because its decision threshold is low" if _by_threshold(entry, record) else ""
+        label, predicted = entry["label"], record.get("findings", [record.get("predicted")])
+        by_threshold = "thresholds" in record and label in predicted and record["probabilities"][label] < 0.5
+        reason = "; it is predicted because its decision threshold is low" if by_threshold else ""
         return f" (empty: nothing in the image speaks for it{reason})"
     notes = ""
     if entry.get("in_lungs") is not None:
-        notes += f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
+        notes = f", {100 * entry['in_lungs']:.0f} % of it inside the lungs"
     if "boxes" in entry:
         number = len(entry["boxes"])
         notes += f", {number} region{'s' * (number != 1)} above {record['boxes_above']:g} of its maximum"
     return notes
-
-
-def _by_threshold(entry: dict[str, object], record: dict[str, object]) -> bool:
-    """Return whether a map's class is predicted although the network considers it unlikely."""
-    label = entry["label"]
-    if "findings" in record:
-        return label in record["findings"] and record["probabilities"][label] < 0.5
-    return label == record["predicted"] != _ranked(record)[0]

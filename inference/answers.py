@@ -1,4 +1,4 @@
-"""What networks answer about one X-ray: a record and the overlays that are written."""
+"""The answer to one X-ray: a record of the predictions, and the overlays, which are written to files."""
 
 import math
 import sys
@@ -32,10 +32,10 @@ class MapOptions(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked about every X-ray."""
+    """The networks and the options that every X-ray is answered with."""
 
     members: Sequence[TrainedNetwork]
-    classes: str | list[int]  # of the maps: "top", "all" or indices
+    classes: str | list[int]  # of the maps: "top" or indices
     options: MapOptions
     lungs: LungFinder | None = None
 
@@ -46,10 +46,10 @@ def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> Non
     Only a forward pass shows whether a layer gives a map, so each network is run once, on a black image.
     """
     for member in members:
-        size, device = member.card.image_size, next(member.network.parameters()).device
+        size = member.card.image_size
         try:
             with cam_of(member, layer=layer) as cam:
-                maps = cam(torch.zeros(1, 3, size, size, device=device)).layers
+                maps = cam(torch.zeros(1, 3, size, size, device=member.device)).layers
             if flat := [name for name, m in zip(cam.layers, maps, strict=True) if m.raw.shape[2:] == (1, 1)]:
                 raise ValueError(f"layer {flat[0]!r} has one cell, which is no map: take one before pooling")
         except ValueError as error:
@@ -59,44 +59,44 @@ def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> Non
 # --- lungs --------------------------------------------------------------------------------------------------
 
 
-def lung_folder(wanted: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
+def lung_folder(option: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
     """Return the folder of the lung model to load, None where none is to be loaded.
 
     By default it is `lungs` beside the studies of the run `folder`, unless a network masks lungs itself.
     """
-    if wanted is not None:
-        return None if wanted == "none" else Path(wanted)
-    place = folder.parent.parent / "lungs"
-    return None if any(card.lung_masking for card in cards) or not (place / "model.json").is_file() else place
+    if option is not None:
+        return None if option == "none" else Path(option)
+    lungs = folder.parent.parent / "lungs"
+    return None if any(card.lung_masking for card in cards) or not (lungs / "model.json").is_file() else lungs
 
 
 def lung_finder(
-    wanted: str | None, place: Path | None, members: Sequence[TrainedNetwork], device: torch.device
+    option: str | None, folder: Path | None, members: Sequence[TrainedNetwork], device: torch.device
 ) -> LungFinder | None:
     """Return the function that finds an X-ray's lungs; None where there is none.
 
     A line on stderr says where the model knows the synthetic phantom only.
 
     Args:
-        wanted: The option `--lungs`.
-        place: What `lung_folder` returns: the model to load. None: the model that a network masks its lungs with.
+        option: The option `--lungs`.
+        folder: What `lung_folder` returns: the model to load. None: the model that a network masks its lungs with.
         members: The networks.
         device: Where the lung model runs.
 
     Raises:
-        ValueError: The model that `wanted` names cannot be loaded. Of the default model, a line on stderr says so.
+        ValueError: The model that `option` names cannot be loaded. Of the default model, a line on stderr says so.
         OSError: It cannot be read.
     """
-    if place is None:
-        return None if wanted == "none" else next(iter(_own_finders(members)), None)
+    if folder is None:
+        return None if option == "none" else next(iter(_own_finders(members)), None)
     # Imported here: these modules take a second, and most runs have no lung model.
     from lungs.masking import LungMasking
     from lungs.segmentation import load_segmenter
 
     try:
-        segmenter = load_segmenter(place, device)
+        segmenter = load_segmenter(folder, device)
     except (ValueError, OSError) as error:
-        if wanted is not None:
+        if option is not None:
             raise
         print(f"overlay_cam.py: shares inside the lungs are left out: {error}", file=sys.stderr)
         return None
@@ -106,7 +106,7 @@ def lung_finder(
 
 
 def _own_finders(members: Sequence[TrainedNetwork]) -> list[LungFinder]:
-    """Return what the networks that were trained on masked lungs find them with."""
+    """Return the lung finders of the networks that were trained on masked lungs."""
     return [member.lungs.mask_of for member in members if member.lungs is not None]
 
 
@@ -114,19 +114,14 @@ def _own_finders(members: Sequence[TrainedNetwork]) -> list[LungFinder]:
 
 
 def answer(question: Question, image: Path, overlays: Sequence[Path]) -> dict[str, object]:
-    """Write an image's overlays and return its record.
-
-    Args:
-        question: What is asked.
-        image: The X-ray's file.
-        overlays: The files to write, one for each map.
+    """Write an image's overlays, one for each map, and return its record.
 
     Returns:
-        What does not apply is left out:
+        These entries, without those that do not apply:
 
         - "image": the file
-        - "networks": how many, of an ensemble
-        - "lungs": what is said of them
+        - "networks": the number of networks of an ensemble
+        - "lungs": a remark on the lungs
         - "predicted": a class; or "findings": a list, of a multi-label network
         - "probabilities", "thresholds": by class
         - "method", "layers", "boxes_above": the options
@@ -135,37 +130,36 @@ def answer(question: Question, image: Path, overlays: Sequence[Path]) -> dict[st
           were not found)
 
     Raises:
-        ValueError: The image cannot be read, or an overlay would replace a file that is no overlay. Nothing is
-            written then.
+        ValueError: The image cannot be read, or an overlay would replace another file. Nothing is written then.
         OSError: The image cannot be read, or an overlay cannot be written.
     """
     for path in overlays:
         check_replaceable(path)
-    members, classes, options, lungs = question
+    members, classes, options, find_lungs = question
     xray, card = read_xray(image), ensemble_card([member.card for member in members])
     classes = classes if isinstance(classes, str) else [classes]  # one row of indices for the one image
-    explanation = explain(members, xray, classes, method=options.method, layer=options.layer)
-    found_lungs = lungs(xray) if lungs else None
-    maps = zip(explanation.classes, explanation.maps, explanation.peaks.tolist(), overlays, strict=True)
+    probabilities, *maps = explain(members, xray, classes, method=options.method, layer=options.layer)
+    lungs = find_lungs(xray) if find_lungs else None
+    colours = {"alpha": options.alpha, "colormap": options.colormap}
     entries = []
-    for index, map_, peak, path in maps:
-        peak = peak if math.isfinite(peak) else None
-        entry = {"label": card.classes[index] if METHODS[options.method].needs != "activation" else None}
+    for path, index, map_, peak in zip(overlays, *maps, strict=True):
+        peak = None if np.isnan(peak) else float(peak)
+        entry = {"label": None if METHODS[options.method].needs == "activation" else card.classes[index]}
         entry |= {"overlay": str(path), "empty": not map_.any(), "peak": peak and float(f"{peak:.6g}")}
-        boxes = None if options.boxes is None else boxes_from_map(map_, options.boxes)
-        if boxes is not None:
+        picture = overlay(xray, map_, **colours)
+        if options.boxes is not None:
+            boxes = boxes_from_map(map_, options.boxes)
             entry["boxes"] = boxes.round(4).tolist()
-        if found_lungs is not None:
-            entry["in_lungs"] = _share_inside(map_, *found_lungs)
-        write_overlay(path, _picture(xray, map_, boxes, peak, options), image)
+            picture = draw_boxes(picture, boxes)
+        if lungs is not None:
+            entry["in_lungs"] = _share_inside(map_, *lungs)
+        write_overlay(path, with_colour_bar(picture, peak=peak, **colours) if options.bar else picture, image)
         entries.append(entry)
     record = {
         "image": str(image),
         "networks": len(members) if len(members) > 1 else None,
-        "lungs": _lungs(question, xray, found_lungs),
-        **_decision(card, explanation.probabilities),
-        "probabilities": _probabilities(card, explanation.probabilities.tolist()),
-        "thresholds": card.thresholds and dict(zip(card.classes, card.thresholds, strict=True)),
+        "lungs": _remark_on_lungs(question, xray, lungs),
+        **_prediction(card, probabilities),
         "method": options.method,
         "layers": options.layer,
         "boxes_above": options.boxes,
@@ -174,52 +168,44 @@ def answer(question: Question, image: Path, overlays: Sequence[Path]) -> dict[st
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _picture(
-    xray: np.ndarray, map_: np.ndarray, boxes: np.ndarray | None, peak: float | None, options: MapOptions
-) -> np.ndarray:
-    """Return the (H, W, 3) overlay of an X-ray, wider where a colour bar is drawn."""
-    colours = {"alpha": options.alpha, "colormap": options.colormap}
-    picture = overlay(xray, map_, **colours)
-    if boxes is not None:
-        picture = draw_boxes(picture, boxes)
-    return with_colour_bar(picture, peak=peak, **colours) if options.bar else picture
-
-
 def _share_inside(map_: np.ndarray, lungs: np.ndarray, reason: str | None) -> float | None:
     if reason is not None or not map_.any():
         return None
     return round(float(map_[lungs].sum(dtype=np.float64) / map_.sum(dtype=np.float64)), 4)
 
 
-def _lungs(question: Question, xray: np.ndarray, found_lungs: tuple[np.ndarray, str | None] | None) -> str | None:
-    """Return what the networks that mask lungs did with the X-ray, and why the lungs that another model found
-    are not believed; None where there is nothing to say.
+def _remark_on_lungs(question: Question, xray: np.ndarray, lungs: tuple[np.ndarray, str | None] | None) -> str | None:
+    """Return whether the networks masked the lungs, and why lungs that another model found are not believed; None
+    where there is nothing to say.
     """
     own_finders = _own_finders(question.members)
     reasons = [find_lungs(xray)[1] for find_lungs in own_finders]
     remarks = ["masked" if reason is None else f"kept whole: {reason}" for reason in reasons]
-    if question.lungs not in own_finders and found_lungs is not None and found_lungs[1] is not None:
-        remarks.append(f"not found ({found_lungs[1]})")
+    if question.lungs not in own_finders and lungs is not None and lungs[1] is not None:
+        remarks.append(f"not found ({lungs[1]})")
     return "; ".join(dict.fromkeys(remarks)) or None
 
 
-def _decision(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
+def _prediction(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]:
+    """Return the record's entries that a network's (C,) probabilities decide."""
     decisions = card.decide(torch.from_numpy(probabilities)[None])[0]
     if card.multilabel:
-        return {"findings": [name for name, found in zip(card.classes, decisions, strict=True) if found]}
-    return {"predicted": card.classes[int(decisions)]}
+        decision = {"findings": [name for name, found in zip(card.classes, decisions, strict=True) if found]}
+    else:
+        decision = {"predicted": card.classes[int(decisions)]}
+    thresholds = dict(zip(card.classes, card.thresholds, strict=True)) if card.thresholds else {}
+    values = zip(card.classes, probabilities.tolist(), strict=True)
+    rounded = {name: _rounded(value, thresholds.get(name)) for name, value in values}
+    return decision | {"probabilities": rounded, "thresholds": thresholds or None}
 
 
-def _probabilities(card: ModelCard, probabilities: Sequence[float]) -> dict[str, float | None]:
-    """Return the rounded probabilities by class; None instead of NaN, which JSON does not have."""
-    thresholds = card.thresholds or [None] * len(card.classes)
-    named = zip(card.classes, probabilities, thresholds, strict=True)
-    return {name: None if math.isnan(p) else _rounded(p, threshold) for name, p, threshold in named}
+def _rounded(probability: float, threshold: float | None) -> float | None:
+    """Return a probability with four digits, or as many more as keep it on its side of its decision threshold.
 
-
-def _rounded(probability: float, threshold: float | None) -> float:
-    """Return a probability with four digits, or as many more as keep it on its side of its decision threshold."""
-    if threshold is None:
-        return round(probability, 4)
+    None stands for NaN, which JSON does not have.
+    """
+    if math.isnan(probability):
+        return None
     values = (round(probability, digits) for digits in range(4, 30))
-    return next((v for v in values if (v >= threshold) == (probability >= threshold)), probability)
+    same_side = (v for v in values if threshold is None or (v >= threshold) == (probability >= threshold))
+    return next(same_side, probability)

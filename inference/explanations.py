@@ -1,4 +1,4 @@
-"""What trained networks say about an X-ray, and where in it they look."""
+"""The probabilities and the maps that trained networks give for an X-ray."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from inference.trained_networks import ModelCard, TrainedNetwork, ensemble_card
 
 
 class Explanation(NamedTuple):
-    """What a trained network, or an ensemble, says about one (H, W) X-ray."""
+    """The answer of a trained network, or of an ensemble, for one (H, W) X-ray."""
 
     probabilities: np.ndarray  # (C,)
     classes: np.ndarray  # (K,) indices of the classes that the maps are of
@@ -32,7 +32,7 @@ def explain(
     """Return the probabilities and the maps, at the X-ray's own size.
 
     The probabilities of several networks are averaged. Their maps are each scaled to 0–1, averaged and scaled again:
-    each network has the same influence, however high its raw maps are.
+    each network has the same influence, whatever the scale of its raw maps.
 
     Args:
         trained: A network, or several with the same classes.
@@ -47,7 +47,7 @@ def explain(
     """
     members = [trained] if isinstance(trained, TrainedNetwork) else list(trained)
     card = ensemble_card([member.card for member in members])
-    inputs = [(member, _input(member, xray)) for member in members]
+    inputs = [(member, member.preprocessing(xray)[None].to(member.device)) for member in members]
     if isinstance(classes, str) and classes == "top":
         classes = _decided_class(card, inputs)
     probabilities, maps = [], []
@@ -64,12 +64,11 @@ def explain(
 
 
 def _decided_class(card: ModelCard, inputs: Sequence[tuple[TrainedNetwork, Tensor]]) -> int | str:
-    """Return the class that is decided on; "top" for one network whose highest logit decides: no extra pass then."""
+    """Return the predicted class; "top" for one network whose highest logit decides, which saves a pass."""
     if len(inputs) == 1 and not (card.unreported if card.multilabel else card.thresholds):
         return "top"
     with torch.inference_mode():
-        probabilities = [member.card.probabilities(member.network(images)).cpu() for member, images in inputs]
-    mean = torch.stack(probabilities).mean(dim=0)
+        mean = torch.stack([m.card.probabilities(m.network(images)).cpu() for m, images in inputs]).mean(dim=0)
     return int(mean.nan_to_num(-1).argmax() if card.multilabel else card.decide(mean))
 
 
@@ -77,7 +76,3 @@ def cam_of(trained: TrainedNetwork, method: str = "gradcam", layer: str | Sequen
     """Return the `GradCAM` of a trained network, by default at the layer of its card."""
     card = trained.card
     return GradCAM(trained.network, layer or card.cam_layer, method, multilabel=card.multilabel)
-
-
-def _input(member: TrainedNetwork, xray: np.ndarray) -> Tensor:
-    return member.preprocessing(xray)[None].to(next(member.network.parameters()).device)

@@ -1,4 +1,4 @@
-"""A CSV table that grows by one row at a time and that a later run of the same command continues.
+"""A CSV table that grows row by row. A later run of the same command continues it.
 
 Several processes may write to the table at once. Three kinds of hidden files lie beside `NAME.csv`:
 
@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from utils import remove_unfinished, write_whole
 
 ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
@@ -38,14 +36,14 @@ def cell(value: object) -> str:
 
 
 class Share(NamedTuple):
-    """Which process of how many this one is; each takes every `of`-th image."""
+    """The number of this process (`index`, from 0) and of all processes (`of`); each takes every `of`-th image."""
 
     index: int
     of: int
 
 
 class ResumableTable:
-    """A table in a file, to which processes write together that share the work on the same settings.
+    """A table in a file. The processes that share the work on the same settings write to it together.
 
     Nothing is read or written before `resume`. Every other command is refused until `close`.
 
@@ -60,6 +58,8 @@ class ResumableTable:
     """
 
     def __init__(self, path: Path, columns: Sequence[str], settings: Mapping[str, object], share: Share) -> None:
+        from filelock import FileLock  # imported here: the answer to one X-ray needs no table
+
         self.path = path
         self.columns = tuple(columns)
         self.set_aside: Path | None = None
@@ -94,7 +94,7 @@ class ResumableTable:
         """Write a row, one value a column, completely or not at all. Raises OSError where the disk is full."""
         line = _line(row)
         with self._lock, self.path.open("r+b", buffering=0) as file:
-            end = _remove_unfinished_line(file)  # another process that was killed may have left one
+            end = _remove_unfinished_line(file)  # a killed process may have left one
             try:
                 while line:  # an almost full disk takes a part of the line
                     line = line[file.write(line) :]
@@ -109,6 +109,8 @@ class ResumableTable:
             self._run_file.unlink(missing_ok=True)
 
     def _refuse_other_commands(self) -> None:
+        from filelock import FileLock, Timeout
+
         for file in self.path.parent.glob(f".{self.path.name}.*.run"):
             try:
                 with FileLock(file, timeout=0):
@@ -120,7 +122,7 @@ class ResumableTable:
                     raise ValueError(message) from None
 
     def _begin(self) -> None:
-        """Write the settings; rename a table that was made with others."""
+        """Write the settings; rename an old table that was made with other settings."""
         if self._settings_file.exists():
             if self._settings_file.read_bytes() == self._settings:
                 return
@@ -128,7 +130,7 @@ class ResumableTable:
                 names = (self.path.with_stem(f"{self.path.stem}-{number}") for number in itertools.count(1))
                 self.set_aside = self.path.rename(next(n for n in names if not os.path.lexists(n)))
         elif self.path.exists():
-            raise ValueError(f"{self.path} is there and none of ours: move it, or give another -o")
+            raise ValueError(f"{self.path} exists and is not of this program: move it, or give another -o")
         write_whole(self._settings_file, self._settings)
 
     def _rewrite(self, keep: Callable[[list[str]], bool]) -> None:
@@ -138,9 +140,8 @@ class ResumableTable:
         if not header.startswith(content[: len(header)]):
             raise ValueError(f"{self.path} was changed by another program: move it, or give another -o")
         lines = content[len(header) :].split(b"\n")[:-1]  # the last part has no line end: it is cut, or empty
-        rows = [(line, _cells(line)) for line in lines]
-        lines = [line + b"\n" for line, row in rows if len(row) == len(self.columns) and keep(row)]
-        whole = header + b"".join(lines)
+        rows = ((line + b"\n", _cells(line)) for line in lines)
+        whole = header + b"".join(line for line, row in rows if len(row) == len(self.columns) and keep(row))
         if whole != content:
             write_whole(self.path, whole)
 
@@ -160,7 +161,7 @@ def _cells(line: bytes) -> list[str]:
 
 
 def _remove_unfinished_line(file: BinaryIO) -> int:
-    """Cut off what stands behind the last line end, and return the file's length."""
+    """Cut the file after its last line end, and return its length."""
     end = file.seek(-1, os.SEEK_END) + 1
     if file.read(1) != b"\n":
         file.seek(0)

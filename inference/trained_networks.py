@@ -32,16 +32,16 @@ class ModelCard:
         std: Standard deviation of each channel, for `Preprocessing`.
         cam_layer: The layer that maps are taken from.
         head: "softmax"; or "sigmoid": one output distinguishes two classes.
-        multilabel: The network has one output for each finding, each with its own sigmoid.
-        lung_masking: X-rays are masked by the lung segmentation in the run folder's `lungs`.
-        thresholds: Decision thresholds by class, see `inference.decisions.decide`. None for a class without one: of two
-            classes the one that is not `positive`; of findings those that validation could not choose one for.
+        multilabel: Whether the network has one output for each finding, each with its own sigmoid.
+        lung_masking: Whether X-rays are masked by the lung model in the run folder's `lungs`.
+        thresholds: Decision thresholds by class, see `inference.decisions.decide`. None for a class without one: the
+            class of two that is not `positive`, or a finding for which validation gave no threshold.
         temperature: Divides the logits; fitted on validation data (Guo et al. 2017).
         positive: The positive one of two classes.
         unreported: Findings that all or none of the training images have. The network could not learn them; their
             probability is NaN.
-        origin: Study, seed, versions, commit, data fingerprint, …; for people.
-        validation: Loss, accuracy, …; for people.
+        origin: Study, seed, versions, commit, data fingerprint, …; a record for the reader.
+        validation: Loss, accuracy, …; a record for the reader.
         hidden_units: As `build_network` takes it.
         dropout: As `build_network` takes it.
     """
@@ -80,7 +80,7 @@ class ModelCard:
     def positive_index(self) -> int | None:
         """The index of the positive one of two classes; None for more classes and for findings.
 
-        Older cards have no `positive`; class 1 was positive then.
+        In older cards, which have no `positive`, it is class 1.
         """
         if self.multilabel or len(self.classes) != 2:
             return None
@@ -88,7 +88,7 @@ class ModelCard:
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The reported findings without a threshold, where others have one: they are never predicted."""
+        """The reported findings that are never predicted: they have no threshold, and others have one."""
         if not self.multilabel or self.thresholds is None:
             return ()
         named = zip(self.classes, self.thresholds, strict=True)
@@ -97,8 +97,8 @@ class ModelCard:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return (N, C) probabilities for the network's (N, outputs) logits.
 
-        Single-label: calibrated; each row sums to 1. Multi-label: each finding's own probability, NaN for unreported
-        findings. These are not calibrated: a loss that weighs rare positives raises them, so compare them with the
+        Single-label: calibrated; each row sums to 1. Multi-label: the probability of each finding, NaN for unreported
+        findings. They are not calibrated: a loss that weighs rare positives raises them. So compare them with the
         thresholds.
         """
         if self.multilabel:
@@ -111,7 +111,7 @@ class ModelCard:
 
         Single-label: (N,) class indices. Multi-label: (N, C) bool.
         """
-        # In double precision, so that a threshold that was taken from a float32 probability stays equal to it.
+        # In double precision, a threshold stays equal to the float32 probability that it was taken from.
         values = probabilities.double().cpu().numpy()
         return torch.from_numpy(decide(values, self.thresholds, multilabel=self.multilabel))
 
@@ -119,11 +119,11 @@ class ModelCard:
 def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
     """Return the first card with the thresholds and unreported findings of the ensemble of all.
 
-    The thresholds are the means of the networks' thresholds; None for a class without one in some network, and None
-    altogether unless all networks have thresholds. A finding that one network does not report is not reported.
+    The thresholds are the means of the networks' thresholds. A class has none if it has none in some network; no class
+    has one if some network has no thresholds. A finding that one network does not report is not reported.
 
     Raises:
-        ValueError: The networks have other classes, another order of them, or another positive class.
+        ValueError: The networks differ in their classes, the order of these, or the positive class.
     """
     first = cards[0]
     for card in cards[1:]:
@@ -142,14 +142,20 @@ def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
 
 
 class TrainedNetwork(NamedTuple):
-    """A network in eval mode, its card, and the function that masks lungs where it was trained on masked lungs.
+    """A network in eval mode, and its card.
 
-    `lungs` returns an (H, W) uint8 X-ray with all but its lungs black, such as a `lungs.masking.LungMasking`.
+    `lungs` is for networks that were trained on masked lungs: a function from (H, W) uint8 X-rays to X-rays that are
+    black outside the lungs (a `lungs.masking.LungMasking`).
     """
 
     network: nn.Module
     card: ModelCard
     lungs: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.network.parameters()).device
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -161,12 +167,11 @@ class TrainedNetwork(NamedTuple):
 
 def embeddings_of(trained: TrainedNetwork, paths: Sequence[str]) -> np.ndarray:
     """Return the (N, D) float32 inputs of a trained network's last linear layer for the X-rays in N files."""
-    device = next(trained.network.parameters()).device
     parts = []
     for start in range(0, len(paths), 32):
         xrays = [trained.preprocessing(read_xray(path)) for path in list(paths)[start : start + 32]]
         with torch.inference_mode():
-            parts.append(embeddings(trained.network, torch.stack(xrays).to(device)).cpu().numpy())
+            parts.append(embeddings(trained.network, torch.stack(xrays).to(trained.device)).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -183,7 +188,7 @@ def read_card(folder: Path) -> ModelCard:
 
     Raises:
         FileNotFoundError: There is no `model.json`.
-        ValueError: It is not a model card of this project.
+        ValueError: It is no model card of this project.
     """
     path = folder / "model.json"
     if not path.is_file():
@@ -211,16 +216,14 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors: run notebook 2 again")
-    options = {"dropout": card.dropout, "hidden_units": card.hidden_units}
-    # Without memory: random weights, which the file replaces, would take longer than all the rest.
+    # On "meta" no random weights are drawn, which the file would replace: they take longer than all the rest.
     with torch.device("meta"):
-        network = build_network(card.architecture, card.outputs, **options)
+        network = build_network(card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units)
     try:
         with torch.inference_mode(False):  # inference tensors could not be explained later
             network.load_state_dict(load_file(weights), assign=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights} is damaged or not of this model.json: {reason}") from None
+        raise ValueError(f"{weights} is damaged or not of this model.json: {str(error).splitlines()[0]}") from None
     network.cam_layer = card.cam_layer
     network.requires_grad_(False)
     lungs = None
@@ -237,11 +240,11 @@ def run_folder(model: str | Path, runs: Path | None = None) -> Path:
     """Return the run folder that `model` names: a folder, or STUDY/NETWORK below `runs`.
 
     Args:
-        model: What the user gave.
+        model: A path, or STUDY/NETWORK.
         runs: A folder of studies (default: `runs/` in the working folder or in the project).
 
     Raises:
-        FileNotFoundError: There is no such model; the message lists those that exist.
+        FileNotFoundError: There is no such model. The message lists the existing ones.
     """
     bases = [runs] if runs is not None else [Path("runs"), Path(__file__).resolve().parents[1] / "runs"]
     for folder in (Path(model), *(base / model for base in bases)):

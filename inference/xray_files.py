@@ -1,5 +1,6 @@
-"""Which X-rays the command line answers, and where their overlays and rows go."""
+"""The files of the command line: the X-rays, their overlays, and the table of predictions."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -20,30 +21,30 @@ from utils import IMAGE_SUFFIXES, write_whole
 
 TABLE = "predictions.csv"
 OVERLAY_SUFFIXES = (".png", ".jpg", ".jpeg")
-# A comment at the start of every overlay: this text and the `xray_id` of its X-ray.
+# Every overlay starts with a comment: this text and the `xray_id` of its X-ray.
 MARK, ID_LENGTH = b"Software\0xraycam overlay_cam.py of ", 16
-# Where the comment is inserted: behind the size, which comes first in every PNG file, and behind the format header
-# of the JPEG files that OpenCV writes.
+# The comment is inserted after the size, which comes first in every PNG file, and after the header of the JPEG files
+# that OpenCV writes.
 PLACE_IN_PNG, PLACE_IN_JPEG = 33, 20
 
 
 class Job(NamedTuple):
-    """An X-ray's file, the files of its overlays, and the `problem` where the file is known to be unusable."""
+    """An X-ray's file, the files of its overlays, and the `problem` of a file that is known to be unusable."""
 
     image: Path
     overlays: Sequence[Path]
     problem: str | None = None
 
     def source(self) -> list[str]:
-        """Return the size and the time of change of the X-ray, by which a later run knows whether it is the same."""
+        """Return the X-ray's size and time of change. A later run compares them to see whether it has changed."""
         if not os.path.exists(self.image):
             return ["", ""]
         status = self.image.stat()
         return [str(status.st_size), datetime.fromtimestamp(status.st_mtime, UTC).isoformat()]
 
     def written(self) -> list[str]:
-        """Return the first overlay's name and the sizes of all, by which a later run knows whether they are whole."""
-        sizes = [str(path.stat().st_size) if is_overlay(path) else "" for path in self.overlays]
+        """Return the first overlay's name and the sizes of all. A later run compares them to see which are whole."""
+        sizes = [str(path.stat().st_size) if overlay_source(path) else "" for path in self.overlays]
         return [self.overlays[0].name, "|".join(sizes) if all(sizes) else ""]
 
 
@@ -51,30 +52,22 @@ class Job(NamedTuple):
 
 
 def xray_id(image: Path) -> bytes:
-    """Return the text by which overlays name their X-ray: a hash, which does not tell its path."""
+    """Return the text that names an X-ray in its overlays: a hash of the path, which does not reveal it."""
     return hashlib.sha256(os.fsencode(os.path.abspath(image))).hexdigest()[:ID_LENGTH].encode()
 
 
-def overlay_source(path: Path) -> bytes | None:
-    """Return the `xray_id` of the X-ray that an overlay shows; None for a file that `write_overlay` did not write."""
+def overlay_source(path: Path) -> bytes:
+    """Return the `xray_id` of the X-ray that an overlay shows; b"" for a file that is no overlay."""
     if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            _, mark, rest = file.read(128).partition(MARK)
-    except OSError:
-        return None
-    return rest[:ID_LENGTH] if mark else None
-
-
-def is_overlay(path: Path) -> bool:
-    """Return whether `write_overlay` wrote a file."""
-    return overlay_source(path) is not None
+        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(128).partition(MARK)[2][:ID_LENGTH]
+    return b""
 
 
 def check_replaceable(path: Path) -> None:
     """Raise ValueError where an overlay would replace a file that is no overlay."""
-    if os.path.lexists(path) and not is_overlay(path):
+    if os.path.lexists(path) and not overlay_source(path):
         raise ValueError(f"{path} is there and is no overlay of this program: move it, or give another -o")
 
 
@@ -112,9 +105,9 @@ def names_file(output: Path | None) -> bool:
 def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence[str]) -> list[list[Path]]:
     """Return the files of each image's overlays, one for each ending.
 
-    They are `<name>_cam<ending>.png` in the folder `output` (default: the working folder), or derived from `output`
-    where it names a PNG or JPEG file. A number follows the name where the place belongs to another image: to one
-    of the same name from another folder, to an X-ray, or to the overlay of another X-ray from an earlier command.
+    They are `<name>_cam<ending>.png` in the folder `output` (default: the working folder), or have the name of `output`
+    where it is a PNG or JPEG file. The name gets a number where this file is an X-ray, or the overlay of another X-ray:
+    of one with the same name from another folder, or of one from an earlier command.
 
     Raises:
         ValueError: `output` is one file for several images, or of another format.
@@ -125,17 +118,16 @@ def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence
         if len(images) > 1:
             raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
         return [[output.with_stem(f"{output.stem}{ending}") for ending in endings]]
-    # Only X-rays with such a name can stand in an overlay's place. A comparison with all of many images takes long.
+    # Only X-rays with such a name can be in an overlay's place. To compare with all images would take long.
     xrays = {os.path.abspath(image) for image in images if "_cam" in image.stem}
-    paths: dict[Path, list[Path]] = {}  # keys: the first overlay of each image
+    paths: dict[Path, list[Path]] = {}  # by image; the key is the name before the endings
     numbers = defaultdict(lambda: itertools.chain([""], (f"_{number}" for number in itertools.count(2))))
     for image in images:
         for number in numbers[image.stem]:
             base = (output or Path()) / f"{image.stem}{number}_cam.png"
             overlays = [base.with_stem(f"{base.stem}{ending}") for ending in endings]
-            if base in paths or not xrays.isdisjoint(map(os.path.abspath, overlays)):
-                continue
-            if {overlay_source(path) for path in overlays} <= {None, xray_id(image)}:
+            is_free = base not in paths and xrays.isdisjoint(map(os.path.abspath, overlays))
+            if is_free and {overlay_source(path) for path in overlays} <= {b"", xray_id(image)}:
                 break
         paths[base] = overlays
     return list(paths.values())
@@ -145,20 +137,20 @@ def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence
 
 
 def images_in(inputs: Sequence[Path]) -> tuple[list[Path], dict[Path, str], list[str]]:
-    """Return the files that are named, and the images in the folders that are named, without overlays.
+    """Return the X-rays among the inputs: the files, and the images in the folders, without overlays.
 
     Args:
         inputs: Files and folders.
 
     Returns:
-        The images; what is wrong with folders that have no images or cannot be read, which stand among the images; a
-        line about each kind of skipped files.
+        - the images; a folder without images, or one that cannot be read, is among them
+        - the problem of each such folder
+        - a line about each kind of skipped files
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: There is no X-ray.
     """
-    images: dict[str, Path] = {}
-    problems, overlays, others = {}, [], []
+    images, problems, overlays, others = {}, {}, [], []
     for path in inputs:
         try:
             candidates, other_names = _in_folder(path) if os.path.isdir(path) else ([path], [])
@@ -166,7 +158,7 @@ def images_in(inputs: Sequence[Path]) -> tuple[list[Path], dict[Path, str], list
             candidates, other_names, problems[path] = [path], [], str(error)
         others += other_names
         for file in candidates:
-            if is_overlay(file):
+            if overlay_source(file):
                 overlays.append(file.name)
             else:
                 images.setdefault(os.path.abspath(file), file)
@@ -184,7 +176,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[str]]:
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(path)]
     if not images:
-        raise ValueError(f"no images in the folder {folder}: give PNG, JPEG, TIFF or BMP files or their folder")
+        raise ValueError(f"no images in the folder {folder}: sub-folders are not searched; give PNG, JPEG, TIFF or BMP")
     others = {*paths}.difference(images)
     return images, sorted(path.name for path in others if not path.match("predictions*.csv"))
 
@@ -198,15 +190,14 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def model_settings(folders: Sequence[Path], cards: Sequence[ModelCard], lungs: Path | None) -> dict[str, object]:
-    """Return what identifies the networks in run folders, the lung models that they need, and the one in `lungs`."""
-    masking = [folder / "lungs" for folder, card in zip(folders, cards, strict=True) if card.lung_masking]
-    return {"models": [*map(_fingerprint, folders)], "lungs": [*map(_fingerprint, (*masking, lungs))]}
+    """Return fingerprints of the networks in run folders and of all lung models: their own, and the one in `lungs`."""
+    lung_models = [folder / "lungs" for folder, card in zip(folders, cards, strict=True) if card.lung_masking]
+    lung_models += [] if lungs is None else [lungs]
+    return {"models": [*map(_fingerprint, folders)], "lungs": [*map(_fingerprint, lung_models)]}
 
 
-def _fingerprint(folder: Path | None) -> list[object]:
-    if folder is None or not (folder / "model.json").is_file():
-        return []
-    weights = (folder / "model.safetensors").stat()  # to read the weights would take longer than an image
+def _fingerprint(folder: Path) -> list[object]:
+    weights = (folder / "model.safetensors").stat()  # the weights are not read: that takes longer than an image
     card = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
     return [card, weights.st_size, weights.st_mtime_ns]
 
@@ -227,10 +218,10 @@ class PredictionTable(ResumableTable):
         super().__init__(output / TABLE, columns, settings, share)
 
     def remaining(self, jobs: Sequence[Job], own_jobs: Sequence[Job]) -> list[Job]:
-        """Open the table of all jobs; return which of this process's own jobs remain.
+        """Open the table of all jobs; return those of this process's own jobs that remain.
 
-        Two kinds of rows are removed: of own images that are to be done again, and of images whose overlay will be
-        replaced by another image's. Raises ValueError or OSError as `resume` does.
+        Rows of two kinds of images are removed: of own images that are to be done again, and of images whose overlay
+        another image's will replace. Raises ValueError or OSError as `resume` does.
         """
         images = {cell(job.overlays[0].name): cell(os.path.abspath(job.image)) for job in jobs}
         remaining = {cell(os.path.abspath(job.image)): job for job in own_jobs}
@@ -246,6 +237,9 @@ class PredictionTable(ResumableTable):
             if "" not in current and current == state:
                 del remaining[image]
                 return True
+            for path in job.overlays if current[0] == state[0] else ():
+                if os.path.isfile(path) and not path.stat().st_size:
+                    path.unlink()  # another program emptied it, so nothing is lost
             return False
 
         self.resume(keep)
@@ -255,14 +249,13 @@ class PredictionTable(ResumableTable):
         """Append the row of an image.
 
         Args:
-            record: What `inference.answers.answer` returned; or "image" and "error" only, where the image failed.
+            record: The record of `inference.answers.answer`; or only "image" and "error", if the image failed.
             state: The job's `written` and `source`.
         """
         image = os.path.abspath(record["image"])
         if "error" in record:
             return self.append([image, *[None] * (len(self.columns) - 2), record["error"]])
         decision = record["predicted"] if "predicted" in record else "|".join(record["findings"])
-        values = record["probabilities"].values()
-        probabilities = [None if value is None else f"{value:.4f}" for value in values]
+        probabilities = [None if p is None else f"{p:.4f}" for p in record["probabilities"].values()]
         lungs = [record.get("lungs"), record["maps"][0].get("in_lungs")]
         return self.append([image, decision or "No Finding", *probabilities, *lungs, *state, None])

@@ -1,4 +1,4 @@
-"""The command line on many X-rays: a table that grows as it goes, stops of all kinds, several processes."""
+"""The command line on many X-rays: the table, interruptions, several processes."""
 
 import csv
 import errno
@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+import overlay_cam
+from inference.answers import answer
 from inference.resumable_table import ResumableTable, Share, cell
 from inference.trained_networks import ModelCard, save_network
 from lungs.segmentation import LungSegmenter, save_segmenter, unet
@@ -43,7 +45,7 @@ def start(*arguments, **environment):
 
 
 def rows_of(folder):
-    """Return the header and the rows of the table in a folder, none of which is there twice."""
+    """Return the header and the rows of the table in a folder; no image may have two rows."""
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert all(len(row) == len(header) for row in rows)
@@ -92,7 +94,7 @@ def shared_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(many_xrays, shared_run, tmp_path_factory):
-    """The table of those images by one command from start to end."""
+    """The table of those images from one command without interruption."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert main(["--device", "cpu", "-i", str(many_xrays), "-m", str(shared_run), "-o", str(out)]) == 0
     header, rows = rows_of(out)
@@ -103,7 +105,7 @@ def undisturbed(many_xrays, shared_run, tmp_path_factory):
 # --- the table -------------------------------------------------------------------------------------------
 
 
-def test_rows_say_what_each_image_alone_is_answered(capsys, many_xrays, shared_run, undisturbed, tmp_path):
+def test_rows_equal_the_answers_to_single_images(capsys, many_xrays, shared_run, undisturbed, tmp_path):
     header, rows = undisturbed
     rows = {row[0]: row for row in rows}
     assert header == [
@@ -141,7 +143,7 @@ def test_findings_and_names_with_commas_quotes_and_line_breaks_stay_in_their_cel
         assert "skips 2 of 2 images" in call(capsys, *common)[1]
 
 
-def test_json_of_a_folder_is_one_list_also_where_images_fail_or_are_done(capsys, xrays, run, tmp_path):
+def test_json_of_a_folder_is_one_list_even_if_images_fail_or_are_done(capsys, xrays, run, tmp_path):
     (xrays / "05.png").write_bytes(b"no image")
     common = "-i", xrays, "-m", run, "-o", tmp_path / "out", "--json"
     status, out, err = call(capsys, *common)
@@ -152,7 +154,7 @@ def test_json_of_a_folder_is_one_list_also_where_images_fail_or_are_done(capsys,
     assert "1 of 12 images could not be done" in err
     failed = rows_of(tmp_path / "out")[1][5]
     assert failed == [str(xrays / "05.png"), *[""] * 9, records[5]["error"]]
-    status, out, err = call(capsys, *common)  # only the failed one is tried again
+    status, out, err = call(capsys, *common)  # only the failed image is repeated
     assert [Path(record["image"]).name for record in json.loads(out)] == ["05.png"]
     assert status == 1
     assert "skips 11 of 12 images" in err
@@ -166,7 +168,7 @@ def test_json_of_a_folder_is_one_list_also_where_images_fail_or_are_done(capsys,
     assert not any(row[-1] for row in rows)
 
 
-def test_lungs_in_a_row_are_those_of_the_record(capsys, xrays, run, tmp_path):
+def test_lungs_in_a_row_equal_those_in_the_record(capsys, xrays, run, tmp_path):
     torch.manual_seed(0)
     save_segmenter(run.parent.parent / "lungs", LungSegmenter(unet("resnet18").eval(), "resnet18", 64))
     out = call(capsys, "-i", xrays, "-m", run, "-o", tmp_path / "o", "--json")[1]
@@ -183,11 +185,11 @@ def test_two_names_of_one_file_are_one_image(capsys, xrays, run, tmp_path, monke
     assert [row[0] for row in rows_of(tmp_path / "o")[1]] == [str(xrays / "00.png"), str(xrays / "01.png")]
 
 
-# --- going on --------------------------------------------------------------------------------------------
+# --- continuing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_table_of_a_killed_and_repeated_command_is_that_of_an_undisturbed_one(
+def test_table_of_a_killed_and_repeated_command_equals_an_undisturbed_one(
     capsys, many_xrays, shared_run, undisturbed, tmp_path
 ):
     common = "-i", many_xrays, "-m", shared_run, "-o", tmp_path / "out"
@@ -200,7 +202,7 @@ def test_the_table_of_a_killed_and_repeated_command_is_that_of_an_undisturbed_on
     assert process.returncode == -signal.SIGKILL
     lines = table.read_bytes().splitlines(keepends=True)
     assert 5 <= len(lines) < 41
-    table.write_bytes(b"".join(lines) + lines[-1][:30])  # what a cut in the middle of a line leaves
+    table.write_bytes(b"".join(lines) + lines[-1][:30])  # a line that a kill has cut
     status, out, err = call(capsys, *common, "--json")
     assert status == 0
     assert f"skips {len(lines) - 1} of 40 images" in err
@@ -211,7 +213,7 @@ def test_the_table_of_a_killed_and_repeated_command_is_that_of_an_undisturbed_on
     assert rows[: len(lines) - 1] == list(csv.reader(line.decode() for line in lines[1:]))
 
 
-def test_what_is_done_is_not_done_again(capsys, xrays, run, tmp_path):
+def test_finished_images_are_not_repeated(capsys, xrays, run, tmp_path):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out, "-l", "all"
     call(capsys, *common)
@@ -224,9 +226,7 @@ def test_what_is_done_is_not_done_again(capsys, xrays, run, tmp_path):
     assert (out / "predictions.csv").read_bytes() == table
 
 
-def test_images_that_are_new_or_changed_or_without_an_overlay_are_done_and_replace_their_rows(
-    capsys, xrays, run, tmp_path
-):
+def test_new_and_changed_images_and_those_without_an_overlay_are_answered(capsys, xrays, run, tmp_path):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out, "-l", "all"
     call(capsys, *common)
@@ -261,7 +261,7 @@ def test_another_model_or_another_option_begins_the_table_anew(capsys, xrays, ru
     if change == "card":
         card = json.loads((run / "model.json").read_text()) | {"temperature": 2.0}
         (run / "model.json").write_text(json.dumps(card))
-    if change == "lungs":  # damaged, so that the shares are left out; but no longer the same
+    if change == "lungs":  # damaged: the shares are left out, and the settings differ
         (lungs := run.parent.parent / "lungs").mkdir()
         for name in ("model.json", "model.safetensors"):
             (lungs / name).write_text("{}")
@@ -293,7 +293,7 @@ def test_xrays_of_one_name_keep_their_overlays_and_rows_also_from_two_commands(c
     assert "skips 14 of 14 images" in text
 
 
-def test_output_among_the_images_is_not_taken_for_images(capsys, xrays, run):
+def test_overlays_among_the_images_are_not_answered(capsys, xrays, run):
     common = "-i", xrays, "-m", run, "-o", xrays, "-l", "all"
     assert call(capsys, *common)[0] == 0
     assert "skips 12 of 12 images" in call(capsys, *common)[1]
@@ -301,7 +301,7 @@ def test_output_among_the_images_is_not_taken_for_images(capsys, xrays, run):
 
 
 @pytest.mark.parametrize("change", ["without settings", "edited"])
-def test_table_of_another_program_is_left_alone(capsys, xrays, run, tmp_path, change):
+def test_table_of_another_program_is_kept(capsys, xrays, run, tmp_path, change):
     table = tmp_path / "out" / "predictions.csv"
     common = "-i", xrays, "-m", run, "-o", table.parent
     if change == "edited":
@@ -318,7 +318,7 @@ def test_table_of_another_program_is_left_alone(capsys, xrays, run, tmp_path, ch
 
 
 class Interrupted:
-    """A standard output at which Ctrl-C arrives while the third image is printed."""
+    """A standard output that Ctrl-C interrupts while the third image is printed."""
 
     def write(self, text):
         if "02.png" in text:
@@ -328,7 +328,7 @@ class Interrupted:
         pass
 
 
-def test_ctrl_c_says_how_far_it_came_and_closes_the_list(capsys, xrays, run, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_many_images_are_done(capsys, xrays, run, tmp_path, monkeypatch):
     common = "-i", xrays, "-m", run, "-o", tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", Interrupted())
@@ -338,12 +338,25 @@ def test_ctrl_c_says_how_far_it_came_and_closes_the_list(capsys, xrays, run, tmp
     assert capsys.readouterr().err == line
     status, text, _ = call(capsys, *common)
     assert status == 0
-    assert "skips 3 of 12 images" in text  # the third has its row
+    assert "skips 3 of 12 images" in text  # the third image has its row
     assert len(rows_of(tmp_path / "out")[1]) == 12
 
 
+def test_ctrl_c_prints_the_json_of_the_finished_images(capsys, xrays, run, tmp_path, monkeypatch):
+    def answer_two(question, image, overlays):
+        if image.name == "02.png":
+            raise KeyboardInterrupt
+        return answer(question, image, overlays)
+
+    monkeypatch.setattr(overlay_cam, "answer", answer_two)
+    status, text, err = call(capsys, "-i", xrays, "-m", run, "-o", tmp_path / "out", "--json")
+    assert status == 130
+    assert [Path(record["image"]).name for record in json.loads(text)] == ["00.png", "01.png"]
+    assert err == "overlay_cam.py: stopped after 2 of 12 images; the same command goes on from there\n"
+
+
 @pytest.mark.parametrize(("full_at", "limit"), [("settings", 100), ("overlay", 1500), ("table", 1500)])
-def test_full_disk_stops_the_run_once_and_costs_no_complete_row(capsys, xrays, run, tmp_path, full_at, limit):
+def test_full_disk_stops_the_run_and_keeps_complete_rows(capsys, xrays, run, tmp_path, full_at, limit):
     if full_at == "overlay":  # its overlay is larger than the limit
         noise = np.random.default_rng(1).integers(0, 256, (60, 60), dtype=np.uint8)
         Image.fromarray(noise).save(xrays / "03.png")
@@ -374,12 +387,12 @@ def test_full_disk_stops_the_run_once_and_costs_no_complete_row(capsys, xrays, r
     assert (out / "predictions.csv").read_bytes() == complete
 
 
-def test_row_behind_a_half_written_one_is_whole(tmp_path):
+def test_row_after_a_half_written_row_is_whole(tmp_path):
     table = ResumableTable(tmp_path / "t.csv", ["a", "b"], {}, Share(0, 1))
     table.resume(lambda row: True)
     assert table.set_aside is None
     table.append(["1", "x, y"])
-    for rest in (b"2,hal", b"3" * 10_000):  # what others left that were killed; one longer than a block
+    for rest in (b"2,hal", b"3" * 10_000):  # left by killed processes; one is longer than a block
         with table.path.open("ab") as file:
             file.write(rest)
         table.append([4, None])
@@ -415,23 +428,24 @@ def test_only_processes_that_share_the_work_on_the_same_settings_write_to_a_tabl
     assert {path.name for path in tmp_path.iterdir()} == {"t.csv", ".t.json", ".t.csv.lock"}
 
 
-def test_what_a_killed_process_has_left_is_removed(capsys, xrays, run, tmp_path):
+def test_files_of_a_killed_process_are_removed(capsys, xrays, run, tmp_path):
     (out := tmp_path / "out").mkdir()
     (out / ".predictions.csv.some launch.0.run").touch()
-    left, being_written = (out / f".xraycam-{number}123456789abcdef.tmp" for number in (0, 1))
-    left.write_bytes(b"half an overlay")
+    abandoned, being_written = (out / f".xraycam-{number}123456789abcdef.tmp" for number in (0, 1))
+    abandoned.write_bytes(b"half an overlay")
     being_written.write_bytes(b"half of another command's mask")
     two_hours_ago = time.time() - 7200
-    os.utime(left, (two_hours_ago, two_hours_ago))
+    os.utime(abandoned, (two_hours_ago, two_hours_ago))
     (out / ".mine.tmp").touch()
     assert call(capsys, "-i", xrays, "-m", run, "-o", out)[0] == 0
     hidden = {path.name for path in out.glob(".*")}
     assert hidden == {".mine.tmp", being_written.name, ".predictions.csv.lock", ".predictions.json"}
 
 
-def test_xrays_named_like_overlays_have_the_bytes_that_they_had(capsys, run, tmp_path):
-    """15 X-rays, five of them named as the overlays of five others would be, are answered into their own folder: first
-    with a full disk, then again.
+def test_xrays_named_like_overlays_keep_their_bytes(capsys, run, tmp_path):
+    """15 X-rays are answered into their own folder: first with a full disk, then again.
+
+    Five of them have the names of other X-rays' overlays.
     """
     folder = tmp_path / "xrays"
     folder.mkdir()
@@ -482,10 +496,10 @@ def test_a_second_command_on_a_table_is_refused_while_the_first_works(capsys, xr
     assert call(capsys, *common)[0] == 0
 
 
-# --- names and files that something is wrong with --------------------------------------------------------
+# --- odd names and damaged files -------------------------------------------------------------------------
 
 
-def test_cells_of_different_names_differ_and_are_of_one_line():
+def test_cells_of_different_names_differ_and_have_one_line():
     names = ["a\nb", "a\\nb", "a\\\nb", "a\\\\nb", "a\rb", "a\\rb", "\udcff", "\\udcff", "\\\\udcff", "ÿ", "a,b", '"a"']
     cells = [cell(name) for name in names]
     assert len(set(cells)) == len(names)
@@ -524,17 +538,17 @@ def test_bad_names_fail_alone(capsys, xrays, run, tmp_path):
 
 
 def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
-    with tempfile.TemporaryDirectory() as name:  # where another user may go, as tests' own folders are not
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is closed to other users
         place = Path(name)
         place.chmod(0o777)
         model, images = (shutil.copytree(source, place / source.name) for source in (run, xrays))
         locked = place / "locked"
         shutil.copytree(xrays, locked)
-        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # all that is imported must be by now
+        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # imports what the other user may not read
         locked.chmod(0)
         root = os.geteuid() == 0
         if root:
-            os.seteuid(65534)  # what may not be read root reads all the same
+            os.seteuid(65534)  # root may read everything
         try:
             status, out, err = call(capsys, "-i", locked, locked / "00.png", images, "-m", model, "-o", place / "out")
         finally:
@@ -547,8 +561,8 @@ def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
         assert "2 of 14 images could not be done" in err
 
 
-@pytest.mark.parametrize("change", ["cut", "removed"])
-def test_overlay_that_is_no_longer_what_was_written_is_made_again(capsys, xrays, run, tmp_path, change):
+@pytest.mark.parametrize("change", ["emptied", "cut", "removed"])
+def test_changed_overlay_is_made_again(capsys, xrays, run, tmp_path, change):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out
     noise = np.random.default_rng(1).integers(0, 256, (20, 20), dtype=np.uint8)
@@ -559,14 +573,14 @@ def test_overlay_that_is_no_longer_what_was_written_is_made_again(capsys, xrays,
     if change == "removed":
         overlay.unlink()
     else:
-        overlay.write_bytes(content[:-20])
+        overlay.write_bytes(b"" if change == "emptied" else content[:-20])
     status, text, err = call(capsys, *common)
     assert (status, err, text.count("Grad-CAM for")) == (0, "", 1)
     assert overlay.read_bytes() == content
     assert sorted((out / "predictions.csv").read_bytes().splitlines()) == sorted(table.splitlines())
 
 
-def test_overlay_of_another_xray_is_left_alone_and_the_own_one_is_numbered(capsys, xrays, run, tmp_path):
+def test_overlay_of_another_xray_is_kept_and_the_new_one_gets_a_number(capsys, xrays, run, tmp_path):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out
     call(capsys, *common)
@@ -577,7 +591,7 @@ def test_overlay_of_another_xray_is_left_alone_and_the_own_one_is_numbered(capsy
     assert {row[0]: row[-5] for row in rows_of(out)[1]}[str(xrays / "03.png")] == "03_2_cam.png"
 
 
-def test_picture_in_place_of_an_overlay_is_left_alone(capsys, xrays, run, tmp_path):
+def test_picture_in_place_of_an_overlay_is_kept(capsys, xrays, run, tmp_path):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out
     call(capsys, *common)
@@ -592,7 +606,7 @@ def test_picture_in_place_of_an_overlay_is_left_alone(capsys, xrays, run, tmp_pa
 
 
 @pytest.mark.parametrize("sidecar", [b"", b"{", b"\xff\xfe", b"[]", "model"])
-def test_table_of_other_or_damaged_settings_is_kept_under_another_name(capsys, xrays, run, tmp_path, sidecar):
+def test_table_with_other_or_damaged_settings_is_renamed(capsys, xrays, run, tmp_path, sidecar):
     out = tmp_path / "out"
     common = "-i", xrays, "-m", run, "-o", out
     call(capsys, *common)
@@ -616,11 +630,11 @@ def test_table_of_other_or_damaged_settings_is_kept_under_another_name(capsys, x
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_do_every_image_once(capsys, many_xrays, shared_run, undisturbed, tmp_path, monkeypatch):
+def test_two_processes_answer_each_image_once(capsys, many_xrays, shared_run, undisturbed, tmp_path, monkeypatch):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     common = "-i", broken, many_xrays, "-m", shared_run, "-o", tmp_path / "out"
-    # The second process has the image whose name is not UTF-8, and prints it all the same.
+    # The second process has the image whose name is not UTF-8, and must print it.
     second = start(*common, RANK="1", WORLD_SIZE="2", PYTHONIOENCODING="utf-8:strict")
     while second.poll() is None and not (tmp_path / "out" / "predictions.csv").exists():
         time.sleep(0.001)
@@ -628,7 +642,7 @@ def test_two_processes_at_once_do_every_image_once(capsys, many_xrays, shared_ru
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, first_out, first_err = call(capsys, *common)
     second_out, second_err = second.communicate(timeout=120)
-    # A status of 1 would make the launcher end the other one.
+    # With status 1 the launcher would stop the other process.
     assert [status, second.returncode] == [0, 0]
     rows = rows_of(tmp_path / "out")[1]
     assert sorted(row for row in rows if not row[-1]) == sorted(undisturbed[1])
@@ -639,7 +653,7 @@ def test_two_processes_at_once_do_every_image_once(capsys, many_xrays, shared_ru
     assert ["broken.png" in err for err in (first_err, second_err)] == [True, False]
 
 
-def test_shares_of_another_number_of_processes_go_on_too(capsys, xrays, run, tmp_path, monkeypatch):
+def test_another_number_of_processes_continues_the_table(capsys, xrays, run, tmp_path, monkeypatch):
     common = "-i", xrays, "-m", run, "-o", tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
@@ -653,7 +667,7 @@ def test_shares_of_another_number_of_processes_go_on_too(capsys, xrays, run, tmp
     assert {int(Path(row[0]).stem) for row in rows_of(tmp_path / "out")[1]} == {1, 3, 4, 5, 7, 9, 10, 11}
 
 
-def test_share_is_what_the_launcher_says():
+def test_share_comes_from_the_launcher():
     assert share_of({}) == Share(0, 1)
     assert share_of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Share(5, 8)
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1"}):

@@ -1,4 +1,4 @@
-"""From a file to a batch: every kind of file reads right, and sampling does what it says."""
+"""From a file to a batch: every kind of file is read correctly, and weights, seeds and devices are right."""
 
 import struct
 
@@ -65,12 +65,12 @@ SIGNED = {"tiffinfo": {339: 2}}
 
 def test_a_few_hot_pixels_do_not_blacken_a_twelve_bit_image(tmp_path):
     values = np.tile(np.linspace(0, 4095, 256).round().astype(np.uint16), (16, 1))
-    wanted = read_xray(save(tmp_path, Image.fromarray(values)))
+    expected = read_xray(save(tmp_path, Image.fromarray(values)))
     values[3, 40:44] = 65535  # 4 of 4,096
     read = read_xray(save(tmp_path, Image.fromarray(values), "hot.png"))
     assert (read[3, 40:44] == 255).all()
-    wanted[3, 40:44] = 255
-    np.testing.assert_array_equal(read, wanted)
+    expected[3, 40:44] = 255
+    np.testing.assert_array_equal(read, expected)
 
 
 def test_a_marker_at_full_scale_counts_as_part_of_a_sixteen_bit_image(tmp_path):
@@ -124,11 +124,11 @@ def test_pixels_without_a_value_are_black_and_do_not_change_the_others(tmp_path,
     values = np.linspace(-3, 7, 256, dtype=np.float32)[None].repeat(16, 0)
     values[4:9, 100:200] = value
     read = read_xray(save(tmp_path, Image.fromarray(values), "x.tif"))
-    wanted = RAMP.copy()
-    wanted[4:9, 100:200] = 0
-    assert np.abs(read.astype(int) - wanted).max() <= 1
+    expected = RAMP.copy()
+    expected[4:9, 100:200] = 0
+    assert np.abs(read.astype(int) - expected).max() <= 1
     inverted = read_xray(save(tmp_path, Image.fromarray(values), "y.tif", tiffinfo={262: 0}))
-    assert np.abs(inverted.astype(int) - np.where(wanted == 0, wanted, 255 - wanted))[:, 1:].max() <= 1
+    assert np.abs(inverted.astype(int) - np.where(expected == 0, expected, 255 - expected))[:, 1:].max() <= 1
     path = save(tmp_path, Image.fromarray(np.full((4, 4), value, np.float32)), "none.tif")
     with pytest.raises(ValueError, match=r"none\.tif .*none of its pixels has a finite value"):
         read_xray(path)
@@ -157,13 +157,13 @@ def test_twelve_bits_in_colour_channels_of_sixteen_fill_the_range(tmp_path, suff
     assert np.abs(read_xray(path) - luma).max() <= 1
 
 
-def test_sixteen_bit_tiff_in_which_white_is_zero_is_turned_over(tmp_path):
+def test_sixteen_bit_tiff_in_which_white_is_zero_is_inverted(tmp_path):
     values = np.tile(np.linspace(0, 65535, 256).round().astype(np.uint16), (16, 1))
     path = save(tmp_path, Image.fromarray(values), "x.tif", tiffinfo={262: 0})
     np.testing.assert_array_equal(read_xray(path), 255 - RAMP)
 
 
-def test_mask_of_another_size_is_laid_over_its_xray(tmp_path):
+def test_mask_is_resized_to_its_xray(tmp_path):
     mask = np.zeros((256, 256), np.uint8)
     mask[64:192, 32:128] = 255
     read = read_mask(save(tmp_path, Image.fromarray(mask)), (512, 1024))
@@ -175,16 +175,16 @@ def test_mask_of_another_size_is_laid_over_its_xray(tmp_path):
 @pytest.mark.parametrize(("side", "other"), [(512, 64), (512, 256), (300, 100), (256, 299), (100, 250)])
 def test_mask_stays_in_place_when_it_is_resized(tmp_path, side, other):
     centres = np.arange(side) + 0.5
-    moved = []
+    shifts = []
     for k in range(12):  # discs at many places: their outlines meet the new pixels in every way
         centre, radius = side * (0.35 + 0.021 * k), side * (0.28 - 0.013 * k)
         disc = (centres[:, None] - side / 2) ** 2 + (centres - centre) ** 2 <= radius**2
         read = read_mask(save(tmp_path, Image.fromarray(disc.astype(np.uint8) * 255)), (other, other))
         _, columns = np.nonzero(read)
-        moved.append(columns.mean() + 0.5 - centre * other / side)
+        shifts.append(columns.mean() + 0.5 - centre * other / side)
         assert read.mean() == pytest.approx(disc.mean(), rel=0.04)
-    assert np.mean(moved) == pytest.approx(0, abs=0.05)  # of a pixel
-    assert np.abs(moved).max() < 0.2
+    assert np.mean(shifts) == pytest.approx(0, abs=0.05)  # of a pixel
+    assert np.abs(shifts).max() < 0.2
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -221,7 +221,7 @@ def test_tiffs_of_every_orientation_come_upright(tmp_path, orientation, compress
         np.testing.assert_array_equal(read_xray(path), TURNED[orientation](stored), err_msg=name)
 
 
-def test_the_first_of_several_pages_is_read_and_one_line_says_so(tmp_path, capfd):
+def test_first_of_several_pages_is_read_and_one_line_says_so(tmp_path, capfd):
     other = Image.fromarray(255 - RAMP)
     path = save(tmp_path, Image.fromarray(RAMP), "x.tif", save_all=True, append_images=[other, other])
     for _ in range(3):
@@ -248,12 +248,12 @@ WHOLE_JPEGS = {
 
 
 @pytest.mark.parametrize("kind", WHOLE_JPEGS)
-def test_whole_jpegs_are_read_and_those_that_lost_data_are_refused(tmp_path, kind):
+def test_whole_jpegs_are_read_and_cut_jpegs_are_refused(tmp_path, kind):
     for picture in (noisy(), np.zeros((65, 70), np.uint8), np.full((64, 64), 255, np.uint8)):
         path = save(tmp_path, Image.fromarray(picture), "x.jpg", **WHOLE_JPEGS[kind])
         with Image.open(path) as whole:
             np.testing.assert_array_equal(read_xray(path), np.asarray(whole))
-        path.write_bytes(path.read_bytes() + b"and more")  # what stands behind the end is no matter
+        path.write_bytes(path.read_bytes() + b"and more")  # data after the end do not matter
         assert read_xray(path).shape == picture.shape
     path = save(tmp_path, Image.fromarray(noisy()), "x.jpg", **WHOLE_JPEGS[kind])
     data = path.read_bytes()
@@ -300,7 +300,7 @@ def test_a_bmp_of_run_lengths_is_refused_and_a_plain_one_is_read(tmp_path):
         read_xray(path)
 
 
-def test_files_that_are_no_images_are_named(tmp_path):
+def test_error_names_a_file_that_is_no_image(tmp_path):
     text = tmp_path / "notes.png"
     text.write_text("no image")
     with pytest.raises(ValueError, match=r"notes\.png is not an image"):
@@ -326,9 +326,9 @@ def test_preprocessing_equals_torchvision_transforms():
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )(image[..., None])
-    made = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)(image)
-    assert made.shape == (3, 32, 32)
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
+    preprocessed = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)(image)
+    assert preprocessed.shape == (3, 32, 32)
+    torch.testing.assert_close(preprocessed, expected, rtol=0, atol=1e-6)
 
 
 def test_class_weights_are_scikit_learns_balanced():
@@ -337,7 +337,7 @@ def test_class_weights_are_scikit_learns_balanced():
     np.testing.assert_allclose(class_weights(labels, 3).numpy(), expected, rtol=1e-6)
 
 
-def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
+def test_preprocessing_with_lungs_blackens_the_rest():
     image = np.full((20, 30), 200, np.uint8)
     inside = np.zeros((20, 30), bool)
     inside[:, 15:] = True
@@ -348,22 +348,22 @@ def test_only_the_lungs_are_resized_where_the_preprocessing_has_them():
 
 
 @pytest.mark.parametrize("side", [1025, 1000])
-def test_training_reads_of_a_jpeg_what_inference_sees_pixel_by_pixel(tmp_path, side):
+def test_training_and_inference_read_the_same_pixels_of_a_jpeg(tmp_path, side):
     path = save(tmp_path, Image.fromarray(waves(side)), "x.jpg", quality=92)
     preprocessing = Preprocessing(64, (0, 0, 0), (1, 1, 1))
     with Image.open(path) as whole:
-        seen = preprocessing.resize(np.array(whole))
-    assert torch.equal(preprocessing.resize(read_xray(path)), seen)
-    assert torch.equal(preprocessing.read(path), seen)
-    assert torch.equal(XrayDataset([str(path)], [0], preprocessing)[torch.tensor([0])][0][0], seen)
+        expected = preprocessing.resize(np.array(whole))
+    assert torch.equal(preprocessing.resize(read_xray(path)), expected)
+    assert torch.equal(preprocessing.read(path), expected)
+    assert torch.equal(XrayDataset([str(path)], [0], preprocessing)[torch.tensor([0])][0][0], expected)
 
 
-def test_each_use_of_a_seed_at_each_epoch_and_batch_draws_other_numbers():
-    asked = [(seed, "order", epoch) for seed in range(5) for epoch in range(5)]
-    asked += [(*which, batch) for which in asked for batch in range(5)]
-    asked += [(seed, "views", *numbers) for seed, _, *numbers in asked]
-    first = {tuple(torch.rand(4, generator=derived_generator(*which)).tolist()) for which in asked}
-    assert len(first) == len(asked)
+def test_every_use_epoch_and_batch_draws_other_random_numbers():
+    uses = [(seed, "order", epoch) for seed in range(5) for epoch in range(5)]
+    uses += [(*use, batch) for use in uses for batch in range(5)]
+    uses += [(seed, "views", *numbers) for seed, _, *numbers in uses]
+    draws = {tuple(torch.rand(4, generator=derived_generator(*use)).tolist()) for use in uses}
+    assert len(draws) == len(uses)
     assert torch.equal(*(torch.rand(4, generator=derived_generator(1, "order", 2)) for _ in range(2)))
 
 
