@@ -27,9 +27,8 @@ SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1
 
 def fit(arguments: argparse.Namespace) -> int:
     """Train a lung model, score it on the pairs that are held out, and save it."""
-    import lung_model  # with accelerate and pandas: `predict` needs neither
-
     from studies.settings import NetworkTraining
+    from training import lung_model  # imports accelerate and pandas, which `predict` does not need
 
     common = {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
     training = NetworkTraining(**{name: getattr(arguments, name) for name in SETTINGS})

@@ -333,7 +333,7 @@ def test_cells_without_padding_lie_where_arithmetic_says_for_both_ways_to_write_
             nn.Conv2d(3, 2, 9, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
         )
         with GradCAM(model, "1") as cam:
-            assert cam(torch.randn(1, 3, 32, 32)).grid.rows == (4, 1, 32)
+            assert cam(torch.randn(1, 3, 32, 32)).layers[0].grid.rows == (4, 1, 32)
 
 
 def test_eigen_cam_of_signed_activations_has_the_sign_of_its_sum():
@@ -429,7 +429,7 @@ def test_several_layers_are_each_as_alone_and_fused_by_the_greatest(resnet, imag
         with GradCAM(resnet, layer, "layercam") as cam:
             single.append(cam(images, "all"))
         torch.testing.assert_close(found.raw, single[-1].raw, rtol=1e-4, atol=1e-7)
-        assert found.grid == single[-1].grid
+        assert found.grid == single[-1].layers[0].grid
     expected = torch.maximum(*[one.upsampled((50, 40)) for one in single])
     torch.testing.assert_close(both.upsampled((50, 40)), expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="no raw scale in common"):

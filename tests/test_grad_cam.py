@@ -290,7 +290,7 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
         model.features.pool0 = nn.AvgPool2d(3, 2, 1)
     layer = {"resnet18": "layer2", "densenet121": "features.denseblock2"}[name]
     with GradCAM(model, layer) as cam:
-        grid = cam(torch.ones(1, 3, 224, 224)).grid
+        grid = cam(torch.ones(1, 3, 224, 224)).layers[0].grid
     for cell in (13, 15):
         expected = centre_of_receptive_field(model, layer, cell, 224)
         assert grid.columns.start + cell * grid.columns.step == pytest.approx(expected, abs=0.6)
@@ -314,7 +314,7 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
 )
 def test_cells_lie_where_arithmetic_says(name, axis):
     with GradCAM(eval_network(name, 2)) as cam:
-        assert cam(torch.zeros(1, 3, 64, 64)).grid.rows == axis
+        assert cam(torch.zeros(1, 3, 64, 64)).layers[0].grid.rows == axis
 
 
 def test_aligned_map_peaks_at_the_centre_of_its_cell(resnet, images):

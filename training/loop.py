@@ -56,6 +56,7 @@ def fine_tune(
     on_epoch: Callable[[pd.DataFrame], None] = lambda history: None,
     checkpoints: Checkpoints | None = None,
     scratch: Path | None = None,
+    alone: bool = False,
 ) -> FineTuned:
     """Train a network in place and leave it, in eval mode, with its best weights.
 
@@ -90,13 +91,14 @@ def fine_tune(
         on_epoch: called with the history so far after each epoch, in the main process.
         checkpoints: where the state is saved, None for nowhere.
         scratch: the folder for the files of features, None for the system's.
+        alone: whether this process trains by itself although others were launched with it.
 
     Raises:
         FloatingPointError: a loss is not finite.
         OSError: a state cannot be saved.
         KeyboardInterrupt: Ctrl-C or SIGTERM came before the last epoch was done; the state is saved.
     """
-    processes = Processes(resolve_device(device))
+    processes = Processes(resolve_device(device), alone=alone)
     network.to(processes.device, memory_format=CHANNELS_LAST)
     weights = None if loss_weights is None else loss_weights.to(processes.device)
     setup = Setup(network, training, objective, weights, processes, title)

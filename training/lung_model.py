@@ -4,15 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import TensorDataset
@@ -36,8 +33,6 @@ VALIDATION_SHARE = 8  # one group in so many is not trained on: it chooses the e
 # Seeds of studies are below 2**32. The upper 32 bits of a seed are mixed where a smaller one has the patient's
 # number, so they must be larger than any patient's number too.
 PHANTOM_SEEDS = 2**63
-# The environment variables by which a launcher tells a process that it is one of several.
-LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # What `default_segmenter` trains on takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
 
@@ -92,21 +87,11 @@ def mean_dice(outputs: Tensor, targets: Tensor) -> float:
 LUNG_MASKS = Objective(mask_loss, MULTI_LABEL.size, mean_dice, "dice", weighted_validation=False)
 
 
-def untrained_segmenter(encoder: str = "resnet18", *, image_size: int = 256, seed: int = 0) -> LungSegmenter:
-    """Return a segmenter with random weights; the caller's random numbers stay as they are."""
+def untrained_segmenter(encoder: str = "resnet18", *, seed: int = 0) -> LungSegmenter:
+    """Return a segmenter with random weights. The state of torch's global generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LungSegmenter(segmentation.unet(encoder).eval(), encoder, image_size)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Let one of several launched processes train while the other ones wait, as if it had been started alone."""
-    states = PartialState._shared_state, AcceleratorState._shared_state
-    with patch.dict(os.environ), patch.dict(states[0]), patch.dict(states[1]):  # restored at the end
-        for name in LAUNCHER:
-            os.environ.pop(name, None)
-        yield
+        return LungSegmenter(segmentation.unet(encoder).eval(), encoder, image_size=256)
 
 
 def fit(
@@ -135,15 +120,15 @@ def fit(
         "val": PairBatches(decoded(val, size), batch_size),
     }
     one_cycle = training.model_copy(update={"schedule": "one_cycle", "patience": training.epochs})
-    with alone():
-        done = fine_tune(network, batches, training=one_cycle, objective=LUNG_MASKS, device=device, title="lungs")
+    run = {"objective": LUNG_MASKS, "device": device, "title": "lungs", "alone": True}
+    done = fine_tune(network, batches, training=one_cycle, **run)
     settings = training.model_dump(include={"epochs", "batch_size", "learning_rate"})
     begun = {"fingerprint": start.fingerprint, **start.origin} if start.origin else "random weights"
     best = float(done.history["val_dice"][done.best_epoch - 1])
-    return LungSegmenter(
-        network.requires_grad_(False),
-        start.encoder,
-        size,
+    return replace(
+        start,
+        network=network.requires_grad_(False),
+        image_size=size,
         origin={"train_pairs": len(train), "start": begun, "seed": seed, **settings},
         validation={"dice": best, "pairs": len(val), "best_epoch": done.best_epoch},
     )
