@@ -127,7 +127,7 @@ class GradCAM:
         activations: dict[str, Tensor] = {}
         with CellTracker(self.model, *images.shape[2:]) as tracker:  # Later passes run without hooks.
             for name, layer in self._targets.items():
-                hook = partial(_record_and_start_graph, name, activations)
+                hook = partial(_start_graph, name, activations)
                 tracker.enter_context(layer.register_forward_hook(hook))
             output = self.model(images)
         if unused := [name for name in self.layers if name not in activations]:
@@ -194,7 +194,7 @@ def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[
     names = layer if layer is not None else default
     if not names or isinstance(names, nn.Module):
         raise ValueError("give the name of a layer, as in network.named_modules(): GradCAM(model, layer=NAME)")
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = [names] if isinstance(names, str) else names
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
@@ -213,9 +213,7 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def _record_and_start_graph(
-    name: str, activations: dict[str, Tensor], layer: nn.Module, inputs: object, output: object
-) -> Tensor:
+def _start_graph(name: str, activations: dict[str, Tensor], layer: nn.Module, _: object, output: object) -> Tensor:
     """Record a target's output, start the graph there, and return a copy: a forward hook with two bound arguments."""
     if not isinstance(output, Tensor) or output.ndim != 4:
         raise ValueError(f"layer {name!r} gives no (N, K, h, w) activation: choose a convolution or ReLU")
@@ -235,17 +233,13 @@ def _check_output(images: Tensor, activations: dict[str, Tensor], output: object
         raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in one that does")
     for name, activation in activations.items():
         if not len(activation) == len(images) == len(output):
-            raise ValueError(
-                f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output: "
-                "a network that cuts or merges images has no map of a single image"
-            )
+            sizes = f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output"
+            raise ValueError(f"{sizes}: a network that cuts or merges images has no map of a single image")
         (height, width), (first, second, third) = images.shape[2:], activation.shape[1:]
         # The first two axes have the image's proportions and the last two have not: the shape is (N, h, w, K).
         if first * width == second * height and second * width != third * height:
-            raise ValueError(
-                f"layer {name!r} gives {tuple(activation.shape)}, channels last, and not (N, K, h, w): choose a "
-                "later layer, whose channels come second (in torchvision's Swin: 'permute')"
-            )
+            remedy = "choose a later layer, whose channels come second (in torchvision's Swin: 'permute')"
+            raise ValueError(f"layer {name!r} gives {tuple(activation.shape)}, channels last: {remedy}")
     if not all(tensor.isfinite().all() for tensor in (output, *activations.values())):
         raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
 
@@ -277,10 +271,9 @@ def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
             by_class = [differentiate(cotangent) for cotangent in cotangents]
             gradients = [None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)]
     if any(gradient is None for gradient in gradients):
-        raise ValueError(
-            f"no gradient comes from the output to {', '.join(map(repr, run.activations))}: "
-            "does the network's forward() detach it, use no_grad, or not use the layer?"
-        )
+        layers = ", ".join(map(repr, run.activations))
+        causes = "does the network's forward() detach it, use no_grad, or not use the layer?"
+        raise ValueError(f"no gradient comes from the output to {layers}: {causes}")
     return list(gradients)
 
 
@@ -288,11 +281,10 @@ def _class_indices(classes: Classes, logits: Tensor) -> Tensor:
     """Return the (N, K) indices of `classes` for (N, C) logits."""
     number, num_classes = logits.shape
     if isinstance(classes, str):
-        if classes == "top":
-            return logits.argmax(dim=1, keepdim=True)
-        if classes == "all":
-            return torch.arange(num_classes, device=logits.device).expand(number, num_classes)
-        raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
+        if classes not in ("top", "all"):
+            raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
+        every = torch.arange(num_classes, device=logits.device).expand(number, num_classes)
+        return every if classes == "all" else logits.argmax(dim=1, keepdim=True)
     # np.array copies, because torch warns about read-only arrays, such as a table's column.
     indices = classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))
     if indices.is_floating_point() or indices.dtype == torch.bool:

@@ -127,7 +127,8 @@ def build_network(
     width = _linear_layers(network.get_submodule(network.head_name))[0].in_features
     if hidden_units is None:
         head: nn.Module = nn.Linear(width, outputs)
-        _set_dropout(network, dropout, kind.title)
+        if dropout is not None:
+            _set_dropout(network, dropout, kind.title)
     else:
         head = _new_head(width, hidden_units, dropout, outputs)
     network.set_submodule(network.head_name, head)
@@ -144,9 +145,7 @@ def _scale_residuals(network: nn.Module, gain: float) -> None:
             nn.init.constant_(getattr(block, "bn3", block.bn2).weight, gain)
 
 
-def _set_dropout(network: nn.Module, rate: float | None, title: str) -> None:
-    if rate is None:
-        return
+def _set_dropout(network: nn.Module, rate: float, title: str) -> None:
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     if not layers:
         raise ValueError(f"{title} has no dropout layers: give it a new head, which has one, with hidden_units = []")
@@ -256,10 +255,8 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     try:
         state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except OSError as error:  # such as urllib's URLError
-        raise FileNotFoundError(
-            f"no ImageNet weights for {name} and no way to fetch them ({error}): put {file.name} from {published.url} "
-            f"into {folder}, or train with --weights none or --weights FILE"
-        ) from None
+        remedy = f"put {file.name} from {published.url} into {folder}, or train with --weights none or --weights FILE"
+        raise FileNotFoundError(f"no ImageNet weights for {name} and no download ({error}): {remedy}") from None
     except Exception as error:
         raise ValueError(f"{file} is damaged, delete it: {str(error).splitlines()[0]}") from None
     # torchvision's DenseNet files have older module names: denselayer1.norm.1 is now denselayer1.norm1.

@@ -112,14 +112,12 @@ def with_colour_bar(
     text = max(1, round(min(max(10, height / 28), height / 4)))  # height of the numbers in pixels
     values = (0.0, 0.5, 1.0) if peak > 0 else (0.0,)
     numbers = [_drawn_text(f"{value * peak:.3g}", text) for value in values]
-    longest = max(number.shape[1] for number in numbers)
 
     # The first and the last number extend beyond the bar by half their height, so space is left above and below it.
-    levels = np.linspace(1, 0, max(1, height - 2 * text))
     left, right = text, text + max(4, 3 * text // 2)
-    strip = np.zeros((height, right + text + longest + text, 3), dtype=np.uint8)
-    levels = np.repeat(levels[:, None], right - left, axis=1)
-    grey = np.full(levels.shape, 128, dtype=np.uint8)
+    strip = np.zeros((height, right + 2 * text + max(number.shape[1] for number in numbers), 3), dtype=np.uint8)
+    grey = np.full((max(1, height - 2 * text), right - left), 128, dtype=np.uint8)
+    levels = np.broadcast_to(np.linspace(1, 0, len(grey))[:, None], grey.shape)
     strip[text : text + len(levels), left:right] = overlay(grey, levels, alpha=alpha, colormap=colormap)
     line = max(1, round(text / 10))
     for value, number in zip(values, numbers, strict=True):

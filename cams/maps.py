@@ -49,18 +49,9 @@ class CamMaps:
         Raises:
             ValueError: there are several layers, whose maps have no common scale.
         """
-        return self._only_layer.raw
-
-    @property
-    def grid(self) -> Grid:
-        """The places in the input of the cells of the only layer."""
-        return self._only_layer.grid
-
-    @property
-    def _only_layer(self) -> LayerMaps:
         if len(self.layers) > 1:
             raise ValueError("maps of several layers have no raw scale in common: use upsampled(size)")
-        return self.layers[0]
+        return self.layers[0].raw
 
     @property
     def empty(self) -> Tensor:

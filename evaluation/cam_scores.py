@@ -123,7 +123,7 @@ def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Seq
         raw, chosen, logits = (
             torch.cat([getattr(part, field) for part in parts]) for field in ("raw", "classes", "logits")
         )
-        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), chosen, logits)
+        maps[name] = CamMaps((LayerMaps(raw, parts[0].layers[0].grid),), chosen, logits)
     return maps
 
 

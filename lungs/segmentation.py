@@ -250,15 +250,14 @@ def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegm
         raise FileNotFoundError(f"no lung model in {folder} ({missing[0]} is missing): {REMEDY}")
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        settings = {"decoder_channels": OLD_DECODER_CHANNELS} | {
-            name: about[name] for name in SETTINGS if name in about
-        }
+        about = {"decoder_channels": OLD_DECODER_CHANNELS} | about
         # On the meta device no random weights are drawn, which would take longer than all the rest.
         with torch.device("meta"):
-            network = unet(about["encoder"], settings["decoder_channels"])
+            network = unet(about["encoder"], about["decoder_channels"])
         with torch.inference_mode(False):
             network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        segmenter = LungSegmenter(network.eval().requires_grad_(False), **settings)
+        network.eval().requires_grad_(False)
+        segmenter = LungSegmenter(network, **{name: about[name] for name in SETTINGS})
         if segmenter.fingerprint != about["fingerprint"]:
             raise ValueError("model.json and model.safetensors do not belong together")
     except Exception as error:  # The readers of a damaged file raise exceptions of many types.
