@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cams.maps import CamMaps, LayerMaps
+from cams.maps import CamMaps, LayerMaps, scaled
 from cams.methods import Method, cam_method, eigen_cam_maps, weighted_maps
 from cams.receptive_fields import CellTracker, Grid
 from networks import class_logits
@@ -26,7 +26,7 @@ MASKED_IMAGES = 32  # Score-CAM's batch size
 
 
 class GradCAM:
-    """Makes class activation maps from a layer of a network, or from several; a context manager.
+    """Makes class activation maps from one or several layers of a network; a context manager.
 
         with GradCAM(network) as cam:
             maps = cam(images, "top")
@@ -67,8 +67,7 @@ class GradCAM:
         self.model = getattr(model, "_orig_mod", model)  # Hooks do not reach through torch.compile's wrapper.
         self.method = method
         self.multilabel = multilabel
-        self._targets = _target_layers(self.model, layer)
-        self.layers = tuple(self._targets)
+        self.layers = _target_layers(self.model, layer)
         self._modes: dict[nn.Module, bool] = {}  # empty outside `with`
 
     def __enter__(self) -> "GradCAM":
@@ -126,7 +125,7 @@ class GradCAM:
         """Run the network once, with a graph from the first target on."""
         activations: dict[str, Tensor] = {}
         with CellTracker(self.model, *images.shape[2:]) as tracker:  # Later passes run without hooks.
-            for name, layer in self._targets.items():
+            for name, layer in self.layers.items():
                 hook = partial(_start_graph, name, activations)
                 tracker.enter_context(layer.register_forward_hook(hook))
             output = self.model(images)
@@ -165,8 +164,7 @@ class GradCAM:
             logits = []
             for part in channels.split(MASKED_IMAGES):
                 masks = grid.upsampled(part[:, None], tuple(image.shape[1:]))
-                low, high = masks.amin(dim=(2, 3), keepdim=True), masks.amax(dim=(2, 3), keepdim=True)
-                masks = (masks - low) / (high - low).clamp_min(torch.finfo(masks.dtype).tiny)
+                masks = scaled(masks - masks.amin(dim=(2, 3), keepdim=True))
                 logits.append(self._logits(self.model((masks * image).to(image.dtype))).float())
             weights.append(torch.cat(logits).T[indices].softmax(dim=-1))
         return torch.stack(weights)[..., None, None]
@@ -283,8 +281,8 @@ def _class_indices(classes: Classes, logits: Tensor) -> Tensor:
     if isinstance(classes, str):
         if classes not in ("top", "all"):
             raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
-        every = torch.arange(num_classes, device=logits.device).expand(number, num_classes)
-        return every if classes == "all" else logits.argmax(dim=1, keepdim=True)
+        all_indices = torch.arange(num_classes, device=logits.device).expand(number, num_classes)
+        return all_indices if classes == "all" else logits.argmax(dim=1, keepdim=True)
     # np.array copies, because torch warns about read-only arrays, such as a table's column.
     indices = classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))
     if indices.is_floating_point() or indices.dtype == torch.bool:

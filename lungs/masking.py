@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,7 +69,7 @@ class LungMasking:
             self._store(key, mask)
         return LungMask(mask, implausible(mask))
 
-    def failures_table(self, paths: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
+    def failures_table(self, paths: Sequence[str | Path]) -> pd.DataFrame:
         """Return path and reason of each file whose lungs are not found, and store the masks of all files."""
         import pandas as pd
         from tqdm import tqdm
