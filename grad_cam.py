@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cams.maps import CamMaps, LayerMaps
-from cams.methods import Method, cam_method, eigen_cam_maps, score_cam_weights, weighted_maps
+from cams.maps import CamMaps, LayerMaps, scaled
+from cams.methods import Method, cam_method, eigen_cam_maps, weighted_maps
 from cams.receptive_fields import CellTracker, Grid
 from networks import class_logits
 
@@ -26,18 +26,18 @@ MASKED_IMAGES = 32  # Score-CAM's batch size
 
 
 class GradCAM:
-    """Makes class activation maps from a layer of a network, or from several; a context manager.
+    """Makes class activation maps from one or several layers of a network; a context manager.
 
         with GradCAM(network) as cam:
             maps = cam(images, "top")
 
     - Cost: the layers up to the target run without a graph. The graph starts at the target's output, and one batched
       call gives the gradients of all classes there.
-    - In-place operations after the target change a copy, never the activation that the map is made of.
-    - Parameters may be frozen, and their `.grad` is not touched. `no_grad`, `inference_mode`, autocast and compiled
-      networks (which run uncompiled here) change nothing.
+    - In-place operations after the target change a copy. The activation that the map is made of stays as it is.
+    - Parameters may be frozen, and their `.grad` is not touched. Under `no_grad`, `inference_mode` and autocast the
+      maps are the same. A compiled network runs uncompiled here.
     - Inside `with` the network is in eval mode. After it each module is in the mode that it had before.
-    - One thread at a time: the hooks see every forward pass of the network.
+    - Only one thread may use the network inside `with`, because the hooks see every forward pass.
 
     The score of a class is its logit. A network with a single output z has two classes with the logits -z/2 and z/2
     (`networks.class_logits`), so the negative class has a map too. With `multilabel`, z is the logit of one finding.
@@ -55,8 +55,8 @@ class GradCAM:
 
         Args:
             model: returns (N, C) logits for (N, 3, H, W) images.
-            layer: name of a layer as in `model.named_modules()`, or several names; None for the layer that
-                `build_network` noted on the model (`model.cam_layer`).
+            layer: name of a layer as in `model.named_modules()`, or several names; None for `model.cam_layer`, which
+                `build_network` sets.
             method: a name in `cams.methods.METHODS`.
             multilabel: each output is the logit of one finding.
 
@@ -67,8 +67,7 @@ class GradCAM:
         self.model = getattr(model, "_orig_mod", model)  # Hooks do not reach through torch.compile's wrapper.
         self.method = method
         self.multilabel = multilabel
-        self._targets = _target_layers(self.model, layer)
-        self.layers = tuple(self._targets)
+        self.layers = _target_layers(self.model, layer)
         self._modes: dict[nn.Module, bool] = {}  # empty outside `with`
 
     def __enter__(self) -> "GradCAM":
@@ -104,7 +103,7 @@ class GradCAM:
                 chosen = _class_indices(classes, run.logits.detach())
                 raw_maps = {name: self._raw_maps(formula, run, chosen) for name, formula in formulas.items()}
         finally:
-            # Autocast keeps the weights that it cast without a graph. A later training step would use them.
+            # Autocast keeps the weights that it casts. A later training step would use these, which have no graph.
             torch.clear_autocast_cache()
         if not all(raw.isfinite().all() for layers in raw_maps.values() for raw in layers):
             raise ValueError("the network's gradients are not finite: are its weights damaged?")
@@ -116,7 +115,7 @@ class GradCAM:
 
     def _check_use(self, images: Tensor) -> None:
         if not self._modes:
-            raise RuntimeError("use `with GradCAM(model) as cam:`: outside it the network is in no known mode")
+            raise RuntimeError("use `with GradCAM(model) as cam:`, which puts the network into eval mode")
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images must be (N, 3, H, W) with N > 0, not {tuple(images.shape)}")
         if any(module.training for module in self.model.modules()):
@@ -125,15 +124,13 @@ class GradCAM:
     def _forward(self, images: Tensor) -> "_ForwardPass":
         """Run the network once, with a graph from the first target on."""
         activations: dict[str, Tensor] = {}
-        with contextlib.ExitStack() as hooks:  # Other passes inside `with GradCAM` run without hooks.
-            tracker = hooks.enter_context(CellTracker(self.model, *images.shape[2:]))
-            for name, layer in self._targets.items():
-                hook = partial(_record_and_start_graph, name, activations)
-                hooks.enter_context(layer.register_forward_hook(hook))
+        with CellTracker(self.model, *images.shape[2:]) as tracker:  # Later passes run without hooks.
+            for name, layer in self.layers.items():
+                hook = partial(_start_graph, name, activations)
+                tracker.enter_context(layer.register_forward_hook(hook))
             output = self.model(images)
-        for name in self.layers:
-            if name not in activations:
-                raise ValueError(f"layer {name!r} takes no part in this network's forward pass")
+        if unused := [name for name in self.layers if name not in activations]:
+            raise ValueError(f"layer {unused[0]!r} takes no part in this network's forward pass")
         _check_output(images, activations, output)
         logits = self._logits(output)
         torch.set_grad_enabled(False)  # The graph is complete.
@@ -146,9 +143,9 @@ class GradCAM:
 
     def _raw_maps(self, formula: Method, run: "_ForwardPass", chosen: Tensor) -> list[Tensor]:
         """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
-        if formula.needs == "gradient":
-            return _maps_from_gradients(formula, run, chosen)
         activations = [activation.detach().float() for activation in run.activations.values()]
+        if formula.needs == "gradient":
+            return _maps_from_gradients(formula, run, activations, chosen)
         if formula.needs == "activation":
             return [eigen_cam_maps(a)[:, None].expand(-1, chosen.shape[1], -1, -1) for a in activations]
         return [
@@ -157,26 +154,29 @@ class GradCAM:
         ]
 
     def _channel_weights(self, images: Tensor, activation: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
-        """Return Score-CAM's (N, K, channels, 1, 1) weights: the network sees each image through each channel."""
+        """Return the (N, K, channels, 1, 1) weights of Score-CAM (Wang et al. 2020, CVPR workshops, arXiv:1910.01279).
+
+        The network sees each image masked by each channel. The weights of a class are the softmax of its logits over
+        the channels. The paper first subtracts the logit of a baseline image, which does not change the softmax.
+        """
         weights = []
         for image, channels, indices in zip(images, activation, chosen, strict=True):
             logits = []
             for part in channels.split(MASKED_IMAGES):
                 masks = grid.upsampled(part[:, None], tuple(image.shape[1:]))
-                low, high = masks.amin(dim=(2, 3), keepdim=True), masks.amax(dim=(2, 3), keepdim=True)
-                masks = (masks - low) / (high - low).clamp_min(torch.finfo(masks.dtype).tiny)
+                masks = scaled(masks - masks.amin(dim=(2, 3), keepdim=True))
                 logits.append(self._logits(self.model((masks * image).to(image.dtype))).float())
-            weights.append(score_cam_weights(torch.cat(logits).T[indices]))
+            weights.append(torch.cat(logits).T[indices].softmax(dim=-1))
         return torch.stack(weights)[..., None, None]
 
 
 class _ForwardPass(NamedTuple):
-    """What a forward pass leaves. The graph leads from the first target's activation to the logits.
+    """The results of a forward pass. The graph leads from the first target's activation to the logits.
 
     Attributes:
         images: (N, 3, H, W).
-        activations: by layer, (N, channels, h, w).
-        grids: where the cells of each layer lie.
+        activations: layer -> (N, channels, h, w).
+        grids: the places of each layer's cells in the image.
         logits: (N, C).
     """
 
@@ -190,22 +190,20 @@ def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[
     """Return the target modules by name."""
     default = getattr(model, "cam_layer", None)
     names = layer if layer is not None else default
-    if not names:
-        raise ValueError("this network does not say which layer to use: give GradCAM(model, layer=NAME)")
-    if isinstance(names, nn.Module):
-        raise ValueError("give the layer's name, as in network.named_modules(), and not the module")
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not names or isinstance(names, nn.Module):
+        raise ValueError("give the name of a layer, as in network.named_modules(): GradCAM(model, layer=NAME)")
+    names = [names] if isinstance(names, str) else names
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
             spatial = [key for key, module in modules.items() if isinstance(module, nn.Conv2d | nn.ReLU)]
-            tips = ", ".join(dict.fromkeys([default] * bool(default) + spatial[-6:]))
-            raise ValueError(f"no layer {name!r} in this network: try one of {tips}")
+            tips = dict.fromkeys([default] * bool(default) + spatial[-6:])
+            raise ValueError(f"no layer {name!r} in this network: try one of {', '.join(tips)}")
     return {name: modules[name] for name in names}
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Return a context in which modules that `module.compile()` compiled run as written.
+    """Return a context in which modules that `module.compile()` has compiled run uncompiled.
 
     Compiled code does not call hooks that were registered after its compilation.
     """
@@ -213,10 +211,8 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def _record_and_start_graph(
-    name: str, activations: dict[str, Tensor], layer: nn.Module, inputs: object, output: object
-) -> Tensor:
-    """Record a target's output and return a copy of it: a forward hook once the first two arguments are bound."""
+def _start_graph(name: str, activations: dict[str, Tensor], layer: nn.Module, _: object, output: object) -> Tensor:
+    """Record a target's output, start the graph there, and return a copy: a forward hook with two bound arguments."""
     if not isinstance(output, Tensor) or output.ndim != 4:
         raise ValueError(f"layer {name!r} gives no (N, K, h, w) activation: choose a convolution or ReLU")
     if name in activations:
@@ -235,41 +231,32 @@ def _check_output(images: Tensor, activations: dict[str, Tensor], output: object
         raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in one that does")
     for name, activation in activations.items():
         if not len(activation) == len(images) == len(output):
-            raise ValueError(
-                f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output: "
-                "a network that cuts or merges images has no map of one"
-            )
-        height, width = images.shape[2:]
-        first, second, third = activation.shape[1:]
-        # In (N, h, w, K) the first two axes have the image's proportions and the last two have not.
+            sizes = f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output"
+            raise ValueError(f"{sizes}: a network that cuts or merges images has no map of a single image")
+        (height, width), (first, second, third) = images.shape[2:], activation.shape[1:]
+        # The first two axes have the image's proportions and the last two have not: the shape is (N, h, w, K).
         if first * width == second * height and second * width != third * height:
-            raise ValueError(
-                f"layer {name!r} gives {tuple(activation.shape)}, channels last, and not (N, K, h, w): choose a "
-                "later layer, behind which the channels come second (of torchvision's Swin 'permute')"
-            )
+            remedy = "choose a later layer, whose channels come second (in torchvision's Swin: 'permute')"
+            raise ValueError(f"layer {name!r} gives {tuple(activation.shape)}, channels last: {remedy}")
     if not all(tensor.isfinite().all() for tensor in (output, *activations.values())):
         raise ValueError("the network's output is not finite: are its weights damaged, or its inputs?")
 
 
-def _maps_from_gradients(formula: Method, run: _ForwardPass, chosen: Tensor) -> list[Tensor]:
+def _maps_from_gradients(formula: Method, run: _ForwardPass, activations: list[Tensor], chosen: Tensor) -> list[Tensor]:
     """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
     one_hot = functional.one_hot(chosen, run.logits.shape[1]).to(run.logits.dtype)
     classes_at_once = max(1, GRADIENT_BYTES // sum(a.nbytes for a in run.activations.values()))
     parts = []
     for cotangents in one_hot.transpose(0, 1).contiguous().split(classes_at_once):
-        maps = []
-        for point, gradients in zip(run.activations.values(), _gradients(run, cotangents), strict=True):
-            activation = point.detach().float()
-            weights = formula.weights(activation, gradients.transpose(0, 1).float())
-            maps.append(weighted_maps(activation, weights))
-        parts.append(maps)
+        layers = zip(activations, _gradients(run, cotangents), strict=True)
+        parts.append([weighted_maps(a, formula.weights(a, g.transpose(0, 1).float())) for a, g in layers])
     return [torch.cat(maps, dim=1) for maps in zip(*parts, strict=True)]
 
 
 def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
     """Return (K, N, channels, h, w) gradients at each layer for (K, N, C) cotangents of the logits.
 
-    In eval mode the images of a batch do not influence each other, so each gradient is of its own image's logit.
+    In eval mode the images of a batch do not influence each other, so an image's gradient is that of its own logit.
     """
     points = list(run.activations.values())
     differentiate = partial(torch.autograd.grad, run.logits, points, retain_graph=True, allow_unused=True)
@@ -282,33 +269,29 @@ def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
             by_class = [differentiate(cotangent) for cotangent in cotangents]
             gradients = [None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)]
     if any(gradient is None for gradient in gradients):
-        raise ValueError(
-            f"no gradient comes from the output to {', '.join(map(repr, run.activations))}: "
-            "does the network's forward() detach it, use no_grad, or not use the layer?"
-        )
+        layers = ", ".join(map(repr, run.activations))
+        causes = "does the network's forward() detach it, use no_grad, or not use the layer?"
+        raise ValueError(f"no gradient comes from the output to {layers}: {causes}")
     return list(gradients)
 
 
 def _class_indices(classes: Classes, logits: Tensor) -> Tensor:
-    """Return the (N, K) class indices that `classes` means for (N, C) logits."""
+    """Return the (N, K) indices of `classes` for (N, C) logits."""
     number, num_classes = logits.shape
     if isinstance(classes, str):
-        if classes == "top":
-            return logits.argmax(dim=1, keepdim=True)
-        if classes == "all":
-            return torch.arange(num_classes, device=logits.device).expand(number, num_classes)
-        raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
-    # np.array copies: torch warns of arrays that cannot be written to, such as a table's column.
+        if classes not in ("top", "all"):
+            raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
+        all_indices = torch.arange(num_classes, device=logits.device).expand(number, num_classes)
+        return all_indices if classes == "all" else logits.argmax(dim=1, keepdim=True)
+    # np.array copies, because torch warns about read-only arrays, such as a table's column.
     indices = classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"class indices must be whole numbers, not {indices.dtype}")
     indices = indices.to(logits.device).long()
-    if indices.ndim == 0:
-        indices = indices.expand(number)
-    if indices.ndim == 1:
-        indices = indices[:, None]
+    if indices.ndim < 2:
+        indices = (indices.expand(number) if indices.ndim == 0 else indices)[:, None]
     if indices.ndim != 2 or len(indices) != number or indices.shape[1] == 0:
         raise ValueError(f"{tuple(indices.shape)} class indices for {number} images: give (N,) or (N, K)")
-    if not (int(indices.min()) >= 0 and int(indices.max()) < num_classes):
+    if indices.min() < 0 or indices.max() >= num_classes:
         raise ValueError(f"class index out of range: this network has classes 0 to {num_classes - 1}")
     return indices

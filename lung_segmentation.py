@@ -1,9 +1,9 @@
-"""Command line: train a lung model on X-rays with masks that people drew, and write masks for other X-rays.
+"""Command line: train a lung model on X-rays with hand-drawn masks, and write masks for other X-rays.
 
     python lung_segmentation.py fit --pairs DIR [DIR ...] [--phantom N] -o FOLDER
     python lung_segmentation.py predict -m FOLDER -i FILE [FILE ...] -o FOLDER
 
-`fit` splits the pairs by patient, trains on one side and reports Dice and IoU on the other one.
+`fit` splits the pairs by patient, trains on one part and reports Dice and IoU on the other.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lungs import segmentation
+from lungs.segmentation import LungSegmenter, Pair
 from utils import read_xray, resolve_device, write_whole
 
 MASK_SOFTWARE = "xraycam lung mask"  # the PNG field "Software" of a mask: no other file is replaced
@@ -27,38 +28,34 @@ SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1
 
 def fit(arguments: argparse.Namespace) -> int:
     """Train a lung model, score it on the pairs that are held out, and save it."""
-    import lung_model  # with accelerate and pandas: `predict` needs neither
-
     from studies.settings import NetworkTraining
+    from training import lung_model  # imports accelerate and pandas, which `predict` does not need
 
-    common = {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
+    seed, run = arguments.seed, {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
     training = NetworkTraining(**{name: getattr(arguments, name) for name in SETTINGS})
     if arguments.start == "none":
-        segmenter = lung_model.untrained_segmenter(arguments.encoder, seed=arguments.seed)
+        segmenter = lung_model.untrained_segmenter(arguments.encoder, seed=seed)
     else:
         segmenter = segmentation.load_segmenter(Path(arguments.start))
     pairs = [pair for root in arguments.pairs for pair in segmentation.find_pairs(root)]
-    if not pairs and not arguments.phantom:
-        raise ValueError("nothing to train on: give --pairs DIR, --phantom N, or both")
     if pairs:
-        held_out = arguments.test or max(1, len(pairs) // 5)
-        train, test = segmentation.split_pairs(pairs, test=held_out, seed=arguments.seed)
+        train, test = segmentation.split_pairs(pairs, test=arguments.test or max(1, len(pairs) // 5), seed=seed)
+    elif not arguments.phantom:
+        raise ValueError("nothing to train on: give --pairs DIR, --phantom N, or both")
     segmentation.refuse_other_models(arguments.output)
     if arguments.phantom:
         print(f"first on {arguments.phantom} phantoms", flush=True)
         short = lung_model.PHANTOM_TRAINING.model_copy(update={"image_size": arguments.image_size})
-        segmenter = lung_model.phantom_segmenter(segmenter, arguments.phantom, short, **common)
+        segmenter = lung_model.phantom_segmenter(segmenter, arguments.phantom, short, **run)
     if pairs:
         print(f"{len(train)} pairs to train on and to choose the epoch, {len(test)} held out", flush=True)
-        segmenter = scored(lung_model.fit(segmenter, train, training, **common), test, seed=arguments.seed)
+        segmenter = scored(lung_model.fit(segmenter, train, training, **run), test, seed=seed)
     segmentation.save_segmenter(arguments.output, segmenter)
     print(f"saved {arguments.output}")
     return 0
 
 
-def scored(
-    segmenter: segmentation.LungSegmenter, test: Sequence[segmentation.Pair], *, seed: int
-) -> segmentation.LungSegmenter:
+def scored(segmenter: LungSegmenter, test: Sequence[Pair], *, seed: int) -> LungSegmenter:
     """Print Dice and IoU on held-out pairs, with intervals; return the segmenter with these as its validation."""
     from evaluation.intervals import bootstrap_mean
 
@@ -71,7 +68,7 @@ def scored(
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Write a mask for each X-ray. One that cannot be read costs a line on stderr; the others are done."""
+    """Write a mask for each X-ray. For an X-ray that cannot be read, write a line to stderr and go on."""
     outputs = mask_files(arguments.images, arguments.output)
     segmenter, failed = segmentation.load_segmenter(arguments.model), 0
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -92,24 +89,22 @@ def predict(arguments: argparse.Namespace) -> int:
 def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """Return the X-ray of each mask file.
 
-    Raises ValueError where two masks would go to one file, or where a mask would replace an X-ray that was given or
-    any other file that this command did not write.
+    Raises ValueError where two masks would have one file, or where a mask would replace a given X-ray or any file that
+    this command did not write.
     """
     xrays: dict[Path, Path] = {}
     inputs = {os.stat(path)[1:3] for path in images if os.path.exists(path)}  # inode and device
     for path in images:
         output = folder / f"{path.stem}.png"
         if xrays.setdefault(output, path) != path:
-            raise ValueError(
-                f"two X-rays of one name, {xrays[output]} and {path}: give them to two commands, with another -o"
-            )
+            raise ValueError(f"two X-rays of one name, {xrays[output]} and {path}: give each command another -o")
         if os.path.lexists(output) and (not is_own_mask(output) or os.stat(output)[1:3] in inputs):
             raise ValueError(f"{output} is there and is no mask of this command's: choose another -o")
     return xrays
 
 
 def is_own_mask(file: Path) -> bool:
-    """Return whether a file, which is no link, is a mask that this command wrote: it names its software."""
+    """Return whether a file is a mask that this command wrote (it names its software) and no link."""
     return file.is_file() and not file.is_symlink() and MASK_SOFTWARE.encode() in file.read_bytes()[:200]
 
 
@@ -148,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer the command line; return the exit status: 0 done, 1 some images could not be done, 2 none."""
+    """Run a command line; return the exit status: 0 for success, 1 if some images failed, 2 if all did."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -1,6 +1,6 @@
 """Architectures, heads, freezing and starting weights.
 
-`overlay_cam.py` must start quickly, so torchvision's models are imported only when one is built.
+torchvision's models are imported only when a network is built, because `overlay_cam.py` must start quickly.
 """
 
 import difflib
@@ -45,21 +45,16 @@ class Architecture:
 
     def build(self) -> nn.Module:
         """Return the network with random weights, for 1,000 classes."""
-        return _torchvision_model(self.source) if isinstance(self.source, str) else self.source()
+        from torchvision import models
 
-
-def _torchvision_model(name: str) -> nn.Module:
-    from torchvision import models
-
-    network = models.get_model(name, weights=None)
-    if not isinstance(network, models.DenseNet):
-        return network
-    # torchvision's forward() applies the last ReLU itself, in place, where no hook can follow it. In the same network
-    # as a sequence the ReLU is a module. The names in the state dict stay the same.
-    network.features.add_module("relu5", nn.ReLU(inplace=True))
-    return named_sequence(
-        features=network.features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=network.classifier
-    )
+        network = self.source() if callable(self.source) else models.get_model(self.source, weights=None)
+        if not isinstance(network, models.DenseNet):
+            return network
+        # DenseNet's forward() applies the last ReLU itself, in place, where no hook can follow it. In a sequence of
+        # the same layers the ReLU is a module. The names in the state dict stay the same.
+        features, pool = network.features, nn.AdaptiveAvgPool2d(1)
+        features.add_module("relu5", nn.ReLU(inplace=True))
+        return named_sequence(features=features, pool=pool, flatten=nn.Flatten(), classifier=network.classifier)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -73,9 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "densenet201": Architecture("DenseNet-201", "densenet201", "classifier", "features.relu5"),
     "efficientnet_b0": Architecture("EfficientNet-B0", "efficientnet_b0", "classifier.1", "features.8"),
     # A new head keeps the normalisation and the flattening that ConvNeXt's classifier begins with.
-    "convnext_tiny": Architecture(
-        "ConvNeXt-T", "convnext_tiny", "classifier.2", "features.7", classifier="classifier.2"
-    ),
+    "convnext_tiny": Architecture("ConvNeXt-T", "convnext_tiny", "classifier.2", "features.7", "classifier.2"),
     "mobilenet_v3": Architecture("MobileNetV3-Large", "mobilenet_v3_large", "classifier.3", "features.16"),
     "lenet5": Architecture("LeNet-5", lenet5, "classifier.fc3", "features.relu2"),
     "small_cnn": Architecture("Small CNN", small_cnn, "classifier.fc", "features.4.relu"),
@@ -115,9 +108,9 @@ def build_network(
             (1, 0) turns the sign.
         dropout: the rate of the new head's dropout (with `hidden_units`), or of the network's own dropout layers.
         residual_gain: the initial scale of the last batch normalisation in each residual block of torchvision's
-            ResNets: 1 is torchvision's, 0 that of Goyal et al. 2017 (arXiv:1706.02677, section 5.1). Below 1 the
-            shortcuts dominate at first and receptive fields start small: a network that learns from scratch then ends
-            up looking at lesions and not between them.
+            ResNets. torchvision uses 1, Goyal et al. 2017 use 0 (arXiv:1706.02677, section 5.1). Below 1 the shortcuts
+            dominate at first and receptive fields start small. The maps of a network that learns from scratch then
+            lie on lesions and not between them.
         hidden_units: None replaces the last linear layer. A sequence of widths, which may be empty, replaces the
             whole classifier: a linear layer and ReLU for each width, dropout, a last linear layer.
 
@@ -129,16 +122,16 @@ def build_network(
     network = kind.build()
     _scale_residuals(network, residual_gain)
     state = _starting_weights(name, weights)
+    network.cam_layer = kind.cam_layer
+    network.head_name = kind.head if hidden_units is None else kind.classifier
+    width = _linear_layers(network.get_submodule(network.head_name))[0].in_features
     if hidden_units is None:
-        network.head_name = kind.head
-        head: nn.Module = nn.Linear(network.get_submodule(kind.head).in_features, outputs)
-        _set_dropout(network, dropout, kind.title)
+        head: nn.Module = nn.Linear(width, outputs)
+        if dropout is not None:
+            _set_dropout(network, dropout, kind.title)
     else:
-        network.head_name = kind.classifier
-        width = _linear_layers(network.get_submodule(kind.classifier))[0].in_features
         head = _new_head(width, hidden_units, dropout, outputs)
     network.set_submodule(network.head_name, head)
-    network.cam_layer = kind.cam_layer
     if state:
         _load_weights(network, state, kind, weights, head_order)
     return network
@@ -149,16 +142,13 @@ def _scale_residuals(network: nn.Module, gain: float) -> None:
 
     for block in network.modules():
         if isinstance(block, BasicBlock | Bottleneck):
-            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-            nn.init.constant_(last.weight, gain)
+            nn.init.constant_(getattr(block, "bn3", block.bn2).weight, gain)
 
 
-def _set_dropout(network: nn.Module, rate: float | None, title: str) -> None:
-    if rate is None:
-        return
+def _set_dropout(network: nn.Module, rate: float, title: str) -> None:
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     if not layers:
-        raise ValueError(f"{title} has no dropout layers: give it a head that has one with hidden_units = []")
+        raise ValueError(f"{title} has no dropout layers: give it a new head, which has one, with hidden_units = []")
     for layer in layers:
         layer.p = rate
 
@@ -191,12 +181,12 @@ def set_training_mode(
 ) -> None:
     """Choose the parameters that learn, and put each part of the network into train or eval mode accordingly.
 
-    `network.train()` undoes the modes: call this again after it.
+    Call this again after `network.train()`, which changes the modes.
 
     Args:
         network: made by `build_network`.
-        trainable: "all", or "head" for the new head alone. All else is then in eval mode, so neither running
-            statistics nor dropout change it.
+        trainable: "all", or "head" for the new head alone. The rest is then in eval mode: its running statistics
+            stay as they are and its dropout is off.
         frozen_batch_norm: keep the batch normalisations outside the head in eval mode. With "all" their weights
             learn, but their running statistics stay.
     """
@@ -230,7 +220,7 @@ def _input_of(module: nn.Module, network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _starting_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """Return the state dict that `weights` means, empty for "none"."""
+    """Return the state dict of the weights, empty for "none"."""
     if weights == "none":
         return {}
     if weights == "imagenet":
@@ -242,7 +232,7 @@ def _starting_weights(name: str, weights: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # The readers raise exceptions of many types for a file of another format.
+    except Exception as error:  # The readers raise exceptions of many types.
         raise ValueError(f"{path} holds no readable weights: {str(error).splitlines()[0]}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -255,22 +245,18 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     from torchvision import models
 
     model = architecture(name).source
-    if not isinstance(model, str):
+    if callable(model):
         alternatives = ", ".join(key for key, kind in ARCHITECTURES.items() if isinstance(kind.source, str))
-        raise ValueError(
-            f"{name} has no ImageNet weights: train it with --weights none or --weights FILE, or choose from "
-            f"{alternatives}"
-        )
+        remedy = f"train it with --weights none or --weights FILE, or choose from {alternatives}"
+        raise ValueError(f"{name} has no ImageNet weights: {remedy}")
     published = models.get_model_weights(model)["IMAGENET1K_V1"]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / Path(published.url).name
     try:
         state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except OSError as error:  # URLError is one
-        raise FileNotFoundError(
-            f"no ImageNet weights for {name} and no way to fetch them ({error}): put {file.name} from {published.url} "
-            f"into {folder}, or train with --weights none or --weights FILE"
-        ) from None
+    except OSError as error:  # such as urllib's URLError
+        remedy = f"put {file.name} from {published.url} into {folder}, or train with --weights none or --weights FILE"
+        raise FileNotFoundError(f"no ImageNet weights for {name} and no download ({error}): {remedy}") from None
     except Exception as error:
         raise ValueError(f"{file} is damaged, delete it: {str(error).splitlines()[0]}") from None
     # torchvision's DenseNet files have older module names: denselayer1.norm.1 is now denselayer1.norm1.
@@ -280,26 +266,19 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
 def _load_weights(
     network: nn.Module, state: Mapping[str, Tensor], kind: Architecture, source: str, head_order: Sequence[int] | None
 ) -> None:
-    """Load a state dict into the trunk, and into the head if the order of its classes is given."""
-    present = network.state_dict()
-    wanted = {
-        key: value
-        for key, value in present.items()
-        if head_order is not None or not key.startswith(f"{network.head_name}.")
-    }
-    wrong = [
-        key
-        for key, value in wanted.items()
-        if (state[key].shape != value.shape if key in state else not key.endswith("num_batches_tracked"))
-    ]
-    # The file may have another head in place of the classifier, or the classifier that our head replaced.
-    wrong += [key for key in state if key not in present and not key.startswith(f"{kind.classifier}.")]
+    """Load a state dict into the trunk, and into the head too if the order of its classes is given."""
+    wanted = {key: value.shape for key, value in network.state_dict().items()}
+    if head_order is None:
+        wanted = {key: shape for key, shape in wanted.items() if not key.startswith(f"{network.head_name}.")}
+    # The file may have another classifier than the network.
+    state = {key: v for key, v in state.items() if key in wanted or not key.startswith(f"{kind.classifier}.")}
+    shapes = {key: value.shape for key, value in state.items()}
+    wrong = [key for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]  # Older files have none.
     if wrong:
-        raise ValueError(
-            f"the weights {source} are not of a {kind.title}: {len(wrong)} names or shapes differ, for example "
-            f"{wrong[0]}"
-        )
-    network.load_state_dict(present | {key: state[key] for key in wanted if key in state})
+        differ = f"{len(wrong)} names or shapes differ, for example {wrong[0]}"
+        raise ValueError(f"the weights {source} are not of a {kind.title}: {differ}")
+    network.load_state_dict(state, strict=False)
     if head_order is not None:
         _reorder(_linear_layers(network.get_submodule(network.head_name))[-1], list(head_order))
 

@@ -1,6 +1,7 @@
-"""Batch normalisation for a network that has none: put in to train from random weights, folded into it afterwards.
+"""Batch normalisation for a network that has none: added for training from random weights, folded in afterwards.
 
-Without it a VGG-16 with random weights hardly starts to learn: towards its end all images look the same to it.
+A VGG-16 with random weights hardly starts to learn without it, because its last layers are almost the same for all
+images.
 """
 
 from torch import nn
@@ -17,10 +18,10 @@ def add_batch_norm(network: nn.Module) -> None:
 def fold_batch_norm(network: nn.Module) -> None:
     """Undo `add_batch_norm` and put the network into eval mode, where its outputs stay the same but for rounding.
 
-    A batch normalisation in eval mode is an affine map, which becomes part of its convolution.
+    A batch normalisation in eval mode is an affine map, so it can become part of its convolution.
     """
     network.eval()
     for name, pair in [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Sequential)]:
-        # torch's SyncBatchNorm, of several GPUs, is not an nn.BatchNorm2d.
+        # _BatchNorm, because SyncBatchNorm (for several GPUs) is no nn.BatchNorm2d.
         if len(pair) == 2 and isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], _BatchNorm):
             network.set_submodule(name, fuse_conv_bn_eval(*pair))

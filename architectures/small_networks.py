@@ -20,7 +20,7 @@ def lenet5(outputs: int = 1000) -> nn.Sequential:
 
     Its layers and widths are the paper's: 6 maps of 5 × 5, pooling, 16 of 5 × 5, pooling, 120, 84, outputs. The
     paper's scaled tanh, trainable sub-sampling, partial table of connections and radial basis functions are replaced
-    by what is usual today: ReLU, maximum pooling, full connections and a linear layer. Pooling to 5 × 5 makes the
+    by their modern forms: ReLU, maximum pooling, full connections and a linear layer. Pooling to 5 × 5 makes the
     linear layers fit images of any size. At the paper's 32 px it changes nothing.
     """
     return named_sequence(
@@ -63,8 +63,8 @@ def small_cnn(outputs: int = 1000) -> nn.Sequential:
 
 
 def _conv_block(before: int, after: int, *, pooled: bool) -> nn.Sequential:
-    # The convolution has no bias, because the batch normalisation would take it out again. Pooling comes first, so
-    # the rest of the block has a quarter of the pixels to process: measured, a third more images a second.
+    # The convolution has no bias, because the batch normalisation would remove it. Pooling comes before the
+    # normalisation, which then has a quarter of the pixels: a third more images a second (measured).
     pooling = {"pool": nn.MaxPool2d(2)} if pooled else {}
     return named_sequence(
         conv=nn.Conv2d(before, after, 3, padding=1, bias=False),
@@ -81,9 +81,9 @@ def resnet_v2(outputs: int = 1000, *, n: int = 6) -> nn.Sequential:
     It has three stages of `n` blocks with 64, 128 and 256 maps (a quarter of that inside the bottlenecks), then
     normalisation, ReLU, global average pooling and one linear layer. n = 6 is depth 56.
 
-    The first convolution has stride 2, for X-rays of 100 to 224 px. The paper's has stride 1, for images of 32 px: at
-    224 px that would cost four times the time and memory, and the 28 × 28 cells of the last stage are already finer
-    than those of the ImageNet networks.
+    The first convolution has stride 2, for X-rays of 100 to 224 px. The paper has stride 1, for images of 32 px. At
+    224 px stride 1 would cost four times the time and memory. With stride 2 the last stage has 28 × 28 cells there,
+    which are already finer than those of the ImageNet networks.
     """
     blocks = {}
     before = 16
@@ -105,11 +105,10 @@ def resnet_v2(outputs: int = 1000, *, n: int = 6) -> nn.Sequential:
 
 
 class _PreActivation(nn.Module):
-    """A bottleneck of He et al. 2016, figure 4 (e): normalisation and ReLU come before each convolution, and
-    nothing but addition stands between one block's input and the next block's.
+    """A bottleneck of He et al. 2016, figure 4 (e): normalisation and ReLU come before each convolution.
 
-    Where the shape changes, the shortcut is a 1 × 1 convolution of the activated input, as in the authors' code:
-    it has the same input as the block's first convolution.
+    The block's output is its input plus what its convolutions compute. Where the number of maps changes, the input goes
+    through a 1 × 1 convolution first. As in the authors' code, this convolution sees the activated input.
     """
 
     def __init__(self, before: int, inner: int, after: int, stride: int) -> None:
@@ -120,14 +119,12 @@ class _PreActivation(nn.Module):
         self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, after, 1, bias=False)
-        changes = stride != 1 or before != after
-        self.shortcut = nn.Conv2d(before, after, 1, stride=stride, bias=False) if changes else None
+        self.shortcut = nn.Conv2d(before, after, 1, stride=stride, bias=False) if before != after else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, after, H / stride, W / stride) for (N, before, H, W)."""
         active = torch.relu(self.bn1(x))
-        y = self.conv1(active)
-        y = self.conv2(torch.relu(self.bn2(y)))
+        y = self.conv2(torch.relu(self.bn2(self.conv1(active))))
         y = self.conv3(torch.relu(self.bn3(y)))
         return y + (x if self.shortcut is None else self.shortcut(active))
 

@@ -1,17 +1,16 @@
-"""What Grad-CAM costs in forward passes of the same network: ours and that of three libraries.
+"""The cost of Grad-CAM in forward passes of the same network: ours and that of three libraries.
 
     python benchmarks/cam.py [--networks vgg16,resnet18,densenet121] [--batch 16] [--rounds 10]
 
 The libraries (`pip install grad-cam torchcam captum`) compute maps at the same layer as ours, for one class and for all
-14, in the way that their documentation shows. A library that is missing or fails is reported. The networks have random
-weights, the images are noise. Each time is divided by the time of an inference forward pass right before it in the same
-process. All methods take turns in every round. The table shows the medians of these ratios; `--output` gets them
-with the seconds after each row. Memory is what the maps need above the peak of a forward pass.
+14, as their documentation shows. A library that is missing or fails is reported. The networks have random weights, the
+images are noise. Each time is divided by the time of an inference forward pass right before it in the same process. All
+methods take turns in every round. The table shows the medians of these ratios. `--output` is written after each row and
+has the seconds too. The memory of the maps is their peak above the peak of a forward pass.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grad_cam import GradCAM
 from networks import build_network
-from utils import resolve_device
+from utils import resolve_device, write_whole
 
 CLASSES = 14
 Maps = Callable[[Tensor, int], Tensor]  # (N, 3, H, W) images and K: the (N, K, h, w) maps of the first K classes
@@ -320,14 +319,6 @@ def table_line(record: dict[str, object]) -> str:
     return " ".join(cells)
 
 
-def write_records(records: list[dict[str, object]], path: Path) -> None:
-    """Write a JSON list in one step, so that a run that is broken off leaves the rows before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(records, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Time Grad-CAM in forward passes of the same network.")
@@ -360,6 +351,7 @@ def main() -> None:
         print(map_memory(make_case(options.networks, options), options.memory_of, options.classes))
         return
     records, notes = [], []
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     print(table_line({}))
     for name in options.networks.split(","):
         case = make_case(name, options)
@@ -368,7 +360,7 @@ def main() -> None:
             record, more = measured_row(case, number, options)
             notes += more
             records.append(record)
-            write_records(records, options.output)
+            write_whole(options.output, json.dumps(records, indent=1) + "\n")  # after each row, for aborted runs
             print(table_line(record), flush=True)
     for note in dict.fromkeys(notes):
         print(f"note: {note}")

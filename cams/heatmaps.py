@@ -17,8 +17,8 @@ COLORMAPS = {
 def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma") -> np.ndarray:
     """Return an X-ray with a map laid over it in colour: (H, W, 3) uint8 RGB.
 
-    The colour of a pixel is mixed in with the weight alpha · map. So the X-ray is unchanged where the map is 0, and
-    colour always means evidence.
+    The weight of a pixel's colour is alpha · map. So the X-ray is unchanged where the map is 0, and colour always
+    means evidence.
 
     Args:
         xray: (H, W) uint8.
@@ -52,7 +52,6 @@ def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
     Raises:
         ValueError: the threshold is not in (0, 1], or the map is not finite or not (H, W).
     """
-    map_ = np.asarray(map_)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold} must lie in (0, 1]: it is a share of the map's maximum")
     if map_.ndim != 2 or not np.isfinite(map_).all():
@@ -72,8 +71,8 @@ def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
 def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
     """Return a copy of an (H, W, 3) picture with (B, 4) boxes outlined in white.
 
-    The line lies inside the box, so a box at the image's border is seen whole. Its width is 1/250 of the image's
-    shorter side, at least one pixel.
+    The line lies inside the box, so all of a box at the image's border is visible. The line's width is 1/250 of the
+    image's shorter side, at least one pixel.
     """
     drawn = picture.copy()
     height, width = picture.shape[:2]
@@ -89,7 +88,7 @@ def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
 
 
 def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
-    """Return where a box starts and ends (exclusive) along one axis, in pixels: at least one, all in the image."""
+    """Return the first pixel of a box along one axis and the one after its last; at least one is in the image."""
     first = min(max(round(start * size), 0), size - 1)
     return first, min(max(round((start + extent) * size), first + 1), size)
 
@@ -99,33 +98,26 @@ def with_colour_bar(
 ) -> np.ndarray:
     """Return an (H, W, 3) picture with a colour bar on black to its right.
 
-    The bar shows the colours as they look on an X-ray: what `overlay` makes of the values 0 (at the bottom) to 1 on
-    mid-grey.
+    The bar shows the colours as they look on an X-ray: an `overlay` of the values 0 (at the bottom) to 1 on mid-grey.
 
     Args:
         picture: (H, W, 3) uint8; its pixels stay the same.
-        peak: maximum of the raw map. The bar's numbers are 0, half of it and it; only 0 if it is 0. None means 1.
+        peak: maximum of the raw map, finite and not negative. The bar's numbers are 0, half the peak and the peak;
+            for a peak of 0 there is only the 0. None means 1.
         alpha: as for `overlay`.
         colormap: as for `overlay`.
-
-    Raises:
-        ValueError: the peak is negative or not finite.
     """
     peak = 1.0 if peak is None else peak
-    if not (np.isfinite(peak) and peak >= 0):
-        raise ValueError(f"peak {peak} must be finite and not negative: pass the raw map's maximum or None")
     height = picture.shape[0]
     text = max(1, round(min(max(10, height / 28), height / 4)))  # height of the numbers in pixels
     values = (0.0, 0.5, 1.0) if peak > 0 else (0.0,)
     numbers = [_drawn_text(f"{value * peak:.3g}", text) for value in values]
-    longest = max(number.shape[1] for number in numbers)
 
     # The first and the last number extend beyond the bar by half their height, so space is left above and below it.
-    levels = np.linspace(1, 0, max(1, height - 2 * text))
     left, right = text, text + max(4, 3 * text // 2)
-    strip = np.zeros((height, right + text + longest + text, 3), dtype=np.uint8)
-    levels = np.repeat(levels[:, None], right - left, axis=1)
-    grey = np.full(levels.shape, 128, dtype=np.uint8)
+    strip = np.zeros((height, right + 2 * text + max(number.shape[1] for number in numbers), 3), dtype=np.uint8)
+    grey = np.full((max(1, height - 2 * text), right - left), 128, dtype=np.uint8)
+    levels = np.broadcast_to(np.linspace(1, 0, len(grey))[:, None], grey.shape)
     strip[text : text + len(levels), left:right] = overlay(grey, levels, alpha=alpha, colormap=colormap)
     line = max(1, round(text / 10))
     for value, number in zip(values, numbers, strict=True):
@@ -141,7 +133,7 @@ def with_colour_bar(
 def _drawn_text(text: str, height: int) -> np.ndarray:
     """Return (h, w) uint8 white text on black, about `height` pixels high, cropped to its white pixels.
 
-    `cv2.getTextSize` is not used: OpenCV 4 and 5 have different fonts, and it matches neither.
+    `cv2.getTextSize` is not used, because it is wrong for the fonts of both OpenCV 4 and OpenCV 5.
     """
     line = max(1, round(height / 10))
     scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height, line)

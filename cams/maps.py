@@ -1,4 +1,4 @@
-"""What `GradCAM` returns: maps, the classes that they are for, and where their cells lie in the image."""
+"""The result of `GradCAM`: maps, their classes, and the places of their cells in the image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class LayerMaps(NamedTuple):
 
     Attributes:
         raw: (N, K, h, w) float32 at the layer's resolution, not negative, not normalised.
-        grid: where in the input the cells of the maps lie.
+        grid: the places of the cells in the input.
     """
 
     raw: Tensor
@@ -38,7 +38,7 @@ class CamMaps:
     logits: Tensor
 
     def __getitem__(self, images: slice | Sequence[int]) -> "CamMaps":
-        """Return the maps of some of the images, which are given by a slice or by their indices."""
+        """Return the maps of some of the images, which a slice or their indices choose."""
         layers = tuple(LayerMaps(raw[images], grid) for raw, grid in self.layers)
         return CamMaps(layers, self.classes[images], self.logits[images])
 
@@ -49,31 +49,22 @@ class CamMaps:
         Raises:
             ValueError: there are several layers, whose maps have no common scale.
         """
-        return self._only_layer.raw
-
-    @property
-    def grid(self) -> Grid:
-        """Where in the input the cells of the only layer lie."""
-        return self._only_layer.grid
-
-    @property
-    def _only_layer(self) -> LayerMaps:
         if len(self.layers) > 1:
             raise ValueError("maps of several layers have no raw scale in common: use upsampled(size)")
-        return self.layers[0]
+        return self.layers[0].raw
 
     @property
     def empty(self) -> Tensor:
-        """(N, K) bool: True where nothing in the image speaks for the class, so that the map is all zeros."""
+        """(N, K) bool: True where the map is all zeros, because nothing in the image speaks for the class."""
         return torch.stack([layer.raw.amax(dim=(2, 3)) <= 0 for layer in self.layers]).all(dim=0)
 
     def upsampled(self, size: tuple[int, int]) -> Tensor:
         """Return (N, K, *size) maps from 0 to 1: bilinear, each divided by its own maximum.
 
         Nothing is subtracted, so 0 still means "no evidence"; an empty map stays 0. Each cell is drawn where its
-        receptive field is centred. (If the cells were spread evenly over the image, as is usual, the map of a
-        ResNet would lie half a cell too far to the right and down: 16 px at 224 px.) Several layers are fused by
-        the greatest of their scaled maps at each place (LayerCAM, Jiang et al. 2021).
+        receptive field is centred. Many programs spread the cells evenly over the image. The map of a ResNet then
+        lies half a cell too far to the right and down: 16 px at 224 px. Several layers are fused by the greatest of
+        their scaled maps at each place (LayerCAM, Jiang et al. 2021).
         """
         return reduce(torch.maximum, (scaled(grid.upsampled(raw, size)) for raw, grid in self.layers))
 

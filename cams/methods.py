@@ -24,9 +24,8 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     arXiv:1710.11063), of the score exp(y).
 
     Numerator and denominator are divided by G². So no epsilon is needed, which would be larger than the small
-    gradients of a layer before pooling. The method is made for activations that are not negative. Before a rectifier
-    the denominator can be negative, which would turn evidence for a class into evidence against it: the weight is 0
-    there.
+    gradients of a layer before pooling. The method is made for activations that are not negative. For others the
+    denominator can be negative, which would turn evidence for a class into evidence against it. The weight is then 0.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
     denominator = 2 + gradient * total
@@ -51,7 +50,7 @@ def layer_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 def x_grad_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w_k = Σ_ij G_k A_k / Σ_ij A_k: XGrad-CAM (Fu et al. 2020, BMVC, arXiv:2008.02312).
 
-    It is 0 for a channel whose activations sum to 0. The method is made for activations that are not negative: with
+    It is 0 for a channel whose activations sum to 0. The method is made for activations that are not negative. For
     others the sum can be near 0 and the weight extremely large.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
@@ -73,22 +72,12 @@ def eigen_cam_maps(activation: Tensor) -> Tensor:
     return (sign * projection).unflatten(1, activation.shape[2:])
 
 
-def score_cam_weights(scores: Tensor) -> Tensor:
-    """Return the softmax over channels of (…, K) scores: Score-CAM (Wang et al. 2020, CVPR workshops,
-    arXiv:1910.01279).
-
-    The scores are the logits y_c of the image seen through each channel. The paper subtracts the logit of a baseline
-    image, which is the same for every channel and does not change the softmax.
-    """
-    return scores.softmax(dim=-1)
-
-
 def weighted_maps(activation: Tensor, weights: Tensor) -> Tensor:
     """Return (N, C, h, w) maps Σ_k w_k A_k, in float32 even under autocast."""
     if weights.shape[-2:] == (1, 1):
         with torch.autocast(activation.device.type, enabled=False):
             return (weights[..., 0, 0] @ activation.flatten(2)).unflatten(2, activation.shape[2:])
-    # Class by class: a product for all classes at once would need as much memory again as the gradient.
+    # Class by class, because a product for all classes at once would need as much memory as the gradient.
     return torch.stack([(one * activation).sum(dim=1) for one in weights.unbind(dim=1)], dim=1)
 
 
@@ -97,7 +86,7 @@ class Method(NamedTuple):
 
     Attributes:
         title: the name in tables and figures.
-        needs: what the maps are made of: gradients, the activation alone, or the scores of masked images.
+        needs: the source of the weights: gradients, the activation alone, or the scores of masked images.
         weights: the weights as a function of A and G, for a method with gradients.
     """
 

@@ -1,4 +1,4 @@
-"""Where in the image the cells of a network's layer lie."""
+"""The places in the image of the cells of a network's layer."""
 
 import contextlib
 from typing import NamedTuple
@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.utils import _pair
 
 
 class Axis(NamedTuple):
-    """Where the cells of a layer are centred along one axis of the input.
+    """The centres of a layer's cells along one axis of the input.
 
     Attributes:
         start: position of cell 0 in pixels; the centre of pixel 0 is at 0.
@@ -22,21 +23,21 @@ class Axis(NamedTuple):
     length: int
 
     def sample_points(self, size: int, cells: int) -> Tensor:
-        """Return where among the cells the pixels of an upsampled map lie, as `grid_sample` expects it.
+        """Return the positions of the pixels of an upsampled map among the cells, as `grid_sample` expects them.
 
         Args:
             size: number of pixels of the upsampled map, which shows the same field of view as the input.
             cells: number of cells.
 
         Returns:
-            (size,) positions: -1 is the first cell and 1 the last.
+            (size,) positions: -1 is the first cell and 1 is the last.
         """
         pixels = (torch.arange(size) + 0.5) * (self.length / size) - 0.5
         return 2 * (pixels - self.start) / (self.step * max(cells - 1, 1)) - 1
 
 
 class Grid(NamedTuple):
-    """Where the cells of a layer lie in the input: along its rows and along its columns."""
+    """The places of a layer's cells in the input: along its rows and along its columns."""
 
     rows: Axis
     columns: Axis
@@ -54,12 +55,12 @@ class Grid(NamedTuple):
 
 
 class CellTracker(contextlib.ExitStack):
-    """Follows a forward pass and works out where each layer's cells are centred; a context manager around the pass.
+    """Follows a forward pass and computes the centres of each layer's cells; a context manager around the pass.
 
     The arithmetic is that of receptive fields (Araujo, Norris & Sim, "Computing receptive fields of convolutional
     neural networks", Distill 2019). A layer with kernel k, stride s, padding p and dilation d turns the grid
     (start, step) into the grid (start + (d (k - 1) / 2 - p) step, s step). Only layers that change the number of
-    cells matter. Layers with the same number of cells, such as a block and its shortcut, share a grid.
+    cells count. Layers with the same number of cells, such as a block and its shortcut, share a grid.
     """
 
     def __init__(self, model: nn.Module, height: int, width: int) -> None:
@@ -72,10 +73,10 @@ class CellTracker(contextlib.ExitStack):
         self._axes = tuple({length: Axis(0.0, 1.0, length)} for length in (height, width))
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return the grid of a layer with `height` by `width` cells, evenly spaced if no known layer made it."""
+        """Return the grid of a layer with `height` by `width` cells; evenly spaced if its size is not known."""
         axes = []
         for cells, axis_of in zip((height, width), self._axes, strict=True):
-            length = next(iter(axis_of))  # the input's
+            length = next(iter(axis_of))  # of the input
             axes.append(axis_of.get(cells, Axis(0.5 * length / cells - 0.5, length / cells, length)))
         return Grid(*axes)
 
@@ -83,13 +84,9 @@ class CellTracker(contextlib.ExitStack):
         for i, axis_of in enumerate(self._axes):
             before, after = inputs[0].shape[i - 2], output.shape[i - 2]
             if before in axis_of and after != before:  # never with padding "same"
-                padding = 0 if layer.padding == "valid" else _pair(layer.padding)[i]
-                kernel, stride = _pair(layer.kernel_size)[i], _pair(layer.stride)[i]
-                dilation = _pair(getattr(layer, "dilation", 1))[i]
+                padding = 0 if layer.padding == "valid" else layer.padding
+                options = (layer.kernel_size, layer.stride, padding, getattr(layer, "dilation", 1))
+                kernel, stride, padding, dilation = (_pair(option)[i] for option in options)
                 start, step, length = axis_of[before]
                 shift = (dilation * (kernel - 1) / 2 - padding) * step
                 axis_of.setdefault(after, Axis(start + shift, stride * step, length))
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value

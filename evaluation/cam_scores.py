@@ -118,7 +118,7 @@ def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Seq
     for name in methods:
         parts = [batch[name] for batch in batches]
         raw, logits = torch.cat([part.raw for part in parts]), torch.cat([part.logits for part in parts])
-        maps[name] = CamMaps((LayerMaps(raw, parts[0].grid),), classes[:, None], logits)
+        maps[name] = CamMaps((LayerMaps(raw, parts[0].layers[0].grid),), classes[:, None], logits)
     return maps
 
 

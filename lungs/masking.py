@@ -1,11 +1,9 @@
-"""X-ray in, its lungs alone out: a lung model as preprocessing, which predicts each mask once."""
+"""A lung model as preprocessing: all but the lungs of an X-ray becomes black, and each mask is predicted once."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +18,7 @@ from utils import read_xray, write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-MARGIN = 0.03  # of the longer side: masks end where the lung is well aired, but a lesion at the border goes further
+MARGIN = 0.03  # of the longer side, because a lesion at the lung's border may lie partly outside the mask
 
 
 class LungMask(NamedTuple):
@@ -32,18 +30,15 @@ class LungMask(NamedTuple):
 
 def dilated(mask: np.ndarray, margin: float) -> np.ndarray:
     """Return an (H, W) bool mask grown by `margin` of the longer side, in all directions alike."""
-    if not mask.any():
-        return mask.copy()
-    outside = (~mask).astype(np.uint8)
-    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return distance <= margin * max(mask.shape)
 
 
 class LungMasking:
-    """X-ray in, X-ray with everything but the lungs black out. Each mask is predicted once and stored.
+    """Makes everything but the lungs of an X-ray black. Each mask is predicted once and stored.
 
-    A stored mask belongs to a segmenter and to the content of an X-ray, wherever its file lies. The lungs are grown by
-    `MARGIN` first. An X-ray whose mask is implausible comes back whole; `failures_table` names such files.
+    A stored mask belongs to a segmenter and to the content of an X-ray, not to its path. The mask is grown by `MARGIN`
+    before it is applied. An X-ray with an implausible mask stays as it is; `failures_table` names such files.
 
     Args:
         segmenter: predicts the masks.
@@ -57,7 +52,7 @@ class LungMasking:
 
     @property
     def key(self) -> str:
-        """What the result depends on beside the X-ray."""
+        """A text that changes with everything but the X-ray that can change the result."""
         return f"{self.segmenter.fingerprint}-{METHOD}-{MARGIN}"
 
     def __call__(self, xray: np.ndarray) -> np.ndarray:
@@ -67,22 +62,19 @@ class LungMasking:
 
     def mask_of(self, xray: np.ndarray) -> LungMask:
         """Return the lungs of an (H, W) uint8 X-ray, not grown, and why they are implausible."""
-        key = _key(xray)
+        key = hashlib.sha1(f"{xray.shape}".encode() + xray.tobytes(), usedforsecurity=False).hexdigest()
         mask = self._stored(key, xray.shape)
         if mask is None:
             mask = self.segmenter.predict(xray)
             self._store(key, mask)
         return LungMask(mask, implausible(mask))
 
-    def failures_table(self, paths: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
-        """Return path and reason of each file whose lungs were not found, so that it is used whole.
-
-        Afterwards the masks of all files are stored.
-        """
+    def failures_table(self, paths: Sequence[str | Path]) -> pd.DataFrame:
+        """Return path and reason of each file whose lungs are not found, and store the masks of all files."""
         import pandas as pd
         from tqdm import tqdm
 
-        bar = tqdm(paths, "lungs", unit="image", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(paths, "lungs", unit="image", leave=False, disable=None)  # None: no bar where no terminal is
         reasons = [(str(path), self.mask_of(read_xray(path)).reason) for path in bar]
         return pd.DataFrame([row for row in reasons if row[1]], columns=["path", "reason"])
 
@@ -91,7 +83,7 @@ class LungMasking:
             png = self._memory[key] if self.folder is None else self._file(key).read_bytes()
             with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
                 mask = np.array(image.convert("1"))
-        except (KeyError, OSError, SyntaxError, ValueError):  # absent or damaged: the mask is predicted again
+        except (KeyError, OSError, SyntaxError, ValueError):  # absent, or damaged: it is predicted again
             return None
         return mask if mask.shape == shape else None
 
@@ -106,7 +98,3 @@ class LungMasking:
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.png"
-
-
-def _key(xray: np.ndarray) -> str:
-    return hashlib.sha1(f"{xray.shape}".encode() + xray.tobytes(), usedforsecurity=False).hexdigest()

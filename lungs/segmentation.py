@@ -1,7 +1,7 @@
 """The lungs in an X-ray: pairs of X-rays and lung masks, and a trained U-Net that predicts masks.
 
 A mask is (H, W) bool, True = lung, of the same size as its X-ray. The command line imports this module, so it
-imports nothing heavier than torch and OpenCV at the top.
+imports nothing heavier than torch and OpenCV at its top.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ if TYPE_CHECKING:
 
 REMEDY = "run python lung_segmentation.py fit --pairs DIR -o FOLDER"
 KIND = "lung segmentation"
+SETTINGS = ("encoder", "image_size", "origin", "validation", "decoder_channels")  # of a segmenter, in its model.json
+FILES = ("model.json", "model.safetensors")
 # Part of the name of every cache: raise it when `LungSegmenter.predict` or `two_lungs` return other masks than before.
 METHOD = 1
-# Shares of the image's area. The range in the 59 masks of covid-chestxray stands behind each limit.
+# Shares of the image's area. Beside each limit is the range in the 59 masks of covid-chestxray.
 CRUMB = 0.005  # a smaller part is no lung; the smaller lung: 0.100 or more
 AREA_LIMITS = (0.05, 0.70)  # both lungs: 0.21 to 0.62
 SMALLEST_HALF = 0.02  # lung in the left or the right half of the image: 0.084 or more
-# The upper corners have 8 % of each side. At most 5 % of a corner's area may be lung; in those masks, none is.
+# A corner is 8 % of each side. At most 5 % of an upper corner's area may be lung. In those masks none is.
 CORNER, CORNER_SHARE = 0.08, 0.05
+# The channels of the U-Net's decoder, from its coarsest step to its finest. The decoder takes most of the time.
+DECODER_CHANNELS = (128, 64, 32, 16, 16)
+OLD_DECODER_CHANNELS = (256, 128, 64, 32, 16)  # of models whose model.json does not name them
 PHANTOM = "synthetic phantom"  # `origin["data"]` of a segmenter that was trained on phantoms only
 
 
 class Pair(NamedTuple):
-    """The files of an X-ray and of its lung mask, and the group of patients that both belong to."""
+    """The files of an X-ray and of its lung mask, and the patient group of both."""
 
     image: Path
     mask: Path
@@ -50,7 +55,7 @@ class Pair(NamedTuple):
 def find_pairs(root: Path) -> list[Pair]:
     """Return all X-rays with a lung mask below `root`.
 
-    A pair is two files with one stem in the folders `images` and `masks`. These lie side by side, at any depth. The
+    A pair is two files with one stem in the folders `images` and `masks`, which lie side by side at any depth. The
     name of a mask may end in `_mask`. This fits covid-chestxray, the COVID-19 Radiography Database, and the phantom.
     Raises ValueError where there is no pair.
     """
@@ -70,7 +75,7 @@ def patient_group(stem: str) -> str:
     In case reports, the names of one patient's images differ by figure, page, day, view or panel. The name is cut at
     the first `fig`, `f1`, `g1`, `pdf`, `day`, `3-days`, `12-hours` or `admission`. Single letters, `PA` and `AP`
     between separators are removed, and so is one letter after a number at the end. Several patients of one paper may
-    get one group; this does no harm. Names that only count (`COVID-12`) stay as they are.
+    get one group, which does no harm. Names with a number alone (`COVID-12`) stay as they are.
     """
     cut = r"(?<=.)[-_. ](fig|f\d+[a-h]?(?![^\W_])|gr?\d|pdf|day|\d+-(day|hour)|admission).*$"
     short = re.sub(r"[-_. ]([a-z]|pa|ap)(?=[-_. ]|$)", "", re.sub(cut, "", stem, flags=re.I), flags=re.I)
@@ -78,7 +83,7 @@ def patient_group(stem: str) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], *, test: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return (train, test) pairs: groups are drawn until the test side has at least `test` pairs.
+    """Return (train, test) pairs: groups are drawn until there are at least `test` test pairs.
 
     All pairs of a group are on one side. Raises ValueError where one side would be empty.
     """
@@ -86,10 +91,8 @@ def split_pairs(pairs: Sequence[Pair], *, test: int, seed: int) -> tuple[list[Pa
     drawn = sorted(pairs, key=lambda pair: groups.index(pair.group))
     held_out = groups[: groups.index(drawn[test - 1].group) + 1] if 0 < test <= len(pairs) else groups
     if len(held_out) == len(groups):
-        raise ValueError(
-            f"{len(pairs)} pairs of {len(groups)} patients cannot be split {len(pairs) - test} : {test}: give more "
-            "pairs or another --test"
-        )
+        number = f"{len(pairs)} pairs of {len(groups)} patients"
+        raise ValueError(f"{number} cannot be split {len(pairs) - test} : {test}: give more pairs or another --test")
     return [p for p in pairs if p.group not in held_out], [p for p in pairs if p.group in held_out]
 
 
@@ -100,7 +103,7 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def two_lungs(mask: np.ndarray) -> np.ndarray:
-    """Return an (H, W) bool mask with its two largest connected parts only, holes filled, crumbs removed."""
+    """Return the two largest connected parts of an (H, W) bool mask, holes filled and small parts removed."""
     # Only the outermost contours are found. Drawing them filled closes the holes.
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     blank = np.zeros(mask.shape, np.uint8)
@@ -112,7 +115,6 @@ def two_lungs(mask: np.ndarray) -> np.ndarray:
 def implausible(mask: np.ndarray) -> str | None:
     """Return why an (H, W) bool mask cannot be the lungs of a frontal chest X-ray; None where it can be."""
     area, (least, most) = float(mask.mean()), AREA_LIMITS
-    middle = mask.shape[1] // 2
     if area < least:
         return "no lung found" if area < CRUMB else f"lungs cover only {area:.1%} of the image"
     if area > most:
@@ -120,8 +122,8 @@ def implausible(mask: np.ndarray) -> str | None:
     height, width = (max(1, round(CORNER * side)) for side in mask.shape)
     if max(mask[:height, :width].mean(), mask[:height, -width:].mean()) > CORNER_SHARE:
         return "lungs reach into an upper corner"
-    halves = mask[:, :middle].sum() / mask.size, mask[:, middle:].sum() / mask.size
-    return "one lung only" if min(halves) < SMALLEST_HALF else None
+    halves = np.split(mask, [mask.shape[1] // 2], axis=1)
+    return "one lung only" if min(half.sum() for half in halves) / mask.size < SMALLEST_HALF else None
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -140,21 +142,21 @@ def resized(xray: np.ndarray, size: int) -> Tensor:
 def standardised(images: Tensor) -> Tensor:
     """Return (N, 1, S, S) images of 0 to 255 as float32, each with mean 0 and standard deviation 1.
 
-    So the exposure does not matter. An image of one grey value becomes 0 everywhere.
+    The exposure has then no influence. An image of one grey value becomes 0 everywhere.
     """
     return torch.stack([(image - image.mean()) / image.std().clamp_min(1e-3) for image in images / 255])
 
 
-def unet(encoder: str) -> nn.Module:
+def unet(encoder: str, decoder_channels: Sequence[int] = DECODER_CHANNELS) -> nn.Module:
     """Return a U-Net with one channel in and out and random weights."""
     import segmentation_models_pytorch as smp
 
-    return smp.Unet(encoder, encoder_weights=None, in_channels=1, classes=1)
+    return smp.Unet(encoder, encoder_weights=None, decoder_channels=decoder_channels, in_channels=1, classes=1)
 
 
 @dataclass(frozen=True)
 class LungSegmenter:
-    """A U-Net in eval mode, with everything that is needed to use it.
+    """A U-Net in eval mode, with all settings that its use needs.
 
     Attributes:
         network: takes (N, 1, S, S) float32, each image standardised, S = `image_size`; returns (N, 1, S, S) logits.
@@ -162,6 +164,7 @@ class LungSegmenter:
         image_size: S, in pixels.
         origin: how it was trained, for people.
         validation: its scores, such as Dice, for people.
+        decoder_channels: the channels of the U-Net's decoder, from its coarsest step to its finest.
     """
 
     network: nn.Module
@@ -169,6 +172,7 @@ class LungSegmenter:
     image_size: int
     origin: Mapping[str, object] = field(default_factory=dict)
     validation: Mapping[str, object] = field(default_factory=dict)
+    decoder_channels: Sequence[int] = DECODER_CHANNELS
 
     @property
     def phantom_only(self) -> bool:
@@ -177,7 +181,7 @@ class LungSegmenter:
 
     @property
     def knows(self) -> str:
-        """The data that it learnt from, as words to show beside its masks."""
+        """A text about its training data, to be shown beside its masks."""
         if self.phantom_only:
             return f"a lung model that knows the {PHANTOM} only"
         return f"a lung model that learnt from {self.origin.get('train_pairs', 'unknown')} X-rays with lung masks"
@@ -196,7 +200,7 @@ class LungSegmenter:
         image = standardised(resized(xray, self.image_size)[None])
         with torch.inference_mode():
             logits = self.network(image.to(device, memory_format=torch.channels_last))[0, 0].float().cpu().numpy()
-        # The logits are enlarged, not the decisions: so the outline is smooth in a large X-ray too.
+        # The logits are enlarged, not the decisions, so the outline is smooth in a large X-ray too.
         logits = cv2.resize(logits, xray.shape[::-1], interpolation=cv2.INTER_LINEAR)
         return two_lungs(logits > 0)  # a probability above 0.5
 
@@ -220,47 +224,43 @@ def save_segmenter(folder: Path, segmenter: LungSegmenter) -> None:
     """
     refuse_other_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {name: value for name, value in vars(segmenter).items() if name != "network"}
-    about = {"kind": KIND, "fingerprint": segmenter.fingerprint} | about
+    about = {"kind": KIND, "fingerprint": segmenter.fingerprint} | {name: vars(segmenter)[name] for name in SETTINGS}
     state = {key: v.detach().cpu().contiguous() for key, v in segmenter.network.state_dict().items()}
-    # In this order: where saving is killed in between, model.json shows that the folder holds a lung model.
+    # model.json comes first: if the process is killed before the weights, the file shows what the folder is for.
     write_whole(folder / "model.json", json.dumps(about, indent=2) + "\n")
     write_whole(folder / "model.safetensors", partial(save_file, state))
 
 
 def refuse_other_models(folder: Path) -> None:
-    """Raise ValueError where `folder` holds a model that is no lung model: it must not be replaced."""
+    """Raise ValueError where `folder` holds a model that is no lung model, because it must not be replaced."""
     try:
-        kind = json.loads((folder / "model.json").read_text(encoding="utf-8")).get("kind")
-    except FileNotFoundError:
-        kind = None if (folder / "model.safetensors").exists() else KIND
-    except (OSError, ValueError, AttributeError):  # damaged, or no JSON object
+        kind = json.loads((folder / "model.json").read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, LookupError, TypeError):  # absent, damaged, or of another kind
         kind = None
-    if kind != KIND:
+    if kind != KIND and any((folder / name).exists() for name in FILES):
         raise ValueError(f"the model in {folder} is no lung model: choose another folder, or move it away")
 
 
 def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegmenter:
     """Load the segmenter that `save_segmenter` wrote.
 
-    Raises FileNotFoundError or ValueError, with the remedy, where the folder holds none, or a damaged one.
+    Raises FileNotFoundError or ValueError, with the remedy, where the folder holds no segmenter or a damaged one.
     """
-    text, weights = folder / "model.json", folder / "model.safetensors"
-    for path in (text, weights):
-        if not path.is_file():
-            raise FileNotFoundError(f"no lung model in {folder} ({path.name} is missing): {REMEDY}")
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"no lung model in {folder} ({missing[0]} is missing): {REMEDY}")
     try:
-        about = json.loads(text.read_text(encoding="utf-8"))
-        # On the meta device: drawing random weights, which the file replaces, would take longer than all the rest.
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        about = {"decoder_channels": OLD_DECODER_CHANNELS} | about
+        # On the meta device no random weights are drawn, which would take longer than all the rest.
         with torch.device("meta"):
-            network = unet(about["encoder"])
+            network = unet(about["encoder"], about["decoder_channels"])
         with torch.inference_mode(False):
-            network.load_state_dict(load_file(weights), assign=True)
-        settings = {name: about[name] for name in ("encoder", "image_size", "origin", "validation")}
-        segmenter = LungSegmenter(network.eval().requires_grad_(False), **settings)
+            network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        network.eval().requires_grad_(False)
+        segmenter = LungSegmenter(network, **{name: about[name] for name in SETTINGS})
         if segmenter.fingerprint != about["fingerprint"]:
             raise ValueError("model.json and model.safetensors do not belong together")
-    except Exception as error:  # safetensors and json raise types of their own for a damaged file
+    except Exception as error:  # The readers of a damaged file raise exceptions of many types.
         reason = str(error).splitlines()[0]
         raise ValueError(f"the lung model in {folder} is damaged or none ({reason}): {REMEDY}") from None
     segmenter.network.to(device, memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
-"""The methods of cam_methods.py beside three libraries that have them: grad-cam, torchcam and captum.
+"""The methods of cams/methods.py agree with three libraries: grad-cam, torchcam and captum.
 
-Maps are compared after min-max, at the layer's resolution, save those of grad-cam, which gives upsampled ones only.
+Maps are compared after min-max, at the layer's resolution. grad-cam returns upsampled maps only, so ours are upsampled
+for it.
 """
 
 import copy
@@ -119,14 +120,14 @@ def test_maps_agree_with_captum(network, images):
 
 def activation_and_gradient(network, images, classes):
     """Return (N, K, h, w) A and G at the network's layer, in double precision, the plain way."""
-    double, kept = copy.deepcopy(network).double(), {}
+    double, recorded = copy.deepcopy(network).double(), {}
     hook = double.get_submodule(network.cam_layer).register_forward_hook(
-        lambda module, inputs, output: kept.update(a=output) or output.clone()
+        lambda module, inputs, output: recorded.update(a=output) or output.clone()
     )
     logits = double(images.double())
     hook.remove()
-    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), kept["a"])
-    return kept["a"].detach(), gradient
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), recorded["a"])
+    return recorded["a"].detach(), gradient
 
 
 def grad_cam_plus_plus(network, images, classes):
@@ -138,13 +139,13 @@ def grad_cam_plus_plus(network, images, classes):
     return (weights * a).sum(1).relu()
 
 
-def test_grad_cam_plus_plus_follows_its_formula_where_an_epsilon_would_not(network, images):
-    # grad-cam adds 1e-6 to a denominator of the size of the gradient's square, which behind pooling is no larger than
-    # that. The formula needs no epsilon, so it is the formula that is followed.
+def test_grad_cam_plus_plus_follows_its_formula_without_an_epsilon(network, images):
+    # grad-cam adds 1e-6 to a denominator as small as the square of the gradient, which before pooling is about 1e-6
+    # too. The formula needs no epsilon.
     maps, classes = ours(network, images, "gradcam++")
     expected = min_max(grad_cam_plus_plus(network, images, classes))
     assert np.abs(min_max(maps.raw[:, 0]) - expected).max() < 1e-5
-    # With logits so high that the epsilon is nothing beside them, grad-cam agrees.
+    # With very high logits the epsilon has no influence, and grad-cam agrees.
     larger = scaled_head(network, 1e5)
     maps, classes = ours(larger, images, "gradcam++")
     upsampled = evenly_spread(maps.raw)[:, 0].numpy()
@@ -152,8 +153,8 @@ def test_grad_cam_plus_plus_follows_its_formula_where_an_epsilon_would_not(netwo
     assert np.abs(min_max(upsampled) - min_max(theirs)).max() < 1e-5
 
 
-def test_torchcam_s_grad_cam_plus_plus_lacks_its_denominator_and_is_not_followed(network, images):
-    # torchcam 0.5 divides a copy that it then drops (an index with a mask makes one), so that α is G² alone.
+def test_grad_cam_plus_plus_of_torchcam_lacks_the_denominator(network, images):
+    # torchcam 0.5 divides a copy, which it then does not use. Its α is therefore G² alone.
     maps, classes = ours(network, images, "gradcam++")
     theirs = min_max(from_torchcam(network, images, torchcam.methods.GradCAMpp, classes))
     assert np.abs(min_max(maps.raw[:, 0]) - theirs).max() > 1e-3
@@ -163,12 +164,12 @@ def test_torchcam_s_grad_cam_plus_plus_lacks_its_denominator_and_is_not_followed
 
 
 def test_eigen_cam_is_the_first_singular_vector_uncentred(network, images):
-    # grad-cam centres the activations first and leaves the sign to chance, so its map is often the negative of one.
-    # The paper does not centre, and of activations that are not negative the vector has one sign anyhow.
+    # grad-cam centres the activations first and does not choose the sign, so its map is often negative. The paper does
+    # not centre. If no activation is negative, all entries of the vector have the same sign.
     with GradCAM(network, method="eigencam") as cam:
-        found = cam(images, "all")
+        result = cam(images, "all")
     activations, _ = activation_and_gradient(network, images, [0] * len(images))
-    for maps, one in zip(found.raw.numpy(), activations.numpy(), strict=True):
+    for maps, one in zip(result.raw.numpy(), activations.numpy(), strict=True):
         matrix = one.reshape(len(one), -1).T
         _, _, vectors = np.linalg.svd(matrix, full_matrices=False)
         expected = np.abs(matrix @ vectors[0]).reshape(maps.shape[1:])
@@ -190,8 +191,8 @@ class NoPooling(nn.Module):
 
 
 def test_score_cam_agrees_with_both_libraries_where_nothing_is_interpolated():
-    # They differ in how a channel becomes a mask: grad-cam upsamples with aligned corners, torchcam scales to 0-1
-    # before it upsamples. The paper upsamples and then scales; we do too, each cell at its place.
+    # The libraries make masks of channels in different ways: grad-cam upsamples with aligned corners, torchcam scales
+    # to 0-1 before it upsamples. The paper and this project scale after upsampling.
     torch.manual_seed(0)
     network = NoPooling().eval()
     images = torch.randn(2, 3, 12, 12)

@@ -52,14 +52,14 @@ def plain_maps(model, layer, images, method="gradcam"):
 
     The activation is copied before an in-place operation can change it.
     """
-    kept = {}
+    recorded = {}
     hook = model.get_submodule(layer).register_forward_hook(
-        lambda module, inputs, output: kept.update(a=output.clone()) or kept["a"].clone()
+        lambda module, inputs, output: recorded.update(a=output.clone()) or recorded["a"].clone()
     )
     with torch.enable_grad():
         logits = model(images)
     hook.remove()
-    a = kept["a"]
+    a = recorded["a"]
     maps = []
     for column in logits.T:
         (g,) = torch.autograd.grad(column.sum(), a, retain_graph=True)
@@ -86,13 +86,13 @@ def torchvision_model(name):
     ],
 )
 @pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_activation_and_gradient_are_of_one_point_despite_in_place_operations(name, layer, method, images):
+def test_activation_and_gradient_are_taken_at_one_point_despite_in_place_operations(name, layer, method, images):
     torch.manual_seed(0)
     model = torchvision_model(name)
     expected = plain_maps(model, layer, images, method)
     with GradCAM(model, layer, method) as cam:
-        found = cam(images, "all").raw
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+        result = cam(images, "all").raw
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
 
 class Head(nn.Module):
@@ -134,9 +134,9 @@ def test_maps_are_those_of_the_plain_gradient_whatever_the_head(head, method):
             return
         expected = expected / 2
     with GradCAM(model, "trunk", method) as cam:
-        found = cam(images, "all").raw
-        found = found[:, 1:] if head == "one output" else found
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        result = cam(images, "all").raw
+        result = result[:, 1:] if head == "one output" else result
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_of_all_classes_take_one_batched_call(monkeypatch):
@@ -164,10 +164,10 @@ def test_autocast_gives_the_same_maps_in_float32_but_for_rounding(network, dtype
     with GradCAM(model) as cam:
         expected = cam(images, "all")
         with torch.autocast("cpu", dtype=dtype):
-            found = cam(images, "all")
+            result = cam(images, "all")
             assert torch.is_autocast_enabled("cpu")
-    assert found.raw.dtype == found.logits.dtype == torch.float32
-    assert (found.raw - expected.raw).abs().max() < 0.05 * expected.raw.amax()
+    assert result.raw.dtype == result.logits.dtype == torch.float32
+    assert (result.raw - expected.raw).abs().max() < 0.05 * expected.raw.amax()
 
 
 def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
@@ -227,7 +227,7 @@ def peak_megabytes():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_nothing_behind_and_refuses_no_mode(method, narrow, images):
+def test_every_method_works_in_every_mode_and_leaves_nothing_behind(method, narrow, images):
     narrow.train()
     try:
         with torch.inference_mode(), GradCAM(narrow, method=method) as cam:
@@ -245,7 +245,7 @@ def test_every_method_leaves_nothing_behind_and_refuses_no_mode(method, narrow, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_batch_is_its_images_one_by_one_and_all_is_each(method, narrow, images):
+def test_maps_of_a_batch_are_those_of_its_images_and_of_single_classes(method, narrow, images):
     with GradCAM(narrow, method=method) as cam:
         every = cam(images, "all").raw
         alone = torch.cat([cam(image[None], "all").raw for image in images])
@@ -269,7 +269,7 @@ class NotBatched(torch.autograd.Function):
         return 2 * gradient if gradient.abs().sum() > 0 else torch.zeros_like(gradient)
 
 
-def test_operations_without_a_batched_gradient_are_taken_class_by_class():
+def test_gradients_that_cannot_be_batched_are_computed_class_by_class():
     torch.manual_seed(0)
     model = Head(lambda m, a: m.parts[0](NotBatched.apply(a).amax((2, 3))), nn.Linear(4, 3)).eval()
     images = torch.randn(2, 3, 6, 5)
@@ -294,7 +294,7 @@ def without_graph(m, a):
         (lambda m, a: m.parts[0](a.mean((2, 3))).mean(0, keepdim=True), "2 images are 2 at layer 'trunk' and 1"),
     ],
 )
-def test_networks_that_cannot_be_explained_say_why(head, message):
+def test_networks_that_cannot_be_explained_are_refused_with_the_reason(head, message):
     model = Head(head, nn.Linear(4, 3)).eval()
     with GradCAM(model, "trunk") as cam, pytest.raises(ValueError, match=message):
         cam(torch.randn(2, 3, 6, 5))
@@ -314,8 +314,8 @@ def test_score_cam_of_a_network_in_half_precision(narrow, images):
         expected = cam(images, 1).raw
     half = copy.deepcopy(narrow).bfloat16()
     with GradCAM(half, method="scorecam") as cam:
-        found = cam(images.bfloat16(), 1).raw
-    assert (found - expected).abs().max() < 0.05 * expected.max()
+        result = cam(images.bfloat16(), 1).raw
+    assert (result - expected).abs().max() < 0.05 * expected.max()
 
 
 def test_damaged_weights_are_an_error_for_every_method(narrow, images):
@@ -327,22 +327,22 @@ def test_damaged_weights_are_an_error_for_every_method(narrow, images):
             cam(images)
 
 
-def test_cells_without_padding_lie_where_arithmetic_says_for_both_ways_to_write_it():
+def test_cells_without_padding_lie_at_the_same_places_for_0_and_valid():
     for padding in (0, "valid"):
         model = nn.Sequential(
             nn.Conv2d(3, 2, 9, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
         )
         with GradCAM(model, "1") as cam:
-            assert cam(torch.randn(1, 3, 32, 32)).grid.rows == (4, 1, 32)
+            assert cam(torch.randn(1, 3, 32, 32)).layers[0].grid.rows == (4, 1, 32)
 
 
 def test_eigen_cam_of_signed_activations_has_the_sign_of_its_sum():
     # One channel: its sum is positive, its entry of the largest magnitude is negative.
     activation = torch.ones(1, 1, 3, 3)
     activation[0, 0, 1, 1] = -6.0
-    found = eigen_cam_maps(activation)
-    assert found.sum() > 0
-    torch.testing.assert_close(found[0], activation[0, 0])
+    result = eigen_cam_maps(activation)
+    assert result.sum() > 0
+    torch.testing.assert_close(result[0], activation[0, 0])
     torch.testing.assert_close(eigen_cam_maps(activation.abs())[0], activation[0, 0].abs())
 
 
@@ -378,7 +378,7 @@ class ChannelsLast(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 64)])
-def test_a_layer_whose_channels_come_last_is_refused_and_the_one_behind_is_not(size):
+def test_a_layer_whose_channels_come_last_is_refused_and_the_next_one_is_not(size):
     torch.manual_seed(0)
     network, images = ChannelsLast().eval(), torch.randn(2, 3, *size)
     rows, columns = size[0] // 8, size[1] // 8
@@ -390,7 +390,7 @@ def test_a_layer_whose_channels_come_last_is_refused_and_the_one_behind_is_not(s
 
 
 @pytest.mark.slow
-def test_a_swin_transformer_is_explained_behind_its_permutation():
+def test_a_swin_transformer_is_explained_after_its_permutation():
     torch.manual_seed(0)
     network, images = models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64)
     for layer in ("features", "features.1", "features.3", "norm"):
@@ -404,7 +404,7 @@ def test_a_swin_transformer_is_explained_behind_its_permutation():
     torch.testing.assert_close(maps.raw, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_several_methods_are_each_as_alone_from_one_pass(narrow, images):
+def test_several_methods_share_a_pass_and_have_the_maps_of_each_alone(narrow, images):
     expected = {}
     for method in METHODS:
         with GradCAM(narrow, method=method) as cam:
@@ -412,24 +412,24 @@ def test_several_methods_are_each_as_alone_from_one_pass(narrow, images):
     passes = []
     hook = narrow.register_forward_hook(lambda *_: passes.append(1))
     with GradCAM(narrow) as cam:
-        found = cam.by_method([name for name in METHODS if name != "scorecam"], images, "all")
+        result = cam.by_method([name for name in METHODS if name != "scorecam"], images, "all")
         assert len(passes) == 1
-        found |= cam.by_method(["scorecam"], images, "all")
+        result |= cam.by_method(["scorecam"], images, "all")
     hook.remove()
-    for method, maps in found.items():
+    for method, maps in result.items():
         torch.testing.assert_close(maps.raw, expected[method].raw)
         torch.testing.assert_close(maps.logits, expected[method].logits)
 
 
-def test_several_layers_are_each_as_alone_and_fused_by_the_greatest(resnet, images):
+def test_several_layers_have_the_maps_of_each_alone_and_are_fused_by_the_maximum(resnet, images):
     with GradCAM(resnet, ["layer3", "layer4"], "layercam") as cam:
         both = cam(images, "all")
     single = []
-    for layer, found in zip(("layer3", "layer4"), both.layers, strict=True):
+    for layer, result in zip(("layer3", "layer4"), both.layers, strict=True):
         with GradCAM(resnet, layer, "layercam") as cam:
             single.append(cam(images, "all"))
-        torch.testing.assert_close(found.raw, single[-1].raw, rtol=1e-4, atol=1e-7)
-        assert found.grid == single[-1].grid
+        torch.testing.assert_close(result.raw, single[-1].raw, rtol=1e-4, atol=1e-7)
+        assert result.grid == single[-1].layers[0].grid
     expected = torch.maximum(*[one.upsampled((50, 40)) for one in single])
     torch.testing.assert_close(both.upsampled((50, 40)), expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="no raw scale in common"):
@@ -437,14 +437,14 @@ def test_several_layers_are_each_as_alone_and_fused_by_the_greatest(resnet, imag
     assert torch.equal(both.empty, single[0].empty & single[1].empty)
 
 
-def test_behind_pooling_and_a_linear_layer_three_methods_are_one(resnet, images):
+def test_three_methods_agree_before_pooling_and_a_linear_layer(resnet, images):
     # The gradient is then the same in every place, so means and weighted means of it are equal (Draelos & Carin 2020).
-    found = {}
+    result = {}
     for method in ("gradcam", "hirescam", "xgradcam"):
         with GradCAM(resnet, method=method) as cam:
-            found[method] = cam(images, "all").raw
-    torch.testing.assert_close(found["hirescam"], found["gradcam"])
-    torch.testing.assert_close(found["xgradcam"], found["gradcam"])
+            result[method] = cam(images, "all").raw
+    torch.testing.assert_close(result["hirescam"], result["gradcam"])
+    torch.testing.assert_close(result["xgradcam"], result["gradcam"])
 
 
 def test_hires_cam_of_a_linear_head_adds_up_to_the_logit():
@@ -460,7 +460,7 @@ def test_hires_cam_of_a_linear_head_adds_up_to_the_logit():
     torch.testing.assert_close(maps.raw.sum((2, 3)), maps.logits, rtol=1e-5, atol=1e-6)
 
 
-def test_score_cam_weighs_channels_by_what_the_network_says_behind_each():
+def test_score_cam_weighs_channels_by_the_logits_of_masked_images():
     # Two channels: the left half and the right half of the image. Class 0 counts what is left, class 1 what is right.
     class Halves(nn.Module):
         def __init__(self):

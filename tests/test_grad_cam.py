@@ -58,14 +58,14 @@ def test_maps_agree_with_the_grad_cam_package(network, images):
     assert np.abs(min_max(ours) - min_max(theirs)).max() < 1e-5
 
 
-def test_behind_pooling_and_a_linear_head_the_map_is_the_class_activation_map(resnet, images):
+def test_map_before_pooling_and_a_linear_head_is_the_class_activation_map(resnet, images):
     # Zhou et al. 2016: with global average pooling, Σ_k w_ck A_k / (h w).
-    kept = {}
-    handle = resnet.layer4.register_forward_hook(lambda m, i, o: kept.update(a=o))
+    recorded = {}
+    handle = resnet.layer4.register_forward_hook(lambda m, i, o: recorded.update(a=o))
     with torch.no_grad():
         logits = resnet(images)
     handle.remove()
-    activation = kept["a"]
+    activation = recorded["a"]
     area = activation.shape[2] * activation.shape[3]
     expected = (torch.einsum("ck,nkhw->nchw", resnet.fc.weight, activation) / area).relu()
     with GradCAM(resnet) as cam:
@@ -91,7 +91,7 @@ def test_ways_to_ask_for_classes_agree(resnet, images):
     torch.testing.assert_close(pairs.raw[2, 0], pairs.raw[2, 1])
 
 
-def test_a_batch_is_its_images_one_by_one(network, images):
+def test_maps_of_a_batch_are_those_of_its_single_images(network, images):
     with GradCAM(network) as cam:
         together = cam(images, 1).raw
         alone = torch.cat([cam(image[None], 1).raw for image in images])
@@ -105,10 +105,10 @@ def test_frozen_networks_and_disabled_gradients_change_nothing(network, images):
     try:
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
             with mode(), GradCAM(network) as cam:
-                found = cam(images, 0).raw
-                torch.testing.assert_close(found, expected)
+                result = cam(images, 0).raw
+                torch.testing.assert_close(result, expected)
                 assert torch.is_grad_enabled() == (mode is torch.enable_grad)
-            assert not found.requires_grad
+            assert not result.requires_grad
     finally:
         network.requires_grad_(True)
 
@@ -188,14 +188,14 @@ def test_two_maps_at_once_and_plain_passes_inside_do_not_disturb_each_other(resn
             assert not torch.is_grad_enabled()
         both = [cam(images, 1).raw for cam in (three, four, three)]
     torch.testing.assert_close(both[0], both[2])
-    for layer, found in zip(("layer3", "layer4"), both, strict=False):
+    for layer, result in zip(("layer3", "layer4"), both, strict=False):
         with GradCAM(resnet, layer) as cam:
             alone = cam(images, 1)
-        torch.testing.assert_close(found, alone.raw)
+        torch.testing.assert_close(result, alone.raw)
         torch.testing.assert_close(alone.logits, logits)
 
 
-def test_operations_in_place_behind_the_layer_change_nothing():
+def test_in_place_operations_after_the_layer_change_nothing():
     torch.manual_seed(0)
     overwriting, keeping = InPlace(inplace=True), InPlace(inplace=False)
     keeping.load_state_dict(overwriting.state_dict())
@@ -212,7 +212,7 @@ def test_operations_in_place_behind_the_layer_change_nothing():
     torch.testing.assert_close(maps[1], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_no_evidence_is_a_map_of_zeros_that_says_so(images):
+def test_map_without_evidence_is_all_zeros_and_empty(images):
     torch.manual_seed(0)
     model = InPlace(inplace=False)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_no_evidence_is_a_map_of_zeros_that_says_so(images):
     torch.testing.assert_close(upsampled[:, 1].amax((1, 2)), torch.ones(3))
 
 
-def test_output_that_is_not_finite_is_an_error_not_a_map(images):
+def test_output_that_is_not_finite_is_an_error(images):
     model = InPlace(inplace=False)
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan")
@@ -266,12 +266,12 @@ def test_wrong_layers_are_refused(resnet, images):
 
 def centre_of_receptive_field(model, layer, cell, size):
     """Where in the input the gradient of one cell of a layer is centred, weights taken as all positive."""
-    kept = {}
-    handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: kept.update(o=o))
+    recorded = {}
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: recorded.update(o=o))
     image = torch.ones(1, 3, size, size, requires_grad=True)
     model(image)
     handle.remove()
-    (gradient,) = torch.autograd.grad(kept["o"][0, :, cell, cell].sum(), image)
+    (gradient,) = torch.autograd.grad(recorded["o"][0, :, cell, cell].sum(), image)
     weight = gradient.abs().sum((0, 1, 2))
     return float((weight * torch.arange(size)).sum() / weight.sum())
 
@@ -290,7 +290,7 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
         model.features.pool0 = nn.AvgPool2d(3, 2, 1)
     layer = {"resnet18": "layer2", "densenet121": "features.denseblock2"}[name]
     with GradCAM(model, layer) as cam:
-        grid = cam(torch.ones(1, 3, 224, 224)).grid
+        grid = cam(torch.ones(1, 3, 224, 224)).layers[0].grid
     for cell in (13, 15):
         expected = centre_of_receptive_field(model, layer, cell, 224)
         assert grid.columns.start + cell * grid.columns.step == pytest.approx(expected, abs=0.6)
@@ -312,9 +312,9 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
         ("lenet5", Axis(6.5, 2, 64)),  # no padding: 2 + 0.5 + 2 * 2
     ],
 )
-def test_cells_lie_where_arithmetic_says(name, axis):
+def test_cells_lie_at_the_centres_of_their_receptive_fields(name, axis):
     with GradCAM(eval_network(name, 2)) as cam:
-        assert cam(torch.zeros(1, 3, 64, 64)).grid.rows == axis
+        assert cam(torch.zeros(1, 3, 64, 64)).layers[0].grid.rows == axis
 
 
 def test_aligned_map_peaks_at_the_centre_of_its_cell(resnet, images):
@@ -339,12 +339,12 @@ def test_vgg_needs_no_alignment():
 def test_scaled_maps_have_maximum_one():
     maps = torch.rand(5, 2, 4, 4)
     maps[0, 0] = 0
-    made = scaled(maps)
-    assert not made[0, 0].any()
-    torch.testing.assert_close(made[1:].amax((2, 3)), torch.ones(4, 2))
+    maxima_one = scaled(maps)
+    assert not maxima_one[0, 0].any()
+    torch.testing.assert_close(maxima_one[1:].amax((2, 3)), torch.ones(4, 2))
 
 
-def test_single_logit_has_the_maps_of_the_two_class_network_that_it_is(images):
+def test_single_logit_has_the_maps_of_the_equivalent_two_class_network(images):
     # A softmax over the pair (-z/2, z/2) is that network: same trunk, last layer (-w/2, w/2).
     torch.manual_seed(0)
     single = build_network("small_cnn", 1).eval()
@@ -357,11 +357,11 @@ def test_single_logit_has_the_maps_of_the_two_class_network_that_it_is(images):
         }
     )
     with GradCAM(single) as one, GradCAM(pair) as two:
-        found, expected = one(images, "all"), two(images, "all")
+        result, expected = one(images, "all"), two(images, "all")
         torch.testing.assert_close(one(images).classes, two(images).classes)
-    torch.testing.assert_close(found.logits, expected.logits)
-    torch.testing.assert_close(found.raw, expected.raw)
-    assert (found.raw[:, 0] - found.raw[:, 1]).abs().max() > 0  # the negative class has its own
+    torch.testing.assert_close(result.logits, expected.logits)
+    torch.testing.assert_close(result.raw, expected.raw)
+    assert (result.raw[:, 0] - result.raw[:, 1]).abs().max() > 0  # the negative class has its own
     with GradCAM(single) as cam, pytest.raises(ValueError, match="classes 0 to 1"):
         cam(images, 2)
     with GradCAM(single, multilabel=True) as cam:  # one finding: its logit is as it is
@@ -397,8 +397,8 @@ def test_explanation_of_an_ensemble_is_the_mean_of_its_members(xray):
     maps = np.mean([one.maps[mean.argmax()] for one in alone], axis=0)
     np.testing.assert_allclose(together.maps[0], maps / maps.max(), atol=1e-5)
     assert together.maps.shape == (1, 50, 40)
-    for found, expected in zip(explain(members[:1], xray, "all"), alone[0], strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in zip(explain(members[:1], xray, "all"), alone[0], strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_top_of_an_ensemble_is_not_the_top_of_its_first_member(xray):
@@ -419,18 +419,18 @@ def test_ensemble_of_different_classes_is_refused(xray):
 
 def test_multilabel_networks_explain_the_likeliest_finding(xray):
     one = trained(1, multilabel=True, head="sigmoid")
-    said = explain(one, xray)
+    answer = explain(one, xray)
     with torch.no_grad():
         logits = one.network(one.preprocessing(xray)[None])[0]
-    np.testing.assert_allclose(said.probabilities, logits.sigmoid().numpy(), rtol=1e-4)
-    assert said.classes.tolist() == [int(logits.argmax())]
+    np.testing.assert_allclose(answer.probabilities, logits.sigmoid().numpy(), rtol=1e-4)
+    assert answer.classes.tolist() == [int(logits.argmax())]
 
 
 def test_masked_lungs_are_what_the_network_sees(xray):
     masked = trained(1, lung_masking=True)._replace(lungs=lambda image: np.zeros_like(image))
     whole = trained(1)
-    found, blank = explain(masked, xray, "all"), explain(whole, np.zeros_like(xray), "all")
-    np.testing.assert_array_equal(found.probabilities, blank.probabilities)
-    assert not np.array_equal(found.probabilities, explain(whole, xray).probabilities)
+    result, blank = explain(masked, xray, "all"), explain(whole, np.zeros_like(xray), "all")
+    np.testing.assert_array_equal(result.probabilities, blank.probabilities)
+    assert not np.array_equal(result.probabilities, explain(whole, xray).probabilities)
     with pytest.raises(ValueError, match="masked lungs"):
         explain(trained(1, lung_masking=True), xray)

@@ -84,13 +84,13 @@ def test_network_computes_what_torchvisions_computes(name):
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "resnet56v2"])
 def test_layer_for_grad_cam_comes_after_the_last_relu(name):
     network = build_network(name, 4).eval()
-    kept = {}
-    network.get_submodule(network.cam_layer).register_forward_hook(lambda m, i, o: kept.update(o=o.clone()))
+    recorded = {}
+    network.get_submodule(network.cam_layer).register_forward_hook(lambda m, i, o: recorded.update(o=o.clone()))
     with torch.no_grad():
         logits = network(torch.randn(1, 3, 64, 64))
-        pooled = kept["o"].mean((2, 3))
+        pooled = recorded["o"].mean((2, 3))
         torch.testing.assert_close(network.get_submodule(ARCHITECTURES[name].head)(pooled), logits)
-    assert kept["o"].min() >= 0
+    assert recorded["o"].min() >= 0
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg19"])
@@ -140,7 +140,7 @@ def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(s
         torch.testing.assert_close(loaded.network(images), network.eval()(images), rtol=0, atol=1e-6)
 
 
-def test_lenet5_has_the_parameters_of_the_paper_and_at_32_px_pools_nothing_more():
+def test_lenet5_has_the_parameters_of_the_paper_and_no_extra_pooling_at_32_px():
     # 61,706 of the usual form with one channel and 10 classes; two more channels are 2 · 6 · 25 weights.
     network = lenet5(10)
     assert parameter_count(network) == 61_706 + 300
@@ -157,7 +157,7 @@ def test_pre_activation_resnet_has_the_depth_and_size_of_the_paper():
     assert round(parameter_count(network) / 1e6, 1) == 1.7
 
 
-def test_identity_mapping_carries_a_pre_activation_block_whose_last_convolution_is_zero():
+def test_pre_activation_block_whose_last_convolution_is_zero_is_the_identity():
     network = resnet_v2(10, n=2).eval()
     block = network.blocks.stage3_2
     nn.init.zeros_(block.conv3.weight)
@@ -183,7 +183,7 @@ def test_new_head_has_the_layers_that_were_asked_for(hidden_units, dropout, laye
     assert all(layer.p == 0.5 for layer in head if isinstance(layer, nn.Dropout))
 
 
-def test_dropout_without_a_place_for_it_is_refused():
+def test_dropout_is_refused_for_a_network_without_dropout_layers():
     with torch.device("meta"), pytest.raises(ValueError, match=r"ResNet-18 has no dropout.*hidden_units = \[\]"):
         build_network("resnet18", 3, dropout=0.5)
 
@@ -354,7 +354,7 @@ def test_two_classes_exchanged_turn_the_sign_of_a_single_output(tmp_path):
             assert torch.equal(network(images), sign * source(images))
 
 
-def test_weights_file_fits_under_any_head_and_a_head_of_another_form_is_not_taken_for_one(tmp_path):
+def test_weights_file_fits_any_new_head_and_a_kept_head_must_have_the_same_form(tmp_path):
     torch.manual_seed(0)
     heads = {"plain": {}, "hidden": {"hidden_units": (8,)}, "wide": {"hidden_units": (9,)}}
     networks = {key: build_network("small_cnn", 3, **head) for key, head in heads.items()}
@@ -453,12 +453,12 @@ def test_decision_is_by_the_threshold_of_class_one_else_for_the_most_probable():
     assert card().decide(torch.tensor([[0.5, 0.3, 0.2]])).tolist() == [0]
 
 
-def test_findings_are_there_from_their_thresholds_on():
+def test_a_finding_is_positive_from_its_threshold_on():
     probabilities = torch.tensor([[0.1, 0.5, 0.7], [0.3, 0.2, 0.9]])
     findings = card(multilabel=True)
     assert findings.decide(probabilities).tolist() == [[False, True, True], [False, False, True]]
-    own = card(multilabel=True, thresholds=(float(probabilities[0, 0]), 0.6, 0.8))
-    assert own.decide(probabilities).tolist() == [[True, False, False], [True, False, True]]
+    first = card(multilabel=True, thresholds=(float(probabilities[0, 0]), 0.6, 0.8))
+    assert first.decide(probabilities).tolist() == [[True, False, False], [True, False, True]]
 
 
 def test_ensemble_has_the_mean_thresholds_where_all_have_some():
@@ -472,7 +472,7 @@ def test_ensemble_has_the_mean_thresholds_where_all_have_some():
         ensemble_card([card(**one), card(classes=("b", "a", "c"), **other)])
 
 
-def test_a_class_without_a_threshold_comes_back_from_a_valid_file_and_through_an_ensemble(tmp_path):
+def test_a_class_without_a_threshold_is_saved_as_valid_json_and_stays_so_in_an_ensemble(tmp_path):
     two = {"classes": ("ill", "well"), "positive": "ill", "thresholds": (0.3, None)}
     save_network(tmp_path, nn.Linear(1, 1), card(**two))
 
@@ -490,7 +490,7 @@ def test_a_class_without_a_threshold_comes_back_from_a_valid_file_and_through_an
         ensemble_card([read, card(**two | {"positive": "well", "thresholds": (None, 0.3)})])
 
 
-def test_in_runs_from_before_there_was_a_positive_class_it_is_the_second():
+def test_positive_class_of_older_runs_is_the_second_one():
     old = card(classes=("ill", "well"), thresholds=(0.7, 0.3))
     assert old.positive_index == 1
     assert old.decide(torch.tensor([[0.65, 0.35], [0.75, 0.25]])).tolist() == [1, 0]
@@ -499,18 +499,18 @@ def test_in_runs_from_before_there_was_a_positive_class_it_is_the_second():
 
 
 def test_findings_that_could_not_be_learnt_or_decided_have_no_probability_or_decision():
-    own = card(multilabel=True, thresholds=(0.5, None, None), unreported=("c",))
-    assert own.undecided == ("b",)
-    probabilities = own.probabilities(torch.tensor([[2.0, 9.0, 9.0]]))
+    first = card(multilabel=True, thresholds=(0.5, None, None), unreported=("c",))
+    assert first.undecided == ("b",)
+    probabilities = first.probabilities(torch.tensor([[2.0, 9.0, 9.0]]))
     assert torch.isnan(probabilities).tolist() == [[False, False, True]]
-    assert own.decide(probabilities).tolist() == [[True, False, False]]
+    assert first.decide(probabilities).tolist() == [[True, False, False]]
     other = card(multilabel=True, thresholds=(0.3, 0.6, 0.6), unreported=("a",))
-    both = ensemble_card([own, other])
+    both = ensemble_card([first, other])
     assert both.unreported == ("a", "c")
     assert both.thresholds == (0.4, None, None)
 
 
-def test_network_for_masked_lungs_never_sees_whole_images_unasked():
+def test_network_for_masked_lungs_refuses_whole_images():
     masked = card(lung_masking=True)
     with pytest.raises(ValueError, match="masked lungs: load it with load_network"):
         _ = TrainedNetwork(nn.Identity(), masked).preprocessing
@@ -539,7 +539,7 @@ def test_run_with_masked_lungs_comes_back_with_its_segmenter(tmp_path):
     assert loaded.preprocessing.lungs is loaded.lungs
 
 
-def test_cards_from_before_heads_and_thresholds_still_load(tmp_path):
+def test_older_cards_without_heads_and_thresholds_still_load(tmp_path):
     torch.manual_seed(0)
     network = build_network("resnet18", 3)
     save_network(tmp_path, network, card())

@@ -53,6 +53,7 @@ def fine_tune(
     title: str = "",
     on_epoch: Callable[[pd.DataFrame], None] = lambda history: None,
     checkpoints: Checkpoints | None = None,
+    alone: bool = False,
 ) -> FineTuned:
     """Train a network in place and leave it in eval mode with its best weights.
 
@@ -79,13 +80,14 @@ def fine_tune(
         title: the name of the network in printed lines.
         on_epoch: called in the main process after each epoch, with the history so far.
         checkpoints: where the state is saved, and temporary files of features too; None saves no state.
+        alone: whether this process trains by itself although others were launched with it.
 
     Raises:
         FloatingPointError: a loss is not finite.
         OSError: a state cannot be saved.
         KeyboardInterrupt: Ctrl-C or SIGTERM came before the last epoch was done; the state is saved.
     """
-    processes = Processes(resolve_device(device))
+    processes = Processes(resolve_device(device), alone=alone)
     network.to(processes.device, memory_format=CHANNELS_LAST)
     weights = None if loss_weights is None else loss_weights.to(processes.device)
     setup = Setup(network, training, objective, weights, processes, title)

@@ -4,15 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import TensorDataset
@@ -27,18 +24,16 @@ from training.loop import fine_tune
 from training.objectives import MULTI_LABEL, Objective
 from utils import resized_mask
 
-# A flip is allowed: it moves the heart to the other side, but a lung mask has no side.
+# A flip moves the heart to the other side. It is allowed here, because a lung mask has no side.
 XRAY_VIEWS = Augmentation(
     horizontal_flip=True, rotation=15, translation=0.08, scale=(0.8, 1.25), brightness=0.3, contrast=0.3
 )
 MASK_VIEWS = replace(XRAY_VIEWS, brightness=0.0, contrast=0.0)
-VALIDATION_SHARE = 8  # one group in so many is not trained on: it chooses the epoch
-# Seeds of studies are below 2**32. The upper 32 bits of a seed are mixed where a smaller one has the patient's
-# number, so they must be larger than any patient's number too.
+VALIDATION_SHARE = 8  # One pair in eight is not trained on but chooses the epoch.
+# Seeds of studies are below 2**32. numpy mixes the upper 32 bits of a larger seed at the place where a smaller seed has
+# the patient's number, so these bits must be larger than any patient's number too.
 PHANTOM_SEEDS = 2**63
-# The environment variables by which a launcher tells a process that it is one of several.
-LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# What `default_segmenter` trains on takes half a minute.
+# The training of `default_segmenter`, which takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
 
 
@@ -68,8 +63,8 @@ def decoded(pairs: Sequence[Pair], size: int) -> TensorDataset:
 
     def picture(pair: Pair) -> Tensor:
         xray, mask = segmentation.read_pair(pair)
-        small = resized_mask(mask, (size, size)) * np.uint8(255)
-        return torch.cat([segmentation.resized(xray, size), torch.from_numpy(small)[None]])
+        small = torch.from_numpy(resized_mask(mask, (size, size)) * np.uint8(255))
+        return torch.cat([segmentation.resized(xray, size), small[None]])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return TensorDataset(torch.stack(list(pool.map(picture, pairs))), torch.arange(len(pairs)))
@@ -92,21 +87,11 @@ def mean_dice(outputs: Tensor, targets: Tensor) -> float:
 LUNG_MASKS = Objective(mask_loss, MULTI_LABEL.size, mean_dice, "dice", weighted_validation=False)
 
 
-def untrained_segmenter(encoder: str = "resnet18", *, image_size: int = 256, seed: int = 0) -> LungSegmenter:
-    """Return a segmenter with random weights; the caller's random numbers stay as they are."""
+def untrained_segmenter(encoder: str = "resnet18", *, seed: int = 0) -> LungSegmenter:
+    """Return a segmenter with random weights. The state of torch's global generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LungSegmenter(segmentation.unet(encoder).eval(), encoder, image_size)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Let one of several launched processes train while the other ones wait, as if it had been started alone."""
-    states = PartialState._shared_state, AcceleratorState._shared_state
-    with patch.dict(os.environ), patch.dict(states[0]), patch.dict(states[1]):  # restored at the end
-        for name in LAUNCHER:
-            os.environ.pop(name, None)
-        yield
+        return LungSegmenter(segmentation.unet(encoder).eval(), encoder, image_size=256)
 
 
 def fit(
@@ -115,10 +100,10 @@ def fit(
     """Return a segmenter, trained from the weights of `start`, with the weights of its best epoch.
 
     The best epoch has the lowest loss on an eighth of the pairs, which are not trained on. All pairs are held in
-    memory. The same arguments give the same weights on a CPU.
+    memory. The same arguments give the same weights on a CPU. Of several launched processes only this one trains.
 
     Args:
-        start: the U-Net to go on from; it stays as it is.
+        start: the segmenter to go on from; it stays as it is.
         pairs: of at least two groups of patients.
         training: the epochs, learning rate, batch size and image size are used.
         seed: decides the split, the order and the augmentation.
@@ -128,31 +113,28 @@ def fit(
         ValueError: the pairs are too few.
     """
     network, size, batch_size = deepcopy(start.network), training.image_size, training.batch_size
-    network.head_name = "segmentation_head"  # `fine_tune` needs to know
+    network.head_name = "segmentation_head"  # `fine_tune` needs the name
     train, val = segmentation.split_pairs(pairs, test=max(1, len(pairs) // VALIDATION_SHARE), seed=seed)
     batches = {
         "train": PairBatches(decoded(train, size), batch_size, seed=seed, augment=PairViews()),
         "val": PairBatches(decoded(val, size), batch_size),
     }
     one_cycle = training.model_copy(update={"schedule": "one_cycle", "patience": training.epochs})
-    with alone():
-        done = fine_tune(network, batches, training=one_cycle, objective=LUNG_MASKS, device=device, title="lungs")
+    options = {"objective": LUNG_MASKS, "device": device, "title": "lungs", "alone": True}
+    done = fine_tune(network, batches, training=one_cycle, **options)
     settings = training.model_dump(include={"epochs", "batch_size", "learning_rate"})
     begun = {"fingerprint": start.fingerprint, **start.origin} if start.origin else "random weights"
-    best = float(done.history["val_dice"][done.best_epoch - 1])
-    return LungSegmenter(
-        network.requires_grad_(False),
-        start.encoder,
-        size,
-        origin={"train_pairs": len(train), "start": begun, "seed": seed, **settings},
-        validation={"dice": best, "pairs": len(val), "best_epoch": done.best_epoch},
-    )
+    origin = {"train_pairs": len(train), "start": begun, "seed": seed, **settings}
+    best_dice = float(done.history["val_dice"][done.best_epoch - 1])
+    validation = {"dice": best_dice, "pairs": len(val), "best_epoch": done.best_epoch}
+    network.requires_grad_(False)
+    return replace(start, network=network, image_size=size, origin=origin, validation=validation)
 
 
 def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list[Pair]:
     """Write about `count` phantoms into the new folder `root`, equally many of each class, and return their pairs.
 
-    None of them is a patient of a study's phantom, whatever the study's seed.
+    A study's phantom has none of these patients, whatever the study's seed.
     """
     each = dict.fromkeys(CLASSES, -(-count // len(CLASSES)))
     write_phantom(root, images_per_class=each, size=image_size, seed=PHANTOM_SEEDS + seed)
@@ -162,32 +144,30 @@ def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list
 def phantom_segmenter(
     start: LungSegmenter, count: int, training: NetworkTraining, *, seed: int = 0, device: str = "cpu"
 ) -> LungSegmenter:
-    """Return a segmenter trained on about `count` phantoms, which are drawn for it and removed afterwards."""
+    """Return a segmenter trained on about `count` phantoms, which are written to disk and removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = phantom_pairs(Path(folder) / "phantom", count, image_size=training.image_size, seed=seed)
         segmenter = fit(start, pairs, training, seed=seed, device=device)
-    origin = {"data": segmentation.PHANTOM, "phantom_seed": PHANTOM_SEEDS + seed, **segmenter.origin}
-    return replace(segmenter, origin=origin)
+    data = {"data": segmentation.PHANTOM, "phantom_seed": PHANTOM_SEEDS + seed}
+    return replace(segmenter, origin=data | segmenter.origin)
 
 
 def default_segmenter(folder: Path) -> LungSegmenter:
     """Load the segmenter in `folder`, or train a small one on phantoms (half a minute) and save it there.
 
-    One is trained where the folder holds none, and where the phantoms of the one that it holds may be a study's own
-    patients. A message says so, and another one says whenever the segmenter has seen phantoms only.
+    One is trained where the folder holds none, and where the one in it was trained on phantoms that may be a study's
+    patients. A message says so. Another message says that a segmenter was trained on phantoms alone.
     """
     segmenter = segmentation.load_segmenter(folder) if (folder / "model.safetensors").is_file() else None
     # Older versions drew the phantoms with the seeds of studies.
     if segmenter is None or (segmenter.phantom_only and "phantom_seed" not in segmenter.origin):
         segmentation.refuse_other_models(folder)  # before the training, not after it
-        lacking = "no lung model" if segmenter is None else "a lung model of phantoms that may be a study's patients"
-        print(f"{lacking} in {folder}: training a small one, which takes half a minute", flush=True)
+        reason = "no lung model" if segmenter is None else "a lung model of phantoms that may be a study's patients"
+        print(f"{reason} in {folder}: training a small one, which takes half a minute", flush=True)
         segmenter = phantom_segmenter(untrained_segmenter(), PHANTOMS, PHANTOM_TRAINING)
         segmentation.save_segmenter(folder, segmenter)
     if segmenter.phantom_only:
-        print(
-            f"the lung model in {folder} was trained on the synthetic phantom alone, which is a stopgap; for real "
-            f"X-rays train one on real masks: python lung_segmentation.py fit --pairs DIR --phantom 240 -o {folder}",
-            flush=True,
-        )
+        command = f"python lung_segmentation.py fit --pairs DIR --phantom 240 -o {folder}"
+        trained = f"the lung model in {folder} was trained on the synthetic phantom alone, which is a stopgap"
+        print(f"{trained}; for real X-rays train one on real masks: {command}", flush=True)
     return segmenter

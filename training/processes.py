@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from training.batches import Share
+from training.batches import WHOLE, Share
 
 
 def accelerator_on(device: torch.device) -> PartialState:
@@ -81,10 +81,14 @@ class Processes:
         several: whether there is more than one process.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        state = accelerator_on(device)
-        self.device, self.is_main = state.device, state.is_main_process
-        self.share, self.several = Share(state.process_index, state.num_processes), state.num_processes > 1
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
+        """Find the processes. `alone` leaves out all but this one, so the other ones need not take part."""
+        self.device, self.is_main, self.share = device, True, WHOLE
+        if not alone:
+            state = accelerator_on(device)
+            self.device, self.is_main = state.device, state.is_main_process
+            self.share = Share(state.process_index, state.num_processes)
+        self.several = self.share.of > 1
 
     def summed(self, values: Tensor) -> Tensor:
         """Return the sum of the tensors of all processes; they have the same shape."""
@@ -92,7 +96,7 @@ class Processes:
 
     def gathered(self, values: Tensor) -> Tensor:
         """Return (processes, …): the tensor of each process."""
-        return gather(values[None])
+        return gather(values[None]) if self.several else values[None]
 
     def agreed(self, stop: bool, save: bool) -> tuple[bool, bool]:
         """Return whether any process was asked to stop, and whether the main process wants to save."""
@@ -112,7 +116,8 @@ class Processes:
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Give the tensors of all processes the values of the main process, in place."""
-        broadcast(list(tensors))
+        if self.several:
+            broadcast(list(tensors))
 
 
 def synchronise_batch_norms(network: nn.Module, processes: Processes) -> None:

@@ -1,4 +1,4 @@
-"""The lungs in an X-ray: pairs found and split, masks learned, believed or not, applied and kept."""
+"""Pairs are found and split, lung models are trained and saved, masks are checked, applied and stored."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from datasets.phantom import CLASSES, draw_phantoms, write_phantom
 from lung_segmentation import main
 from lungs.masking import LungMasking, dilated
 from lungs.segmentation import (
+    LungSegmenter,
     Pair,
     dice,
     find_pairs,
@@ -30,6 +31,7 @@ from lungs.segmentation import (
     score_pairs,
     split_pairs,
     two_lungs,
+    unet,
 )
 from networks import build_network
 from studies.loading import PROJECT
@@ -64,7 +66,7 @@ def segmenter(pairs):
 
 @pytest.fixture(scope="module")
 def untrained():
-    return untrained_segmenter(image_size=32, seed=1)
+    return replace(untrained_segmenter(seed=1), image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,8 @@ def test_pairs_are_images_and_masks_of_one_stem_in_any_of_the_layouts(tmp_path):
         put(tmp_path / "classes" / name)
     for name in ("CXR_png/x.png", "images/CHN_1_0.png", "masks/CHN_1_0_mask.png"):
         put(tmp_path / "suffix" / name)
-    found = {pair.image.relative_to(tmp_path).as_posix(): pair.mask.name for pair in find_pairs(tmp_path)}
-    assert found == {
+    mask_names = {pair.image.relative_to(tmp_path).as_posix(): pair.mask.name for pair in find_pairs(tmp_path)}
+    assert mask_names == {
         "flat/images/a.jpg": "a.png",
         "classes/COVID/images/COVID-1.png": "COVID-1.png",
         "suffix/images/CHN_1_0.png": "CHN_1_0_mask.png",
@@ -108,7 +110,7 @@ def test_phantom_has_a_pair_for_every_image(pairs):
     assert all(str(pair.image).replace("/images/", "/masks/") == str(pair.mask) for pair in pairs)
 
 
-def test_folder_without_pairs_is_an_error_that_says_what_to_do(tmp_path):
+def test_folder_without_pairs_is_an_error_with_the_remedy(tmp_path):
     put(tmp_path / "images" / "a.png")
     with pytest.raises(ValueError, match=r"put files of the same names into images/ and masks/"):
         find_pairs(tmp_path)
@@ -133,20 +135,20 @@ def test_images_of_one_patient_are_one_group(names):
     assert len({patient_group(name) for name in names}) == 1
 
 
-def test_names_that_only_count_are_patients_of_their_own():
+def test_names_with_a_number_alone_are_different_patients():
     names = ["COVID-1", "COVID-12", "Normal-1", "covid-19-pneumonia-12", "covid-19-pneumonia-30-PA", "fig1", "a"]
     assert len({patient_group(name) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("test", [1, 4, 8])
-def test_split_keeps_groups_whole_and_has_no_group_more_than_it_needs(seed, test):
+def test_split_keeps_groups_whole_and_holds_out_as_few_as_possible(seed, test):
     sizes = (5, 3, 3, 2)
-    made = [Pair(Path(f"{g}{i}"), Path(), g) for g, n in zip("abcd", sizes, strict=True) for i in range(n)]
-    train, held_out = split_pairs(made, test=test, seed=seed)
+    four_groups = [Pair(Path(f"{g}{i}"), Path(), g) for g, n in zip("abcd", sizes, strict=True) for i in range(n)]
+    train, held_out = split_pairs(four_groups, test=test, seed=seed)
     assert test <= len(held_out) < test + max(sizes)
     assert not {p.group for p in train} & {p.group for p in held_out}
-    assert sorted(train + held_out) == sorted(made)
+    assert sorted(train + held_out) == sorted(four_groups)
 
 
 def test_split_differs_between_seeds_and_not_within_one(pairs):
@@ -181,14 +183,14 @@ def test_two_lungs_are_the_largest_two_parts_with_scipys_holes_filled(seed):
     mask = blobs(seed)
     parts, count = ndimage.label(mask, np.ones((3, 3)))
     filled = [ndimage.binary_fill_holes(parts == number) for number in range(1, count + 1)]
-    # What lies within another part is filled over: no part of its own.
+    # A part inside another part is filled, so it does not count.
     outer = [f for f in filled if not any((f & g).sum() == f.sum() < g.sum() for g in filled)]
     outer.sort(key=lambda part: -part.sum())
     assert count > 2
     np.testing.assert_array_equal(two_lungs(mask), outer[0] | outer[1])
 
 
-def test_crumbs_are_no_lungs():
+def test_small_parts_are_no_lungs():
     mask = np.zeros((100, 100), bool)
     mask[20:80, 10:40] = True
     mask[50:55, 70:75] = True  # 0.25 % of the image
@@ -206,7 +208,7 @@ def test_dilated_mask_is_what_scipys_distance_says(margin):
     assert not dilated(np.zeros((5, 5), bool), margin).any()
 
 
-def test_implausible_masks_are_told_apart():
+def test_implausible_masks_have_a_reason():
     mask = np.zeros((100, 100), bool)
     assert implausible(mask) == "no lung found"
     mask[10:90, 5:40] = True
@@ -227,7 +229,7 @@ def test_true_lungs_of_phantoms_are_plausible():
 
 
 @pytest.mark.skipif(DATA_ROOT is None, reason="DATA_ROOT does not name a folder with covid-chestxray in it")
-def test_true_lungs_of_patients_are_plausible_and_split_by_patient():
+def test_true_lungs_of_patients_are_plausible_and_pairs_are_split_by_patient():
     real = find_pairs(Path(DATA_ROOT) / "covid-chestxray")
     train, test = split_pairs(real, test=19, seed=0)
     assert len(test) in range(19, 22)
@@ -235,7 +237,7 @@ def test_true_lungs_of_patients_are_plausible_and_split_by_patient():
     for pair in real:
         mask = read_mask(pair.mask, read_xray(pair.image).shape)
         assert implausible(mask) is None, pair.mask
-        assert dice(two_lungs(mask), mask) > 0.99  # people leave holes, by a pixel or a few
+        assert dice(two_lungs(mask), mask) > 0.99  # hand-drawn masks have holes of a few pixels
 
 
 # --- learning --------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_scores_are_those_of_each_pair(segmenter, pairs):
 
 
 @pytest.mark.slow
-def test_loaded_segmenter_draws_the_same_masks(segmenter, unseen, tmp_path):
+def test_loaded_segmenter_predicts_the_same_masks(segmenter, unseen, tmp_path):
     save_segmenter(tmp_path, segmenter)
     loaded = load_segmenter(tmp_path)
     assert loaded.fingerprint == segmenter.fingerprint
@@ -386,8 +388,26 @@ def test_missing_or_damaged_model_is_one_line_with_the_remedy(folder, tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+def test_older_models_whose_files_do_not_name_their_decoder_channels_still_load(unseen, tmp_path):
+    network = unet("resnet18", (256, 128, 64, 32, 16)).eval()
+    older = LungSegmenter(network, "resnet18", 32, decoder_channels=(256, 128, 64, 32, 16))
+    save_segmenter(tmp_path, older)
+    about = json.loads((tmp_path / "model.json").read_text())
+    assert about.pop("decoder_channels") == [256, 128, 64, 32, 16]
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    loaded = load_segmenter(tmp_path)
+    assert loaded.fingerprint == older.fingerprint
+    assert loaded.decoder_channels == (256, 128, 64, 32, 16)
+    np.testing.assert_array_equal(loaded.predict(unseen.images[0]), older.predict(unseen.images[0]))
+
+
+def test_a_model_is_saved_with_its_decoder_channels(untrained, folder):
+    assert json.loads((folder / "model.json").read_text())["decoder_channels"] == [128, 64, 32, 16, 16]
+    assert load_segmenter(folder).fingerprint == untrained.fingerprint
+
+
 def test_weights_of_another_model_are_noticed(folder, tmp_path):
-    save_segmenter(tmp_path, untrained_segmenter(image_size=32, seed=2))
+    save_segmenter(tmp_path, untrained_segmenter(seed=2))
     (tmp_path / "model.json").write_bytes((folder / "model.json").read_bytes())
     with pytest.raises(ValueError, match="do not belong together"):
         load_segmenter(tmp_path)
@@ -398,13 +418,13 @@ def test_default_segmenter_is_trained_once_and_says_so(tmp_path, monkeypatch, ca
     monkeypatch.setattr(lung_model, "PHANTOMS", 8)
     monkeypatch.setattr(lung_model, "PHANTOM_TRAINING", BRIEF)
     first = default_segmenter(tmp_path / "lungs")
-    said = capsys.readouterr().out
-    assert "training a small one" in said
-    assert "python lung_segmentation.py fit --pairs DIR" in said
+    printed = capsys.readouterr().out
+    assert "training a small one" in printed
+    assert "python lung_segmentation.py fit --pairs DIR" in printed
     second = default_segmenter(tmp_path / "lungs")
-    said = capsys.readouterr().out  # a stopgap is called one every time, also by a study that finds it there
-    assert "training a small one" not in said
-    assert "synthetic phantom alone" in said
+    printed = capsys.readouterr().out  # the warning comes at every load
+    assert "training a small one" not in printed
+    assert "synthetic phantom alone" in printed
     assert first.fingerprint == second.fingerprint
     assert second.origin["data"] == "synthetic phantom"
     assert second.knows == "a lung model that knows the synthetic phantom only"
@@ -423,7 +443,7 @@ def test_a_stopgap_whose_phantoms_may_be_a_studys_patients_is_trained_again(segm
     assert again.origin["phantom_seed"] == 2**63
     assert again.fingerprint == default_segmenter(tmp_path).fingerprint != older.fingerprint
     assert "training a small one" not in capsys.readouterr().out
-    save_segmenter(tmp_path, segmenter)  # it has learnt from pairs, whatever phantoms there were before
+    save_segmenter(tmp_path, segmenter)  # it was trained on pairs
     assert default_segmenter(tmp_path).fingerprint == segmenter.fingerprint
 
 
@@ -527,16 +547,16 @@ def test_each_image_is_predicted_once_whatever_its_path(untrained, unseen, tmp_p
         np.testing.assert_array_equal(mask, predict(untrained, xray))
 
 
-def kept_files(cache):
+def stored_files(cache):
     return sorted(path for path in cache.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow
-def test_kept_mask_is_used_and_a_damaged_one_is_drawn_anew(segmenter, unseen, tmp_path):
+def test_stored_mask_is_used_and_a_damaged_one_is_predicted_again(segmenter, unseen, tmp_path):
     xray = unseen.images[0]
     masking = LungMasking(segmenter, tmp_path)
     mask = masking.mask_of(xray).mask
-    (file,) = kept_files(tmp_path)
+    (file,) = stored_files(tmp_path)
     good = file.read_bytes()
     planted = np.zeros((64, 64), np.uint8)
     planted[10:50, 10:20] = 255
@@ -550,13 +570,13 @@ def test_kept_mask_is_used_and_a_damaged_one_is_drawn_anew(segmenter, unseen, tm
 
 
 @pytest.mark.slow
-def test_another_segmenter_or_shape_has_masks_of_its_own(segmenter, untrained, unseen, tmp_path):
+def test_each_segmenter_and_shape_has_its_own_stored_masks(segmenter, untrained, unseen, tmp_path):
     xray = unseen.images[0]
     for number, (model, image) in enumerate(
         [(segmenter, xray), (untrained, xray), (segmenter, xray.reshape(32, 128))], start=1
     ):
         LungMasking(model, tmp_path).mask_of(image)
-        assert len(kept_files(tmp_path)) == number
+        assert len(stored_files(tmp_path)) == number
 
 
 @pytest.mark.slow
@@ -574,7 +594,7 @@ masking.failures_table([pair.image for pair in find_pairs(pathlib.Path({str(root
     masking = LungMasking(load_segmenter(folder), tmp_path)
     for pair in pairs[:12]:
         masking.mask_of(read_xray(pair.image))
-    assert len(kept_files(tmp_path)) == 12
+    assert len(stored_files(tmp_path)) == 12
 
 
 # --- command line ----------------------------------------------------------------------------------------
@@ -653,7 +673,7 @@ def test_masks_are_written_again_over_masks_and_an_edited_one_is_kept(folder, xr
 
 
 @pytest.mark.parametrize("place", ["beside", "itself", "hard link", "symlink", "dangling", "loop", "mask"])
-def test_no_file_but_a_mask_is_replaced(folder, xrays, tmp_path, capsys, place):
+def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
     given, masks = xrays / "b.png", tmp_path / "masks"
     masks.mkdir()
     if place == "beside":  # of the X-ray a.jpg, and it is another one
@@ -672,15 +692,15 @@ def test_no_file_but_a_mask_is_replaced(folder, xrays, tmp_path, capsys, place):
         target = {"symlink": xrays / "c.png", "dangling": "nowhere", "loop": "b.png"}[place]
         (masks / "b.png").symlink_to(target)
     before, names = contents(xrays), sorted(path.name for path in masks.iterdir())
-    kept = contents(masks)
+    masks_before = contents(masks)
     assert predict(folder, masks, given) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("is there and is no mask of this command's: choose another -o")
-    assert (contents(xrays), contents(masks)) == (before, kept)
+    assert (contents(xrays), contents(masks)) == (before, masks_before)
     assert sorted(path.name for path in masks.iterdir()) == names
 
 
-def test_loops_of_links_cost_a_line_each_and_the_others_are_done(folder, xrays, tmp_path, capsys):
+def test_each_loop_of_links_is_one_line_on_stderr_and_the_other_images_are_done(folder, xrays, tmp_path, capsys):
     (tmp_path / "loop.png").symlink_to("loop.png")
     assert predict(folder, tmp_path / "masks", tmp_path / "loop.png", xrays / "b.png") == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -720,10 +740,10 @@ def test_model_that_is_no_lung_model_is_not_replaced_and_nothing_is_trained(pair
         (tmp_path / name).write_bytes(content)
     root = str(pairs[0].image.parents[2])
     assert main(["fit", "--pairs", root, "-o", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert len(said.err.splitlines()) == 1
-    assert f"the model in {tmp_path} is no lung model: choose another folder" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert f"the model in {tmp_path} is no lung model: choose another folder" in printed.err
     assert contents(tmp_path) == files
 
 
