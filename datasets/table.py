@@ -1,4 +1,4 @@
-"""`XrayTable`: what every dataset becomes, and all that the rest of the project knows of a dataset."""
+"""`XrayTable`: every dataset becomes one; the rest of the project knows datasets only in this form."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "patient", "split", "label", "mask", "lesion")
 BOX_COLUMNS = ("path", "label", "x", "y", "width", "height")
 NO_FINDING = "No Finding"  # the target of an image without any finding, in files
-FINGERPRINT = "sha256:"  # the begin of a fingerprint; older ones, without it, do not cover the images' content
+FINGERPRINT = "sha256:"  # fingerprints begin with it; older ones, without it, do not cover the images' content
 _known_digests: dict[tuple[str, int, int, int], str] = {}  # by path, size and times
 
 
@@ -33,17 +33,23 @@ def image_frame(**columns: object) -> pd.DataFrame:
 
 
 def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> None:
-    """Raise ValueError where some `names` are not among the `choices`; `kind` says what the names are."""
+    """Raise ValueError if some `names` are not among the `choices`; `kind` says in the message what the names are."""
     unknown = sorted(set(names) - set(choices))
     if unknown:
         raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(choices)}")
 
 
 def refuse_empty(classes: Sequence[str], labels: Iterable[int], root: Path) -> None:
-    """Raise ValueError where a class has no image, by the images' `labels`."""
-    absent = [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]
+    """Raise ValueError if a class does not occur in the images' `labels`."""
+    absent = [name for label, name in enumerate(classes) if label not in set(labels)]
     if absent:
-        raise ValueError(f"no images of {', '.join(absent)} in {root}: mend `classes` or the folder")
+        raise ValueError(f"no images of {', '.join(absent)} in {root}: correct `classes` or the folder")
+
+
+def refuse_images(images: pd.Series, flaw: str, remedy: str) -> None:
+    """Raise ValueError if there are any `images` (names or paths); the message has their number and the first one."""
+    if len(images):
+        raise ValueError(f"{len(images)} images {flaw}, for example {images.iloc[0]}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ class XrayTable:
     - `label`: index into `classes`.
     - `mask`, `lesion`: files of the lung mask and of the lesion mask, or None.
 
-    In a multi-label table the classes are findings; an image may have several or none. Each finding is a uint8 column
-    of its own name, 0 or 1. `label` is then only the stratum for splits and limits: the image's rarest finding (see
-    `rarest_findings`), or `len(classes)` where it has none.
+    In a multi-label table the classes are findings. An image has any number of them. Each finding is a uint8 column
+    (0 or 1) of its own name. `label` serves only to stratify splits and limits: it is the image's rarest finding (see
+    `rarest_findings`), or `len(classes)` if it has none.
 
     `boxes` has the columns `path`, `label` (index into `classes`), `x`, `y` (upper left corner), `width`, `height`
-    (fractions of the image). `notes` tell people what the reader left out, and why.
+    (fractions of the image). `notes` tell the user what the reader left out, and why.
 
-    Raises ValueError where a label is out of range, a file is listed twice, or a patient is in two splits: that would
-    make all later figures worthless.
+    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits: results would
+    be worthless.
     """
 
     frame: pd.DataFrame
@@ -81,13 +87,15 @@ class XrayTable:
         if self.frame.empty:
             raise ValueError(f"no images in {self.root}")
         self._refuse_unfit_classes()
-        twice = self.frame.loc[self.frame["path"].duplicated(), "path"]
-        if not twice.empty:
-            raise ValueError(f"{len(twice)} images are listed twice, the first is {twice.iloc[0]}")
-        unknown = set(self.frame["split"].dropna()) - set(SPLITS)
-        if unknown:
-            raise ValueError(f"unknown splits {sorted(unknown)}: a split is one of {', '.join(SPLITS)}")
-        self._refuse_shared_patients()
+        paths = self.frame["path"]
+        refuse_images(paths[paths.duplicated()], "are listed twice", "keep one row of each")
+        refuse_unknown(self.frame["split"].dropna(), SPLITS, "splits")
+        pairs = self.frame[["patient", "split"]].dropna().drop_duplicates().sort_values("split")
+        shared = pairs.loc[pairs["patient"].duplicated(), "patient"]
+        if len(shared):
+            splits = " and ".join(pairs.loc[pairs["patient"] == shared.iloc[0], "split"])
+            example = f"for example {shared.iloc[0]!r} in {splits}"
+            raise ValueError(f"{shared.nunique()} patients are in several splits, {example}: put each in one split")
 
     def _refuse_unfit_classes(self) -> None:
         if len(self.classes) < 2:
@@ -99,27 +107,16 @@ class XrayTable:
         if not self.frame["label"].between(0, len(self.classes) - (not self.multilabel)).all():
             raise ValueError(f"a label is not an index into the {len(self.classes)} classes {self.classes}")
         if self.multilabel and not self.frame[list(self.classes)].isin((0, 1)).all(axis=None):
-            raise ValueError("a finding is neither 0 nor 1: a multi-label table knows no other values")
+            raise ValueError("a finding is neither 0 nor 1: a multi-label table has no other values")
         if self.multilabel and any("|" in name for name in self.classes):
-            raise ValueError(f"a finding must not have | in its name, it joins them in files: {self.classes}")
-
-    def _refuse_shared_patients(self) -> None:
-        placed = self.frame.dropna(subset="split")
-        splits = placed.groupby("patient", sort=False)["split"].nunique()
-        shared = splits.index[splits > 1]
-        if len(shared):
-            names = " and ".join(sorted(set(placed.loc[placed["patient"] == shared[0], "split"])))
-            raise ValueError(
-                f"{len(shared)} patients are in more than one split, for example {shared[0]!r} in {names}: put all "
-                "images of a patient on one side"
-            )
+            raise ValueError(f"a finding's name must not contain |, which separates findings in files: {self.classes}")
 
     def __len__(self) -> int:
         return len(self.frame)
 
     @property
     def no_finding(self) -> int | None:
-        """The `label` of images without any finding, None in a single-label table."""
+        """The `label` of images without a finding; None in a single-label table."""
         return len(self.classes) if self.multilabel else None
 
     def subset(self, split: str) -> pd.DataFrame:
@@ -129,7 +126,7 @@ class XrayTable:
     def targets(self, split: str) -> np.ndarray:
         """Return the targets of the n images of `subset(split)`, in its order.
 
-        They are (n,) int64 indices into `classes`, or in a multi-label table (n, C) uint8, 1 for a finding.
+        They are (n,) int64 indices into `classes`; in a multi-label table (n, C) uint8, 1 for a finding.
         """
         rows = self.subset(split)
         if self.multilabel:
@@ -147,32 +144,28 @@ class XrayTable:
         return tuple(name for name, share in zip(self.classes, shares, strict=True) if share in (0, 1))
 
     def counts(self) -> pd.DataFrame:
-        """Return the number of images, a row a class, a column a split ("not split" where it is not decided).
+        """Return the number of images, a row a class, a column a split ("not split" for images without a split).
 
         In a multi-label table an image counts for each of its findings. A last row, "No finding", counts the images
         without any.
         """
-        return self._by_split(self._memberships().groupby(self._sides()).sum())
+        return self._counts_of("path")
 
     def patient_counts(self) -> pd.DataFrame:
         """Return the number of patients, a row a class, a column a split, as `counts` does for images."""
-        per_patient = self._memberships().groupby([self._sides(), self.frame["patient"]]).max()
-        return self._by_split(per_patient.groupby(level="split").sum())
+        return self._counts_of("patient")
 
-    def _sides(self) -> pd.Series:
-        return self.frame["split"].fillna("not split")
-
-    def _memberships(self) -> pd.DataFrame:
-        """Return 0 or 1, a row an image, a column a class and, in a multi-label table, "No finding"."""
+    def _counts_of(self, unit: str) -> pd.DataFrame:
+        """Return how many different values the column `unit` has, a row a class, a column a split."""
         if self.multilabel:
-            findings = self.frame[list(self.classes)].astype("int64")
-            return findings.assign(**{"No finding": 1 - findings.max(axis=1)})
-        one = np.eye(len(self.classes), dtype=np.int64)[self.frame["label"].to_numpy(np.int64)]
-        return pd.DataFrame(one, columns=list(self.classes), index=self.frame.index)
-
-    def _by_split(self, sums: pd.DataFrame) -> pd.DataFrame:
-        order = [name for name in (*SPLITS, "not split") if name in sums.index]
-        return sums.loc[order].rename_axis("split").T.rename_axis("label")
+            members = self.frame[list(self.classes)].astype("int64")
+            members["No finding"] = 1 - members.max(axis=1)
+        else:
+            one_hot = np.eye(len(self.classes), dtype=np.int64)[self.frame["label"]]
+            members = pd.DataFrame(one_hot, columns=list(self.classes), index=self.frame.index)
+        per_unit = members.groupby([self.frame["split"].fillna("not split"), self.frame[unit]]).max()
+        counts = per_unit.groupby(level="split").sum()
+        return counts.reindex([name for name in (*SPLITS, "not split") if name in counts.index]).T.rename_axis("label")
 
     def relative_paths(self) -> pd.Series:
         """Return every image's path relative to `root`, with forward slashes: the same on all machines."""
@@ -181,8 +174,8 @@ class XrayTable:
     def limited(self, number: int, *, seed: int) -> "XrayTable":
         """Return a table of about `number` images, drawn by `seed`, with the same shares of classes and splits.
 
-        Whole patients are drawn, so that the limited table is split like the full one. The rarest strata of a
-        multi-label table may vanish.
+        Whole patients are drawn, so that the limited table is split like the full one. In a multi-label table the
+        rarest findings may vanish.
         """
         if number >= len(self):
             return self
@@ -190,16 +183,15 @@ class XrayTable:
         strata = patients.groupby(["split", "label"])["images"].sum()
         if number < len(strata) and not self.multilabel:
             raise ValueError(f"a limit of {number} images is too few for {len(strata)} classes and splits")
-        wanted = _shares(strata, number)
+        sizes = _shares(strata, number)
         drawn: list[str] = []
         for stratum, group in patients.sample(frac=1, random_state=seed).groupby(["split", "label"]):
-            if wanted[stratum]:
-                drawn.extend(first_patients(group["images"], wanted[stratum]))
-        note = f"limited to {{}} of {len(self)} images"
-        return self.of_images(self.frame["patient"].isin(drawn), note=note)
+            if sizes[stratum]:
+                drawn += first_patients(group["images"], sizes[stratum])
+        return self.of_images(self.frame["patient"].isin(drawn), note=f"limited to {{}} of {len(self)} images")
 
     def of_images(self, chosen: pd.Series, *, note: str) -> "XrayTable":
-        """Return a table of the images where `chosen`, a value an image, is True, with their boxes.
+        """Return a table of the images for which `chosen` (one bool an image) is True, with their boxes.
 
         `note` is added to the notes; its {} becomes the number of these images.
         """
@@ -280,7 +272,7 @@ def target_names(table: XrayTable, split: str | None = None) -> list[str]:
 
 
 def relabelled(table: XrayTable, mapping: Mapping[str, str]) -> XrayTable:
-    """Return the single-label table with its classes renamed by `mapping`; classes of one name become one.
+    """Return the single-label table with its classes renamed by `mapping`; classes with the same new name become one.
 
     A class that is not in `mapping` keeps its name. The classes stay in the order in which the names first appear.
     """
@@ -288,57 +280,65 @@ def relabelled(table: XrayTable, mapping: Mapping[str, str]) -> XrayTable:
         raise ValueError("classes of a multi-label table are not renamed: choose findings with `classes`")
     refuse_unknown(mapping, table.classes, "classes")
     names = [mapping.get(name, name) for name in table.classes]
-    classes = tuple(dict.fromkeys(names))
-    frame, boxes = _with_labels(table, [classes.index(name) for name in names])
-    return replace(table, frame=frame, boxes=boxes, classes=classes)
+    return with_classes(table, tuple(dict.fromkeys(names)), names=names)
+
+
+def with_classes(table: XrayTable, classes: tuple[str, ...], *, names: Sequence[str] = ()) -> XrayTable:
+    """Return the table with labels and boxes as indices into `classes`; boxes of other classes are left out.
+
+    Args:
+        table: multi-label with all of `classes` among its findings, or single-label with images of `classes` only.
+        classes: the new classes.
+        names: the new name of each class of a single-label table (default: the present names).
+    """
+    labels = {k: classes.index(name) for k, name in enumerate(names or table.classes) if name in classes}
+    boxes = table.boxes.assign(label=table.boxes["label"].map(labels)).dropna(subset="label")
+    boxes = boxes.astype({"label": "int64"}).reset_index(drop=True)
+    if table.multilabel:
+        findings = table.frame[list(classes)]
+        others = table.frame.drop(columns=list(table.classes)).assign(label=rarest_findings(findings))
+        frame = pd.concat([others, findings], axis=1)
+    else:
+        frame = table.frame.assign(label=table.frame["label"].map(labels).astype("int64"))
+    return replace(table, frame=frame, classes=classes, boxes=boxes)
 
 
 def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     """Return the images of several sources, source name -> table, as one table.
 
-    - Its classes are those of all sources, in the order in which they first appear. A class that only some sources have
-      is named in the notes, because there the source gives the class away.
+    - Its classes are those of all sources, in the order in which they first appear. The notes name each class that only
+      some sources have, because a network could tell it by the source.
     - Patients become "source/patient", because two sources may use the same ids.
     - The root is the folder that the sources' roots share.
 
-    Raises ValueError where only some sources are multi-label, or where multi-label sources have different findings: a
-    source that does not look for a finding cannot deny it.
+    Raises ValueError if only some sources are multi-label, or if multi-label sources have different findings: a source
+    that does not look for a finding cannot rule it out.
     """
-    several = [name for name, table in tables.items() if table.multilabel]
-    if several and len(several) < len(tables):
-        names = ", ".join(several)
+    multilabel = [name for name, table in tables.items() if table.multilabel]
+    if multilabel and len(multilabel) < len(tables):
+        names = ", ".join(multilabel)
         raise ValueError(f"{names} has several findings an image, the others have one class: keep one kind")
     classes = tuple(dict.fromkeys(name for table in tables.values() for name in table.classes))
-    partial = [name for name in classes if not all(name in table.classes for table in tables.values())]
-    if several and partial:
-        raise ValueError(f"not all sources look for {', '.join(partial)}: choose findings that all have")
-    columns = [*COLUMNS, *(classes if several else ())]
-    frames, boxes, notes = [], [], []
-    for source, table in tables.items():
-        frame, own_boxes = _with_labels(table, [classes.index(name) for name in table.classes])
-        frames.append(frame.assign(patient=f"{source}/" + frame["patient"])[columns])
-        boxes += [own_boxes] if len(own_boxes) else []
-        notes += [f"{source}: {note}" for note in table.notes]
-    for name in partial:
-        having = ", ".join(source for source, table in tables.items() if name in table.classes)
-        notes.append(f"{name} comes from {having} only: the source alone gives it away")
+    notes = [f"{source}: {note}" for source, table in tables.items() for note in table.notes]
+    for name in classes:
+        sources = [source for source, table in tables.items() if name in table.classes]
+        if len(sources) < len(tables):
+            if multilabel:
+                raise ValueError(f"not all sources look for {name}: choose findings that all have")
+            notes.append(f"{name} comes from {', '.join(sources)} only: the source alone gives it away")
+    parts = {source: with_classes(table, classes) for source, table in tables.items()}
+    frames = [part.frame.assign(patient=f"{source}/" + part.frame["patient"]) for source, part in parts.items()]
     frame = pd.concat(frames, ignore_index=True)
+    boxes = [part.boxes for part in parts.values() if len(part.boxes)]
     return XrayTable(
-        frame=frame.assign(label=rarest_findings(frame[list(classes)])) if several else frame,
+        frame=frame.assign(label=rarest_findings(frame[list(classes)])) if multilabel else frame,
         classes=classes,
         root=Path(os.path.commonpath([table.root for table in tables.values()])),
         has_patient_ids=all(table.has_patient_ids for table in tables.values()),
-        multilabel=bool(several),
+        multilabel=bool(multilabel),
         boxes=pd.concat(boxes, ignore_index=True) if boxes else no_boxes(),
         notes=tuple(notes),
     )
-
-
-def _with_labels(table: XrayTable, labels: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the frame and the boxes with new labels; `labels` has the new label of each class."""
-    new = dict(enumerate([*labels, len(labels)]))  # the last one: no finding
-    frame = table.frame.assign(label=table.frame["label"].map(new).astype("int64"))
-    return frame, table.boxes.assign(label=table.boxes["label"].map(new))
 
 
 def relative_paths(paths: Iterable[str], root: Path) -> pd.Series:
