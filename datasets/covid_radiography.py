@@ -9,12 +9,12 @@ import pandas as pd
 
 from datasets.table import XrayTable, image_files, image_frame, no_boxes, refuse_unknown, subfolder
 
-# Class -> the names of its folder in the versions of the database; case does not matter.
-CLASS_FOLDERS = {
-    "COVID-19": ("covid", "covid-19"),
-    "Lung Opacity": ("lung_opacity",),
-    "Normal": ("normal",),
-    "Viral Pneumonia": ("viral pneumonia",),
+# Class -> its folder; an older version of the database uses the class's name. Upper and lower case do not matter.
+FOLDERS = {
+    "COVID-19": "COVID",
+    "Lung Opacity": "Lung_Opacity",
+    "Normal": "Normal",
+    "Viral Pneumonia": "Viral Pneumonia",
 }
 TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")
 DOWNLOAD = (
@@ -40,10 +40,10 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
         FileNotFoundError: there is no class folder; the message has the command that gets the data.
         ValueError: a class has two folders.
     """
-    wanted = tuple(classes) or tuple(CLASS_FOLDERS)
-    refuse_unknown(wanted, CLASS_FOLDERS, "classes")
+    wanted = tuple(classes) or tuple(FOLDERS)
+    refuse_unknown(wanted, FOLDERS, "classes")
     root = (subfolder(root, TOP_FOLDERS) or root).absolute()
-    folders = {name: subfolder(root, CLASS_FOLDERS[name]) for name in CLASS_FOLDERS}
+    folders = {name: subfolder(root, (folder.lower(), name.lower())) for name, folder in FOLDERS.items()}
     images = {name: _images(folder) for name, folder in folders.items() if folder}
     present = tuple(name for name in wanted if images.get(name))
     if not present:

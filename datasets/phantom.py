@@ -19,16 +19,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from datasets.covid_radiography import FOLDERS
 from datasets.phantom_anatomy import draw_chest
 from datasets.table import BOX_COLUMNS, refuse_unknown
 
 GENERATOR_VERSION = 1  # to be raised when the same seed gives another picture
-FOLDERS = {
-    "COVID-19": "COVID",
-    "Lung Opacity": "Lung_Opacity",
-    "Normal": "Normal",
-    "Viral Pneumonia": "Viral Pneumonia",
-}
 CLASSES = tuple(FOLDERS)
 SMALLEST_BOX = 0.0015  # share of the image's area; smaller parts of a mask get no box
 SMALLEST_SIZE = 32  # px

@@ -136,7 +136,7 @@ class XrayTable:
     def one_sided(self, split: str) -> tuple[str, ...]:
         """Return the findings that all or none of the images of a split have; none in a single-label table.
 
-        Such a finding can be neither learnt nor judged there.
+        Such a finding can be neither learnt nor scored on this split.
         """
         if not self.multilabel:
             return ()
@@ -168,7 +168,7 @@ class XrayTable:
         return counts.reindex([name for name in (*SPLITS, "not split") if name in counts.index]).T.rename_axis("label")
 
     def relative_paths(self) -> pd.Series:
-        """Return every image's path relative to `root`, with forward slashes: the same on all machines."""
+        """Return every image's path relative to `root`, with forward slashes, so that it is the same on all machines."""
         return relative_paths(self.frame["path"], self.root)
 
     def limited(self, number: int, *, seed: int) -> "XrayTable":
@@ -203,7 +203,7 @@ class XrayTable:
 def _shares(counts: pd.Series, number: int) -> pd.Series:
     """Return whole numbers in proportion to `counts` with the sum `number`, by the method of largest remainders.
 
-    None is below 1, if `number` is large enough for that.
+    Each is at least 1 if `number` is large enough.
     """
     least = int(number >= len(counts))
     exact = counts * number / counts.sum()
@@ -218,9 +218,9 @@ def _shares(counts: pd.Series, number: int) -> pd.Series:
 def first_patients(images: pd.Series, target: int) -> list[str]:
     """Return the first patients, in the given order, whose `images` together come nearest to `target`.
 
-    The last one is taken if at least half of its images fit. Passing over those who do not fit would prefer patients
-    with few images. Only a patient with at least twice `target` images is passed over, because it would fill a split
-    alone; where all patients are like that, the one with the fewest images is taken: a split must not be empty.
+    The last patient is taken if at least half of its images fit. To skip patients that do not fit would prefer those
+    with few images. Only patients with at least twice `target` images are skipped, because one would fill a split alone.
+    If all patients are like that, the one with the fewest images is taken, so that no split is empty.
     """
     possible = images[images < 2 * target]
     middles = possible.cumsum() - possible / 2
@@ -230,11 +230,11 @@ def first_patients(images: pd.Series, target: int) -> list[str]:
 def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.DataFrame:
     """Return a row a patient, in the order of their ids, with the columns `images`, `label` and `split`.
 
-    - `images`: how many.
-    - `label`: the class of most of them (of classes with equally many, the first). In a multi-label table, where
-      `no_finding` is the label of images without any, the patient's rarest finding: one Hernia among thirty images
-      must count, or its split would be left to chance.
-    - `split`: "" where it is not decided.
+    - `images`: number of images.
+    - `label`: the class of most of the patient's images (the first one of equally frequent classes). In a multi-label
+      table it is the patient's rarest finding, because a rare finding must not be spread over the splits by chance.
+      `no_finding` is the label of images without a finding.
+    - `split`: "" if it is not decided.
     """
     counts = frame.groupby(["patient", "label"]).size().rename("count").reset_index()
     order = -counts["count"]
@@ -250,7 +250,8 @@ def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.Dat
 def rarest_findings(findings: pd.DataFrame) -> np.ndarray:
     """Return (N,) int64, the `label` of a multi-label table: the column number of each image's rarest finding.
 
-    It is the number of columns where the image has none. Rare is a finding by the sum of its 0/1 column.
+    An image without a finding gets the number of columns. The rarest finding is the one with the smallest sum of its
+    0/1 column.
     """
     rarest_first = np.argsort(findings.sum().to_numpy(), kind="stable")
     ordered = findings.to_numpy(bool)[:, rarest_first]
@@ -258,17 +259,17 @@ def rarest_findings(findings: pd.DataFrame) -> np.ndarray:
 
 
 def target_names(table: XrayTable, split: str | None = None) -> list[str]:
-    """Return the targets of the images of `split`, or of all, as files write them.
+    """Return the targets of the images of `split` (default: of all images) as text for files.
 
-    A target is the class's name, or the findings' names as in "Effusion|Mass"; "No Finding" where there are none.
+    A target is the name of the class, or the names of the findings as in "Effusion|Mass", or "No Finding".
     """
     rows = table.frame if split is None else table.subset(split)
     if not table.multilabel:
         return [table.classes[label] for label in rows["label"]]
-    # Few combinations of findings occur: each is written once.
-    kinds, which = np.unique(rows[list(table.classes)].to_numpy(bool), axis=0, return_inverse=True)
-    names = ["|".join(np.array(table.classes, dtype=object)[kind]) or NO_FINDING for kind in kinds]
-    return [names[kind] for kind in which.ravel()]
+    # Few combinations of findings occur, so the text of each is made once.
+    combinations, which = np.unique(rows[list(table.classes)].to_numpy(bool), axis=0, return_inverse=True)
+    names = ["|".join(np.array(table.classes, dtype=object)[combination]) or NO_FINDING for combination in combinations]
+    return [names[number] for number in which.ravel()]
 
 
 def relabelled(table: XrayTable, mapping: Mapping[str, str]) -> XrayTable:
@@ -352,9 +353,9 @@ def relative_paths(paths: Iterable[str], root: Path) -> pd.Series:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the image files that lie directly in `folder`, sorted by name; none where there is no such folder.
+    """Return the image files directly in `folder`, sorted by name; an empty list if there is no such folder.
 
-    `._x.png`, which macOS leaves behind, is not an image.
+    Files such as `._x.png`, which macOS leaves behind, are no images.
     """
     if not folder.is_dir():
         return []
@@ -365,7 +366,7 @@ def image_files(folder: Path) -> list[Path]:
 def subfolder(parent: Path, names: Sequence[str]) -> Path | None:
     """Return the folder in `parent` whose name in lower case is one of `names`, or None.
 
-    Raises ValueError where there are several: all but one would be ignored.
+    Raises ValueError if there are several, because all but one would be ignored.
     """
     paths = parent.iterdir() if parent.is_dir() else ()
     folders = sorted(path for path in paths if path.name.lower() in names and path.is_dir())
@@ -377,7 +378,7 @@ def subfolder(parent: Path, names: Sequence[str]) -> Path | None:
 def data_fingerprint(table: XrayTable) -> str:
     """Return a text that changes when an image's content, label or split changes, or an image is added or removed.
 
-    All files are read; one that does not change is read once in a process. Raises OSError where a file cannot be read.
+    All files are read; an unchanged file is read only once in a process. Raises OSError if a file cannot be read.
     """
     digests = content_digests(table.frame["path"])
     if None in digests:
@@ -390,7 +391,7 @@ def data_fingerprint(table: XrayTable) -> str:
 
 
 def content_digests(paths: Iterable[str | os.PathLike[str]]) -> list[str | None]:
-    """Return 32 hex digits for the bytes of each file, None for one that cannot be read."""
+    """Return 32 hex digits for the content of each file, or None for a file that cannot be read."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_content_digest, paths))
 
@@ -405,7 +406,7 @@ def _content_digest(path: str | os.PathLike[str]) -> str | None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except OSError:
         return None
-    # The clock of a file system is coarse: a file that was written just now may change and have the same times.
+    # File times are coarse: a file written less than a second ago may still change without a change of its times.
     if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > 10**9:
         _known_digests[key] = digest
     return digest
