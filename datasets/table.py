@@ -168,7 +168,7 @@ class XrayTable:
         return counts.reindex([name for name in (*SPLITS, "not split") if name in counts.index]).T.rename_axis("label")
 
     def relative_paths(self) -> pd.Series:
-        """Return every image's path relative to `root`, with forward slashes, so that it is the same on all machines."""
+        """Return every image's path relative to `root`, with forward slashes: the same on all machines."""
         return relative_paths(self.frame["path"], self.root)
 
     def limited(self, number: int, *, seed: int) -> "XrayTable":
@@ -219,7 +219,7 @@ def first_patients(images: pd.Series, target: int) -> list[str]:
     """Return the first patients, in the given order, whose `images` together come nearest to `target`.
 
     The last patient is taken if at least half of its images fit. To skip patients that do not fit would prefer those
-    with few images. Only patients with at least twice `target` images are skipped, because one would fill a split alone.
+    with few images. Only patients with at least twice `target` images are skipped, because one fills a split alone.
     If all patients are like that, the one with the fewest images is taken, so that no split is empty.
     """
     possible = images[images < 2 * target]
