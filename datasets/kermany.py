@@ -40,7 +40,7 @@ def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
 
     Raises:
         FileNotFoundError: train or test is missing; the message has the command that gets the data.
-        ValueError: classes are unknown or share images, or a file's name tells neither kind nor patient.
+        ValueError: classes are unknown or share images, or a file's name has no patient or kind.
     """
     wanted = tuple(classes) or ("Normal", "Pneumonia")
     refuse_unknown(wanted, CLASS_KINDS, "classes")
@@ -68,7 +68,9 @@ def _read_images(root: Path) -> pd.DataFrame:
             for path in image_files(top) if top else []:
                 match = pattern.match(path.name)
                 if match is None:
-                    raise ValueError(f"{path} tells no patient and kind by its name: give it the source's name")
+                    raise ValueError(
+                        f"{path.name} in {top} has no patient or kind in its name: restore the source's name"
+                    )
                 # The test set numbers its patients from 1 again, so the split is part of the id.
                 patient = f"{split}/{match['patient']}"
                 rows.append((str(path), patient, split, match.groupdict().get("kind", "normal"), folder))

@@ -27,13 +27,13 @@ def no_boxes() -> pd.DataFrame:
 
 
 def image_frame(**columns: object) -> pd.DataFrame:
-    """Return the frame of an `XrayTable` from some of its `COLUMNS`; a column that is not given is None."""
-    # As objects: pandas would turn None into NaN among strings.
+    """Return the frame of an `XrayTable` from some of its `COLUMNS`; the other columns are None."""
+    # dtype object keeps None; with strings pandas would turn it into NaN.
     return pd.DataFrame(dict.fromkeys(COLUMNS) | columns, dtype=object).astype({"label": "int64"})
 
 
 def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> None:
-    """Raise ValueError if some `names` are not among the `choices`; `kind` says in the message what the names are."""
+    """Raise ValueError if some `names` are not in `choices`; `kind` is the word for the names in the message."""
     unknown = sorted(set(names) - set(choices))
     if unknown:
         raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(choices)}")
@@ -41,7 +41,7 @@ def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> N
 
 def refuse_empty(classes: Sequence[str], labels: Iterable[int], root: Path) -> None:
     """Raise ValueError if a class does not occur in the images' `labels`."""
-    absent = [name for label, name in enumerate(classes) if label not in set(labels)]
+    absent = [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]
     if absent:
         raise ValueError(f"no images of {', '.join(absent)} in {root}: correct `classes` or the folder")
 
