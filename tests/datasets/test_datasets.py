@@ -405,7 +405,7 @@ def test_kermany_names_without_patient_and_missing_data_are_refused(tmp_path):
         read_dataset("kermany", tmp_path)
     root = touch_kermany(tmp_path)
     touch(root / "train/PNEUMONIA", "scan7.jpeg")
-    with pytest.raises(ValueError, match=r"scan7.jpeg in .* has no patient or kind"):
+    with pytest.raises(ValueError, match=r"scan7.jpeg has no patient or kind"):
         read_dataset("kermany", root)
 
 
