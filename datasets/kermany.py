@@ -68,9 +68,7 @@ def _read_images(root: Path) -> pd.DataFrame:
             for path in image_files(top) if top else []:
                 match = pattern.match(path.name)
                 if match is None:
-                    raise ValueError(
-                        f"{path.name} in {top} has no patient or kind in its name: restore the source's name"
-                    )
+                    raise ValueError(f"{path} has no patient or kind in its name: use the source's file names")
                 # The test set numbers its patients from 1 again, so the split is part of the id.
                 patient = f"{split}/{match['patient']}"
                 rows.append((str(path), patient, split, match.groupdict().get("kind", "normal"), folder))

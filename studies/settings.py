@@ -57,11 +57,12 @@ class Data(Settings):
     """[data] or [[datasets]]: where the images are and how to read them.
 
     - `reader`: format of the data set: "chestxray14", "covid_radiography", "folder" or "kermany".
-    - `root`: folder of the data; a relative path starts at the study file, in `studies/` at the project.
+    - `root`: folder of the data. A relative path starts at the study file's folder; for studies in `studies/` it starts
+      at the project's folder.
     - `classes`: names of the classes to read, in this order; empty reads all.
     - `labels`: class of the source -> class of the study; a class that is not listed keeps its name.
     - `patient_pattern`: regular expression whose first group is the patient in a file's name (reader "folder").
-    - `official_split`: true takes the test images from the source's own list (reader "chestxray14").
+    - `official_split`: true takes the test images from the source's own lists (reader "chestxray14").
     - `phantom`: settings of a synthetic data set to draw, see `Phantom`.
     """
 
@@ -166,7 +167,7 @@ class Training(Phase):
 
     `trainable`, `epochs` and `learning_rate` are those of the only phase if there are no `phases`.
 
-    - `weights`: weights to start from: "imagenet", "none" (random), or a file or run folder of trained weights.
+    - `weights`: weights to start from: "imagenet", "none" (random), or the path of a file or run folder.
     - `phases`: list of phases, see `Phase`; each starts from the best weights so far.
     - `optimizer`: "adam" or "sgd".
     - `schedule`: course of the learning rate: "constant"; "one_cycle" rises, then falls; "plateau" falls to a tenth
@@ -182,7 +183,7 @@ class Training(Phase):
     - `hidden_units`: widths of a new head's hidden layers, may be empty, see `networks.build_network`; by default only
       the network's last linear layer is new.
     - `dropout`: dropout rate, 0 to below 1; default is the network's own.
-    - `frozen_batch_norm`: true keeps the batch normalisation of the backbone as it is in the starting weights.
+    - `frozen_batch_norm`: true normalises the backbone with the statistics of the starting weights, which stay.
     - `cache_features`: true computes the output of a frozen backbone once for each image.
     - `threshold`: rule that chooses decision thresholds on validation: "none", "youden", "f1" or "accuracy".
     - `temporary_batch_norm`: true trains with batch normalisation and merges it into the convolutions at the end.
@@ -261,7 +262,8 @@ class Study(Settings):
     - `limit`: approximate number of images to use; default is all.
     - `positive`: the class to detect, of two; see `studies.loading.positive_class`.
     - `compare`: names of studies with the same test images; notebook 3 shows their results too.
-    - `data`: where the images are; with several sources it is a list, `datasets`.
+    - `extends`: name of a study; this study has all settings of the other one that it does not give itself.
+    - `data` or `datasets`: where the images are, one source or a list of sources.
     - `split`, `preprocessing`, `augmentation`, `training`, `maps`: see the class of each table.
     - `networks`: name of each network to train -> settings of `[training]` that differ for it.
     """
