@@ -54,7 +54,7 @@ def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTa
         for path in images[name]:
             patient = path.relative_to(root).with_suffix("").as_posix()
             rows.append((str(path), patient, label, masks.get(path.stem), lesions.get(path.stem)))
-    frame = image_frame(**pd.DataFrame(rows, columns=["path", "patient", "label", "mask", "lesion"]))
+    frame = image_frame(**pd.DataFrame(rows, columns=["path", "patient", "label", "mask", "lesion"], dtype=object))
     absent = [name for name in wanted if name not in present]
     notes = (f"no images of {', '.join(absent)} in {root.name}: {len(present)} classes",) if absent else ()
     boxes = _read_boxes(root, present)

@@ -111,7 +111,7 @@ def test_columns_that_cannot_be_findings_are_refused():
         replace(table, frame=table.frame.assign(Mass=[0, 2, 1]))
     for name in ("mask", "No Finding", "Effusion|Mass"):
         frame = table.frame.assign(**{name: 0})
-        with pytest.raises(ValueError, match=r"not called|must not have \|"):
+        with pytest.raises(ValueError, match=r"not called|must not contain \|"):
             replace(table, frame=frame, classes=(*FINDINGS, name))
 
 
