@@ -330,16 +330,13 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     parts = {source: with_classes(table, classes) for source, table in tables.items()}
     frames = [part.frame.assign(patient=f"{source}/" + part.frame["patient"]) for source, part in parts.items()]
     frame = pd.concat(frames, ignore_index=True)
+    if multilabel:
+        frame["label"] = rarest_findings(frame[list(classes)])
     boxes = [part.boxes for part in parts.values() if len(part.boxes)]
-    return XrayTable(
-        frame=frame.assign(label=rarest_findings(frame[list(classes)])) if multilabel else frame,
-        classes=classes,
-        root=Path(os.path.commonpath([table.root for table in tables.values()])),
-        has_patient_ids=all(table.has_patient_ids for table in tables.values()),
-        multilabel=bool(multilabel),
-        boxes=pd.concat(boxes, ignore_index=True) if boxes else no_boxes(),
-        notes=tuple(notes),
-    )
+    boxes = pd.concat(boxes, ignore_index=True) if boxes else no_boxes()
+    root = Path(os.path.commonpath([table.root for table in tables.values()]))
+    has_ids = all(table.has_patient_ids for table in tables.values())
+    return XrayTable(frame, classes, root, has_ids, multilabel=bool(multilabel), boxes=boxes, notes=tuple(notes))
 
 
 def relative_paths(paths: Iterable[str], root: Path) -> pd.Series:
