@@ -102,8 +102,8 @@ def write_chestxray14(
     """Write `images` pictures with their labels and boxes into `root`, and with `lists` the official lists.
 
     A third of the images has no finding; the others have one, or two that the phantom draws in the same way. Every
-    fourth patient has two images and belongs to the official test set. Some rows of the table have no file. `archives`
-    puts the files into `images_001/images` and so on; `compressed` writes the table as `.gz`.
+    fourth patient has two images; another fourth of the patients is the official test set. Some rows of the table have
+    no file. `archives` puts the files into `images_001/images` and so on; `compressed` writes the table as `.gz`.
     """
     root.mkdir(parents=True, exist_ok=True)
     names, findings, labels = _chestxray14_rows(images)
