@@ -158,10 +158,10 @@ def _write_labels(root: Path, names: Sequence[str], findings: Sequence[Sequence[
         file.write("\n".join([header, *lines]) + "\n")
 
 
-def write_covid_radiography(root: Path, *, size: int = 64, per_class: int = 20, masks: bool = True) -> None:
-    """Write `<Class>/images/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`.
+def write_covid_radiography(root: Path, *, size: int, per_class: int) -> None:
+    """Write `<Class>/{images,masks}/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`.
 
-    With `masks` there are lung masks in `<Class>/masks/`. Unlike `write_phantom` it writes no lesions and no boxes.
+    The masks are lung masks. Unlike `write_phantom` it writes no lesion masks and no boxes.
     """
     top = root / "COVID-19_Radiography_Dataset"
     for label, name in enumerate(CLASSES):
@@ -169,5 +169,4 @@ def write_covid_radiography(root: Path, *, size: int = 64, per_class: int = 20, 
         for k, (picture, lungs) in enumerate(zip(drawn.images, drawn.lung_masks, strict=True), start=1):
             file = f"{FOLDERS[name]}-{k}.png"
             write_picture(top / FOLDERS[name] / "images" / file, picture)
-            if masks:
-                write_picture(top / FOLDERS[name] / "masks" / file, lungs * np.uint8(255))
+            write_picture(top / FOLDERS[name] / "masks" / file, lungs * np.uint8(255))

@@ -200,8 +200,8 @@ def test_saved_splits_of_findings_are_restored_in_the_order_of_the_training(nih,
     assert "No Finding" in set(pd.read_csv(saved)["label"])
     turned = apply_splits(nih, saved, nih.classes[::-1])
     assert turned.classes == nih.classes[::-1]
-    both = divided.frame.set_index("path"), turned.frame.set_index("path")
-    assert both[0]["split"].sort_index().equals(both[1]["split"].sort_index())
+    splits = [table.frame.set_index("path")["split"].sort_index() for table in (divided, turned)]
+    assert splits[0].equals(splits[1])
     assert (turned.targets("val").sum(axis=0)[::-1] == divided.targets("val").sum(axis=0)).all()
     names = [table.boxes["label"].map(dict(enumerate(table.classes))).tolist() for table in (nih, turned)]
     assert names[0] == names[1]
