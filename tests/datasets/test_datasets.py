@@ -14,7 +14,7 @@ from datasets import XrayTable, data_fingerprint, read_dataset
 from datasets.chestxray14 import FINDINGS
 from datasets.phantom import FOLDERS
 from datasets.splits import apply_splits, split_by_patient, splits_frame
-from datasets.table import patients_of
+from datasets.table import image_frame, patients_of
 
 
 def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
@@ -23,16 +23,8 @@ def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
 
 
 def invented_table(patients: list[str], labels: list[int], splits: list[str | None] | None = None) -> XrayTable:
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/{i:05d}.png" for i in range(len(patients))],
-            "patient": patients,
-            "split": pd.Series(splits or [None] * len(patients), dtype=object),
-            "label": labels,
-            "mask": None,
-            "lesion": None,
-        }
-    )
+    paths = [f"/data/{i:05d}.png" for i in range(len(patients))]
+    frame = image_frame(path=paths, patient=patients, split=splits, label=labels)
     classes = tuple(f"class {i}" for i in range(max(labels) + 1))
     return XrayTable(frame=frame, classes=classes, root=Path("/data"), has_patient_ids=True)
 

@@ -13,6 +13,7 @@ from datasets import SPLITS, XrayTable, data_fingerprint, read_dataset
 from datasets.splits import apply_splits, boxes_held_out, split_by_patient, split_into_folds, splits_frame, thinned
 from datasets.table import (
     first_patients,
+    image_frame,
     merged,
     patients_of,
     rarest_findings,
@@ -26,17 +27,12 @@ FINDINGS = ("Effusion", "Mass", "Edema")
 
 def several(findings: list[str], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
     """A multi-label table of images with findings such as "Effusion|Mass"; by default each image is a patient."""
-    number = len(findings)
     columns = pd.DataFrame({name: [int(name in text.split("|")) for text in findings] for name in FINDINGS})
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/{i:05d}.png" for i in range(number)],
-            "patient": patients or [f"p{i:05d}" for i in range(number)],
-            "split": pd.Series(splits or [None] * number, dtype=object),
-            "label": rarest_findings(columns),
-            "mask": pd.Series([None] * number, dtype=object),
-            "lesion": pd.Series([None] * number, dtype=object),
-        }
+    frame = image_frame(
+        path=[f"/data/{i:05d}.png" for i in range(len(findings))],
+        patient=patients or [f"p{i:05d}" for i in range(len(findings))],
+        split=splits,
+        label=rarest_findings(columns),
     )
     frame = pd.concat([frame, columns.astype("uint8")], axis=1)
     return XrayTable(frame=frame, classes=FINDINGS, root=Path("/data"), has_patient_ids=True, multilabel=True)
@@ -44,16 +40,11 @@ def several(findings: list[str], patients: list[str] | None = None, splits: list
 
 def single(labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
     """A single-label table of classes "class 0" and so on; by default each image is a patient."""
-    number = len(labels)
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/one/{i:05d}.png" for i in range(number)],
-            "patient": patients or [f"p{i:05d}" for i in range(number)],
-            "split": pd.Series(splits or [None] * number, dtype=object),
-            "label": labels,
-            "mask": pd.Series([None] * number, dtype=object),
-            "lesion": pd.Series([None] * number, dtype=object),
-        }
+    frame = image_frame(
+        path=[f"/data/one/{i:05d}.png" for i in range(len(labels))],
+        patient=patients or [f"p{i:05d}" for i in range(len(labels))],
+        split=splits,
+        label=labels,
     )
     classes = tuple(f"class {i}" for i in range(max(1, *labels) + 1))
     return XrayTable(frame=frame, classes=classes, root=Path("/data/one"), has_patient_ids=True)
