@@ -1,9 +1,9 @@
-"""How long the label table of ChestX-ray14 takes to become an `XrayTable`, and to be split, at its full size.
+"""Time to read the label table of ChestX-ray14 at full size into an `XrayTable`, and to split it by patient.
 
     python benchmarks/read_table.py [--rows 112120] [--rounds 5]
 
-Writes a table and as many empty image files into a temporary folder; medians beside that of `pandas.read_csv` on
-the same file, the least that any reader needs.
+It writes a table and one empty file for each image into a temporary folder. It prints median times, and for comparison
+the time of `pandas.read_csv` on the same file, which every reader needs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from datasets.splits import split_by_patient
 
 
 def write_table(root: Path, rows: int) -> Path:
-    """Write `Data_Entry_2017.csv` with `rows` images of about a quarter as many patients, and the files."""
+    """Write `Data_Entry_2017.csv` with `rows` images of about `rows / 4` patients, and the image files."""
     rng = np.random.default_rng(0)
     patients = np.sort(rng.integers(1, rows // 4 + 2, rows))
     number = pd.Series(patients).groupby(patients).cumcount()
@@ -41,7 +41,7 @@ def write_table(root: Path, rows: int) -> Path:
 
 
 def median_seconds(work: Callable[[], object], rounds: int) -> float:
-    """Return the median wall-clock time of some work."""
+    """Return the median wall-clock time of `work` over `rounds` calls."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()

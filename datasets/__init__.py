@@ -1,29 +1,28 @@
 """Public chest X-ray datasets, each read from a folder on disk into one `XrayTable`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from datasets import chestxray14, covid_radiography, folder, kermany
-from datasets.table import SPLITS, XrayTable, data_fingerprint
+from datasets.chestxray14 import read_chestxray14
+from datasets.covid_radiography import read_covid_radiography
+from datasets.folder import read_folder
+from datasets.kermany import read_kermany
+from datasets.table import SPLITS, XrayTable, data_fingerprint, refuse_unknown
 
-Reader = Callable[..., XrayTable]
-
-READERS: dict[str, Reader] = {
-    "chestxray14": chestxray14.read_chestxray14,
-    "covid_radiography": covid_radiography.read_covid_radiography,
-    "folder": folder.read_folder,
-    "kermany": kermany.read_kermany,
+READERS = {
+    "chestxray14": read_chestxray14,
+    "covid_radiography": read_covid_radiography,
+    "folder": read_folder,
+    "kermany": read_kermany,
 }
 
 
 def read_dataset(reader: str, root: Path, **options: object) -> XrayTable:
-    """Read the dataset in the folder `root` with a reader of `READERS`; `options` go to that reader.
+    """Return the table of the dataset in the folder `root`; `options` go to the reader of that name in `READERS`.
 
-    Raises FileNotFoundError, with the way to get the data, where `root` does not hold it.
+    Raises FileNotFoundError if the data are not in `root`; the message says how to get them.
     """
-    if reader not in READERS:
-        raise ValueError(f"unknown dataset reader {reader!r}: choose one of {', '.join(READERS)}")
+    refuse_unknown([reader], READERS, "dataset readers")
     return READERS[reader](Path(root), **options)
 
 
-__all__ = ["READERS", "SPLITS", "XrayTable", "data_fingerprint", "read_dataset"]
+__all__ = ["SPLITS", "XrayTable", "data_fingerprint", "read_dataset"]

@@ -1,5 +1,5 @@
-"""ChestX-ray14 of the NIH Clinical Center (Wang et al. 2017, CVPR, "ChestX-ray8"): 112,120 frontal X-rays of
-30,805 patients with fourteen findings, none, one or several an image, mined from the radiologists' reports.
+"""ChestX-ray14 of the NIH Clinical Center (Wang et al. 2017, CVPR, "ChestX-ray8"): 112,120 frontal X-rays of 30,805
+patients. An image has any number of fourteen findings, which were extracted from radiologists' reports by software.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.table import NO_FINDING, XrayTable, image_frame, no_boxes, rarest_findings, refuse_unknown
+from datasets.table import NO_FINDING, XrayTable, image_frame, no_boxes, rarest_findings, refuse_images, refuse_unknown
 
 # In the paper's order.
 FINDINGS = (
@@ -28,21 +28,21 @@ DOWNLOAD = (
 
 
 def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split: bool = False) -> XrayTable:
-    """Return the multi-label table of the images in a folder; boxes are those of `BBox_List_2017.csv`, if it exists.
+    """Return the multi-label table of the images in a folder, with the boxes of `BBox_List_2017.csv` if it exists.
 
-    Rows of the table of labels that have no file are left out and counted in the notes.
+    Images that are listed but have no file are left out; the notes have their number.
 
     Args:
         root: the folder with `Data_Entry_2017*.csv` (or `.csv.gz`), and the images in `images/` or in
             `images_001/images/` and so on.
         classes: the findings to read, in this order (default: all fourteen).
-        official_split: take the splits from the source's lists. `train_val_list.txt` is "train", from which
-            `split_by_patient` draws the validation.
+        official_split: take the splits from the source's lists. `train_val_list.txt` is "train";
+            `split_by_patient` draws the validation images from it.
 
     Raises:
         FileNotFoundError: the labels, the images or the official lists are missing; the message says how to get them.
-        ValueError: a finding is unknown, an image has no label, a patient id is not that in the file's name, or a box
-            is not four numbers.
+        ValueError: a finding is unknown, an image has no label, a patient id differs from that in the file's name, or a
+            box is not four numbers.
     """
     wanted = tuple(classes) or FINDINGS
     refuse_unknown(wanted, FINDINGS, "findings")
@@ -52,41 +52,26 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
     if paths.isna().all():
         raise FileNotFoundError(f"no images of ChestX-ray14 in {root}: get them with: {DOWNLOAD}")
     entries = entries[paths.notna()].assign(path=paths.dropna()).reset_index(drop=True)
-    _refuse_unlabelled(entries)
+    unlabelled = entries.loc[entries["findings"].isna(), "image"]
+    refuse_images(unlabelled, "have no label in the table", f"name their findings there, or write {NO_FINDING}")
     findings = _findings(entries["findings"])
     chosen = findings[list(wanted)]
     boxes = _read_boxes(root, entries.set_index("image")["path"], wanted)
     splits = _official_splits(root, entries["image"]) if official_split else None
-    frame = image_frame(
-        path=entries["path"], patient=entries["image"].str[:8], split=splits, label=rarest_findings(chosen)
-    )
+    label = rarest_findings(chosen)
+    frame = image_frame(path=entries["path"], patient=entries["image"].str[:8], split=splits, label=label)
+    frame = pd.concat([frame, chosen], axis=1)
     missing, others = paths.isna().sum(), int((findings.any(axis=1) & ~chosen.any(axis=1)).sum())
     remarks = {
         f"{missing} of {len(paths)} listed images have no file and are left out": missing,
         f"{others} images have other findings only and count as without any": others,
     }
-    return XrayTable(
-        frame=pd.concat([frame, chosen], axis=1),
-        classes=wanted,
-        root=root,
-        has_patient_ids=True,
-        multilabel=True,
-        boxes=boxes,
-        notes=tuple(remark for remark, number in remarks.items() if number),
-    )
-
-
-def _refuse_unlabelled(entries: pd.DataFrame) -> None:
-    unlabelled = entries.loc[entries["findings"].isna(), "image"]
-    if len(unlabelled):
-        raise ValueError(
-            f"{len(unlabelled)} images, for example {unlabelled.iloc[0]}, have no label in the table: name their "
-            f"findings there, or write {NO_FINDING}"
-        )
+    notes = tuple(remark for remark, number in remarks.items() if number)
+    return XrayTable(frame, wanted, root, has_patient_ids=True, multilabel=True, boxes=boxes, notes=notes)
 
 
 def _read_entries(root: Path) -> pd.DataFrame:
-    """Return a row an image of the newest table of labels: `image` (file name), `findings` (joined by |), `patient`."""
+    """Return the newest table of labels, a row an image: `image` (file name), `findings` (joined by |), `patient`."""
     tables = [path for path in root.glob("Data_Entry_2017*") if path.name.endswith((".csv", ".csv.gz"))]
     if not tables:
         raise FileNotFoundError(f"no Data_Entry_2017.csv of ChestX-ray14 in {root}: get it with: {DOWNLOAD}")
@@ -94,28 +79,24 @@ def _read_entries(root: Path) -> pd.DataFrame:
     names = {"Image Index": "image", "Finding Labels": "findings", "Patient ID": "patient"}
     entries = pd.read_csv(path, usecols=list(names), dtype={"Patient ID": "int64"}, index_col=False)
     entries = entries.rename(columns=names)
-    differing = entries["image"].str[:8] != entries["patient"].astype(str).str.zfill(8)
-    if differing.any():
-        first = entries[differing].iloc[0]
-        raise ValueError(
-            f"{path.name} gives {first['image']} to patient {first['patient']}, {int(differing.sum())} such rows: "
-            "a name begins with its patient's id in 8 digits; get the file again"
-        )
+    differing = entries[entries["image"].str[:8] != entries["patient"].astype(str).str.zfill(8)]
+    rule = "a name must begin with the patient's id in 8 digits: get the file again"
+    refuse_images(differing["image"], f"in {path.name} have another patient id than their name", rule)
     return entries
 
 
 def _image_paths(root: Path) -> dict[str, str]:
-    """Return the path of every file in the folders of images, by name; each folder is listed once."""
+    """Return the path of every file in the image folders, by name."""
     folders = [root / "images", *sorted(root.glob("images_*/images"))]
     return {entry.name: entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
 
 
 def _findings(texts: pd.Series) -> pd.DataFrame:
     """Return uint8 0/1, a column a finding of FINDINGS, from texts such as "Effusion|Mass" or "No Finding"."""
-    codes, kinds = pd.factorize(texts)  # there are only some hundred different texts
-    named = [set(kind.split("|")) - {NO_FINDING} for kind in kinds]
-    refuse_unknown(set().union(*named), FINDINGS, "findings in the table of labels")
-    table = np.array([[name in names for name in FINDINGS] for names in named], dtype=np.uint8)
+    codes, combinations = pd.factorize(texts)  # there are only a few hundred different texts
+    findings = [set(text.split("|")) - {NO_FINDING} for text in combinations]
+    refuse_unknown(set().union(*findings), FINDINGS, "findings in the table of labels")
+    table = np.array([[name in names for name in FINDINGS] for names in findings], dtype=np.uint8)
     return pd.DataFrame(table[codes], columns=list(FINDINGS))
 
 
@@ -126,27 +107,23 @@ def _official_splits(root: Path, images: pd.Series) -> pd.Series:
             raise FileNotFoundError(f"no {name} in {root}: get it from {NIH}, or set official_split = false")
         split_of |= dict.fromkeys((root / name).read_text(encoding="utf-8").split(), split)
     splits = images.map(split_of)
-    unlisted = images[splits.isna()]
-    if len(unlisted):
-        raise ValueError(
-            f"{len(unlisted)} images, for example {unlisted.iloc[0]}, are in none of "
-            f"{' and '.join(OFFICIAL_LISTS)}: get the lists again, or set official_split = false"
-        )
+    remedy = "get the lists again, or set official_split = false"
+    refuse_images(images[splits.isna()], f"are in neither {' nor '.join(OFFICIAL_LISTS)}", remedy)
     return splits
 
 
 def _read_boxes(root: Path, paths: pd.Series, classes: tuple[str, ...]) -> pd.DataFrame:
     if not (root / BOX_LIST).is_file():
         return no_boxes()
-    # Columns by position: the header, "Bbox [x,y,w,h],,,", has commas inside a name and more columns than some rows.
+    # Columns are read by position: the header "Bbox [x,y,w,h],,," has commas inside a name, and more columns than some
+    # rows.
     sides = ["x", "y", "width", "height"]
     boxes = pd.read_csv(root / BOX_LIST, header=None, usecols=range(2 + len(sides)))
     boxes = boxes.set_axis(["image", "label", *sides], axis=1).replace({"label": BOX_NAMES})
-    boxes = boxes[boxes["image"] != "Image Index"].copy()  # not all versions have the header
+    boxes = boxes[boxes["image"] != "Image Index"].copy()  # some versions of the list have no header
     boxes[sides] = boxes[sides].apply(pd.to_numeric, errors="coerce")
     unreadable = boxes.loc[boxes[sides].isna().any(axis=1), "image"]
-    if len(unreadable):
-        raise ValueError(f"{BOX_LIST}: a box of {unreadable.iloc[0]} is not four numbers: mend its line")
+    refuse_images(unreadable, f"in {BOX_LIST} have a box that is not four numbers", "correct these lines")
     refuse_unknown(boxes["label"], FINDINGS, f"findings in {BOX_LIST}")
     boxes = boxes[boxes["image"].isin(paths.index) & boxes["label"].isin(classes)].reset_index(drop=True)
     if boxes.empty:

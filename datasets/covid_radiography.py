@@ -9,12 +9,12 @@ import pandas as pd
 
 from datasets.table import XrayTable, image_files, image_frame, no_boxes, refuse_unknown, subfolder
 
-# Class -> the names of its folder in the versions of the database; case does not matter.
-CLASS_FOLDERS: dict[str, tuple[str, ...]] = {
-    "COVID-19": ("covid", "covid-19"),
-    "Lung Opacity": ("lung_opacity",),
-    "Normal": ("normal",),
-    "Viral Pneumonia": ("viral pneumonia",),
+# Class -> its folder; an older version of the database uses the class's name. Upper and lower case do not matter.
+FOLDERS = {
+    "COVID-19": "COVID",
+    "Lung Opacity": "Lung_Opacity",
+    "Normal": "Normal",
+    "Viral Pneumonia": "Viral Pneumonia",
 }
 TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")
 DOWNLOAD = (
@@ -26,30 +26,37 @@ DOWNLOAD = (
 def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     """Return the table of the database; the source has no patient ids, so each image is its own patient.
 
-    Both layouts are read: the present one, `<Class>/images/*.png` with lung masks of the same names in
-    `<Class>/masks/`, and the older one with the images directly in the class folder. The phantom adds lesion masks in
-    `<Class>/lesions/` and `boxes.csv` (path below `root`, label, x, y, width and height as fractions of the image).
+    - Present layout: `<Class>/images/*.png`, with lung masks of the same names in `<Class>/masks/`.
+    - Older layout: the images lie directly in the class folder.
+    - The phantom adds lesion masks in `<Class>/lesions/` and `boxes.csv` (path below `root`, label, x, y, width and
+      height as fractions of the image).
 
     Args:
-        root: the folder of the classes, or the folder that holds it under the name of the download.
-        classes: the classes to read, in this order (default: all four). One without a folder is no class of the table
-            and is named in the notes.
+        root: the folder that holds the class folders, or its parent folder.
+        classes: the classes to read, in this order (default: all four). A class without images is left out and named
+            in the notes.
 
     Raises:
         FileNotFoundError: there is no class folder; the message has the command that gets the data.
         ValueError: a class has two folders.
     """
-    wanted = tuple(classes) or tuple(CLASS_FOLDERS)
-    refuse_unknown(wanted, CLASS_FOLDERS, "classes")
+    wanted = tuple(classes) or tuple(FOLDERS)
+    refuse_unknown(wanted, FOLDERS, "classes")
     root = (subfolder(root, TOP_FOLDERS) or root).absolute()
-    folders = {name: subfolder(root, CLASS_FOLDERS[name]) for name in CLASS_FOLDERS}
-    present = tuple(name for name in wanted if folders[name] and _images(folders[name]))
+    folders = {name: subfolder(root, (folder.lower(), name.lower())) for name, folder in FOLDERS.items()}
+    images = {name: _images(folder) for name, folder in folders.items() if folder}
+    present = tuple(name for name in wanted if images.get(name))
     if not present:
         raise FileNotFoundError(f"no COVID-19 Radiography Database in {root}: get it with: {DOWNLOAD}")
-    frames = [_class_frame(folders[name], label, root) for label, name in enumerate(present)]
+    rows = []
+    for label, name in enumerate(present):
+        masks, lesions = (_files_by_stem(folders[name] / kind) for kind in ("masks", "lesions"))
+        for path in images[name]:
+            patient = path.relative_to(root).with_suffix("").as_posix()
+            rows.append((str(path), patient, label, masks.get(path.stem), lesions.get(path.stem)))
+    frame = image_frame(**pd.DataFrame(rows, columns=["path", "patient", "label", "mask", "lesion"], dtype=object))
     absent = [name for name in wanted if name not in present]
     notes = (f"no images of {', '.join(absent)} in {root.name}: {len(present)} classes",) if absent else ()
-    frame = pd.concat(frames, ignore_index=True)
     boxes = _read_boxes(root, present)
     return XrayTable(frame=frame, classes=present, root=root, has_patient_ids=False, boxes=boxes, notes=notes)
 
@@ -61,19 +68,7 @@ def _images(folder: Path) -> list[Path]:
     return beside or inside
 
 
-def _class_frame(folder: Path, label: int, root: Path) -> pd.DataFrame:
-    images = _images(folder)
-    masks, lesions = _by_stem(folder / "masks"), _by_stem(folder / "lesions")
-    return image_frame(
-        path=[str(path) for path in images],
-        patient=[path.relative_to(root).with_suffix("").as_posix() for path in images],
-        label=label,
-        mask=[masks.get(path.stem) for path in images],
-        lesion=[lesions.get(path.stem) for path in images],
-    )
-
-
-def _by_stem(folder: Path) -> dict[str, str]:
+def _files_by_stem(folder: Path) -> dict[str, str]:
     return {path.stem: str(path) for path in image_files(folder)}
 
 
@@ -82,5 +77,4 @@ def _read_boxes(root: Path, classes: tuple[str, ...]) -> pd.DataFrame:
         return no_boxes()
     boxes = pd.read_csv(root / "boxes.csv")
     boxes = boxes[boxes["label"].isin(classes)].reset_index(drop=True)
-    paths = [str(root / path) for path in boxes["path"]]
-    return boxes.assign(path=paths, label=[classes.index(name) for name in boxes["label"]])
+    return boxes.assign(path=[str(root / path) for path in boxes["path"]], label=boxes["label"].map(classes.index))

@@ -1,5 +1,5 @@
-"""Chest X-rays of children of one to five years, normal, or with bacterial or viral pneumonia (Kermany et al. 2018,
-Cell 172, Mendeley Data 10.17632/rscbjbr9sj): 5,856 images, split by the source into train, val and test.
+"""Chest X-rays of children of one to five years: normal, bacterial or viral pneumonia (Kermany et al. 2018, Cell 172,
+Mendeley Data 10.17632/rscbjbr9sj). The source splits its 5,856 images into train, val and test.
 """
 
 import re
@@ -10,21 +10,16 @@ import pandas as pd
 
 from datasets.table import XrayTable, image_files, image_frame, refuse_empty, refuse_unknown, subfolder
 
-# Class -> the kinds of image that belong to it; the files' names tell the kind.
-CLASS_KINDS = {
-    "Normal": ("normal",),
-    "Pneumonia": ("bacteria", "virus"),
-    "Bacterial": ("bacteria",),
-    "Viral": ("virus",),
-}
-# Folder in a split's folder -> the names of its files: `personN_bacteria_M.jpeg`, `NORMAL2-IM-0381-0001.jpeg`.
-# A patient is `personN` or `IM-N`. `personN_bacteria` and `personN_virus` count as one patient, because the source does
-# not say whether they are: one patient under two ids could be in two splits.
+# Class -> the kinds of its images; a file's name tells the kind.
+CLASS_KINDS = {"Normal": ["normal"], "Pneumonia": ["bacteria", "virus"], "Bacterial": ["bacteria"], "Viral": ["virus"]}
+# Class folder -> pattern of its file names: `NORMAL2-IM-0381-0001.jpeg`, `personN_bacteria_M.jpeg`. A patient is `IM-N`
+# or `personN`. The source does not say whether `personN_bacteria` and `personN_virus` are one person. They count as one
+# patient, because one patient under two ids could be in two splits.
 FOLDER_NAMES = {
     "NORMAL": re.compile(r"(?P<patient>(?:NORMAL\d*-)?IM-\d+)-"),
     "PNEUMONIA": re.compile(r"(?P<patient>person\d+)_(?P<kind>bacteria|virus)_"),
 }
-# The source's split -> the table's.
+# Split folder of the source -> split of the table.
 OFFICIAL_SPLITS = {"train": "train", "val": "train", "test": "test"}
 TOP_FOLDER = "chest_xray"
 DOWNLOAD = (
@@ -36,8 +31,8 @@ DOWNLOAD = (
 def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     """Return the table of the images in `{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    The splits are the source's, except that its 16 validation images, too few to choose anything by, count as train:
-    `split_by_patient` draws the validation from train. The table's notes tell all this with numbers.
+    The splits are the source's, except that its 16 validation images count as train, because 16 are too few to choose
+    anything by. `split_by_patient` draws the validation images from train. The table's notes have the numbers.
 
     Args:
         root: the folder of the splits, or the folder that holds it as `chest_xray`.
@@ -45,37 +40,27 @@ def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
 
     Raises:
         FileNotFoundError: train or test is missing; the message has the command that gets the data.
-        ValueError: classes are unknown or share images, or a file's name tells no kind and no patient.
+        ValueError: classes are unknown or share images, or a file's name has no patient or kind.
     """
     wanted = tuple(classes) or ("Normal", "Pneumonia")
-    labels = _labels(wanted)
+    refuse_unknown(wanted, CLASS_KINDS, "classes")
+    labels = {kind: label for label, name in enumerate(wanted) for kind in CLASS_KINDS[name]}
+    if len(labels) < sum(len(CLASS_KINDS[name]) for name in wanted):
+        raise ValueError(f"some of the classes {', '.join(wanted)} share images: Pneumonia is Bacterial and Viral")
     root = root.absolute()
     root = next((top for top in (root, root / TOP_FOLDER) if (top / "train").is_dir()), root)
     images = _read_images(root)
     if not {"train", "test"} <= set(images["folder"]):
         raise FileNotFoundError(f"no train and test images of Kermany et al. in {root}: get them with: {DOWNLOAD}")
     chosen = images[images["kind"].isin(labels)].reset_index(drop=True)
-    columns = chosen[["path", "patient", "split"]].to_dict("series")
-    frame = image_frame(**columns, label=chosen["kind"].map(labels))
+    frame = image_frame(**chosen[["path", "patient", "split"]], label=chosen["kind"].map(labels))
     refuse_empty(wanted, frame["label"], root)
     notes = _notes(images, chosen, wanted)
     return XrayTable(frame=frame, classes=wanted, root=root, has_patient_ids=True, notes=notes)
 
 
-def _labels(classes: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of the class of every kind of image that is in one of `classes`."""
-    refuse_unknown(classes, CLASS_KINDS, "classes")
-    labels: dict[str, int] = {}
-    for label, name in enumerate(classes):
-        for kind in CLASS_KINDS[name]:
-            if kind in labels:
-                raise ValueError(f"{classes[labels[kind]]} and {name} share images: choose one of them")
-            labels[kind] = label
-    return labels
-
-
 def _read_images(root: Path) -> pd.DataFrame:
-    """Return a row an image: `path`, `patient`, `split`, `kind`, and `folder`, the source's split."""
+    """Return a row an image: `path`, `patient`, `split`, `kind` and `folder` (the source's split)."""
     rows = []
     for folder, split in OFFICIAL_SPLITS.items():
         for name, pattern in FOLDER_NAMES.items():
@@ -83,18 +68,18 @@ def _read_images(root: Path) -> pd.DataFrame:
             for path in image_files(top) if top else []:
                 match = pattern.match(path.name)
                 if match is None:
-                    raise ValueError(f"{path} tells no patient and kind by its name: give it the source's name")
-                # The numbering begins again in the test set, so a number alone is no patient.
+                    raise ValueError(f"{path} has no patient or kind in its name: use the source's file names")
+                # The test set numbers its patients from 1 again, so the split is part of the id.
                 patient = f"{split}/{match['patient']}"
                 rows.append((str(path), patient, split, match.groupdict().get("kind", "normal"), folder))
     return pd.DataFrame(rows, columns=["path", "patient", "split", "kind", "folder"])
 
 
 def _notes(images: pd.DataFrame, chosen: pd.DataFrame, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what a reader of the table must know, with numbers: of all `images` those `chosen` are in it."""
+    """Return the notes of the table: `images` are all of the source, `chosen` are those in the table."""
     validation = int(chosen["folder"].eq("val").sum())
-    numbers = chosen["patient"].str.partition("/")[2].groupby(chosen["split"]).agg(set)
-    shared = len(numbers.get("train", set()) & numbers.get("test", set()))
+    numbers = chosen[["split", "patient"]].drop_duplicates()["patient"].str.partition("/")[2]
+    shared = int(numbers.duplicated().sum())
     left_out = len(images) - len(chosen)
     remarks = {
         f"{validation} official validation images count as train: too few to choose anything by": validation,

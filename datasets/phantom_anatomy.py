@@ -1,33 +1,20 @@
-"""One synthetic chest radiograph (PA view): anatomy, X-ray physics and a disease, joined by `draw_chest`.
+"""One synthetic chest radiograph (PA view): `draw_chest` puts together anatomy, X-ray physics and a disease.
 
-Every picture is computed, none is derived from a patient. Tissue is laid out in centimetres along the ray; the
-thicknesses are weighted by attenuation and summed (Beer-Lambert); the detector counts the remaining photons; the
-display shows the negative logarithm of the count, so that air is dark and bone is light. Coordinates
-are those of `datasets/phantom_body.py`, diseases those of `datasets/phantom_lesions.py`. The numbers are
-plausible, not measured.
+No picture is derived from a patient. The thickness of each tissue along the ray is given in centimetres. Thicknesses
+are multiplied by attenuation and summed (Beer-Lambert). The detector counts the remaining photons. The display shows
+the negative logarithm of the count, so that air is dark and bone is light. `datasets/phantom_body.py` explains the
+coordinates; `datasets/phantom_lesions.py` has the diseases. The numbers are plausible, not measured.
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from datasets.phantom_body import (
-    CAGE_T,
-    CAGE_WIDTH,
-    Film,
-    developed,
-    draw_patient,
-    hilum,
-    mediastinum,
-    rounded,
-    thorax,
-    tree,
-)
+from datasets.phantom_body import Film, cage_width, developed, draw_patient, hilum, mediastinum, rounded, thorax, tree
 from datasets.phantom_lesions import LESIONS, Lesion, no_lesion
 
-# Attenuation, 1/cm, of the order of diagnostic X-rays; that of bone is added to the tissue around it.
+# Attenuation, 1/cm, about that of diagnostic X-rays; the value of bone is added to that of the tissue around it.
 SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # AIR_IN_LUNG: share of air in an aerated lung
 
 # Mediastinum and heart (x in cage half widths, t): the image-left border downwards, the image-right one upwards.
@@ -38,13 +25,8 @@ PULMONARY_TRUNK = ((0.23, 0.43), (0.20, 0.38))
 AORTIC_KNOB = ((0.175, 0.335), (0.21, 0.29), (0.215, 0.23), (0.15, 0.17), (0.11, 0.08), (0.12, -0.2))
 
 
-def arm_reach(patient: SimpleNamespace) -> np.ndarray:
-    """(2,) from the shoulder joint to the elbow of the arm on the image's right, in body coordinates."""
-    return np.array([np.sin(patient.arm_angle), np.cos(patient.arm_angle)]) * 0.6
-
-
 def soft_tissue(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) cm of soft tissue as if the chest held no air: trunk, neck, arms, breasts."""
+    """(S, S) cm of soft tissue, as if the chest contained no air: trunk, neck, arms, breasts."""
     shoulder = patient.apex + 0.03
     side = patient.cage + patient.chest_wall
     knots = (0, shoulder - 0.08, shoulder - 0.02, shoulder + 0.06, shoulder + 0.3, 1.2)
@@ -53,20 +35,18 @@ def soft_tissue(film: Film, patient: SimpleNamespace, rng: np.random.Generator) 
     width = np.convolve(np.interp(rows, knots, (0.12, 0.16, 0.30, side, side, side * 1.03)), kernel, "same")
     depth = np.convolve(np.interp(rows, knots, (0.55, 0.55, 0.62, 0.8, 1.0, 1.06)), kernel, "same")
     across = np.abs(film.x) / np.interp(film.y, rows, width).astype(np.float32)
-    round_off = np.sqrt(np.maximum(1 - (across * across) ** 2, 0))
-    trunk = np.interp(film.y, rows, depth).astype(np.float32) * round_off
+    trunk = np.interp(film.y, rows, depth).astype(np.float32) * np.sqrt(np.maximum(1 - (across * across) ** 2, 0))
     tissue = patient.depth * trunk
-    reach = arm_reach(patient)
     for sign in (-1, 1):
         joint = np.array([sign * (patient.cage + 0.05), shoulder + 0.10])
-        arm = 13 * film.rod(joint, joint + reach * (sign, 1), 0.13)
+        arm = 13 * film.rod(joint, joint + patient.arm * (sign, 1), 0.13)
         arm = np.maximum(arm, 11 * film.rod((sign * 0.10, shoulder + 0.03), joint, 0.10))
         tissue = np.sqrt(tissue**2 + arm**2 * (1 - 0.8 * np.clip(trunk, 0, 1)))  # the armpit's fold is smooth
         if patient.breast > 0:
             centre_x, radius = sign * 0.64 * patient.cage, 0.54 * patient.cage
             bottom = patient.apex + patient.breast_drop * patient.lung_length
             ball = 1 - ((film.x - centre_x) / radius) ** 2 - ((film.y - bottom + radius) / radius) ** 2
-            hanging = np.clip((film.y - bottom + 2 * radius) / (1.5 * radius), 0, 1) ** 2  # no upper edge
+            hanging = np.clip((film.y - bottom + 2 * radius) / (1.5 * radius), 0, 1) ** 2  # a breast has no upper edge
             tissue = tissue + 1.5 * patient.breast * np.sqrt(np.maximum(ball, 0)) * hanging
     return film.soften(tissue, 0.004) * (1 + 0.02 * film.clouds(rng, 9))
 
@@ -82,12 +62,11 @@ def heart_shadow(film: Film, patient: SimpleNamespace, rng: np.random.Generator)
 
 
 def below_diaphragm(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) share 0-1 of each pixel below the domes; they fall off steeply to the flank, little to the midline."""
-    right = film.x < 0
+    """(S, S) share 0-1 of each pixel below the domes, which fall steeply to the flank and little to the midline."""
     across = (np.abs(film.x) / patient.cage - 0.52) / 0.48
     fall = across**2 * np.where(across < 0, np.float32(0.22), np.float32(1))
     left_dome = patient.right_dome + patient.left_dome_below
-    dome = np.where(right, np.float32(patient.right_dome), np.float32(left_dome))
+    dome = np.where(film.x < 0, np.float32(patient.right_dome), np.float32(left_dome))
     surface = patient.apex + patient.lung_length * (dome + (1 - dome) * fall)
     return np.clip((film.y - surface) * film.size * film.zoom + 0.5, 0, 1)
 
@@ -95,8 +74,8 @@ def below_diaphragm(film: Film, patient: SimpleNamespace) -> np.ndarray:
 def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(S, S) cm of lung along the ray, and the (S, S) bool lung mask."""
     heights = np.linspace(0, 1.08, 24)
-    flank = np.stack([0.97 * np.interp(heights, CAGE_T, CAGE_WIDTH), heights], axis=1)
-    # The outline comes up beside the mediastinum, rounds the apex and follows the cage down.
+    flank = np.stack([0.97 * cage_width(heights), heights], axis=1)
+    # The outline goes up beside the mediastinum, round the apex, and down along the rib cage.
     apex = ((0.02, 0.25), (0.05, 0.05), (0.14, 0.0), (0.30, -0.03))
     edge = np.concatenate([apex, flank, [(0.02, 1.08)]])
     cavity = film.fill(*(rounded(thorax(patient, edge * (sign, 1))) for sign in (-1, 1)))
@@ -106,7 +85,7 @@ def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tup
     inside = film.soften(cavity, 0.022)  # the chest is round: less air near its edge
     air = 0.66 * patient.depth * cavity * np.sqrt(np.clip(1.7 * inside - 0.7, 0, 1))
     air *= 0.7 + 0.3 * np.clip((film.y - patient.apex) / 0.25, 0, 1)  # the chest tapers upwards
-    # Some lung lies behind the heart and, in the recess round the domes, behind the liver.
+    # Some lung lies behind the heart, and some behind the liver.
     air *= (1 - 0.84 * heart * (0.7 + 0.3 * film.soften(heart, 0.02))) * (1 - 0.93 * below)
     return air, mask
 
@@ -114,13 +93,13 @@ def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tup
 def ribs(patient: SimpleNamespace, sign: int, turn: tuple[float, float]) -> list[np.ndarray]:
     """Body paths (18, 2) of ten ribs of one side between two angles; 0 = spine, pi/2 = flank, pi = sternum.
 
-    Each is a tilted hoop: behind it leaves the spine outwards and down, in front it comes back still lower.
+    A rib is a tilted hoop: it leaves the spine outwards and down, and comes back at the front, lower still.
     """
     angle = np.linspace(*turn, 18)
     paths = []
     for number in range(10):
         top, drop = -0.05 + 0.084 * number, (0.20 + 0.030 * number) * patient.rib_slope
-        reach = np.interp(top + drop / 2, CAGE_T, CAGE_WIDTH) * 0.985
+        reach = cage_width(top + drop / 2) * 0.985
         t = top + drop * (1 - np.cos(angle)) / 2 - 0.015 * np.sin(2 * angle)
         paths.append(thorax(patient, np.stack([sign * reach * np.sin(angle), t], axis=1)))
     return paths
@@ -130,7 +109,7 @@ def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
     """(S, S) cm of bone: ribs, clavicles, shoulder blades, upper arms, spine."""
     behind = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.1, 0.55 * np.pi))]
     front = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.5 * np.pi, 0.80 * np.pi))]
-    # A rib is a tube of cortex round softer marrow: its edges are denser than its middle.
+    # A rib is hard cortex round soft marrow: its edges are denser than its middle.
     bone = patient.rib_mass * film.stroke((behind, 0.023, 1.0), (behind, 0.012, 0.7))
     bone += 0.55 * patient.rib_mass * film.stroke((front, 0.027, 1.0), (front, 0.016, 0.75))
 
@@ -141,21 +120,21 @@ def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
         clavicles.append(thorax(patient, np.array(s_curve) * (sign, 1)))
         blades.append(rounded(thorax(patient, np.array(blade) * (sign, 1))))
         joint = np.array([sign * (patient.cage + 0.06), patient.apex + 0.07])
-        end = joint + arm_reach(patient) * (sign, 1)
-        bone += 1.8 * film.rod(joint, end, 0.03) + 1.6 * film.rod(joint, joint * 1.01, 0.048)
+        bone += 1.8 * film.rod(joint, joint + patient.arm * (sign, 1), 0.03) + 1.6 * film.rod(
+            joint, joint * 1.01, 0.048
+        )
     bone += 1.5 * film.stroke((clavicles, 0.030, 1.0), (clavicles, 0.014, 0.75))
     bone += 0.5 * film.soften(film.fill(*blades), 0.004) + 0.8 * film.stroke((blades, 0.008, 1.0))
 
     level = (film.y - patient.apex) / patient.lung_length
     discs = 0.5 + 0.5 * np.cos(2 * np.pi * level / 0.088)
     half = 0.036 * (1 + 0.25 * level) * (1 - 0.12 * discs)
-    column = np.sqrt(np.maximum(1 - (film.x / half) ** 2, 0))
-    bone += patient.spine_mass * (2.6 - 0.7 * discs) * column
+    bone += patient.spine_mass * (2.6 - 0.7 * discs) * np.sqrt(np.maximum(1 - (film.x / half) ** 2, 0))
     return film.soften(bone, 0.0025)
 
 
 def trachea(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) cm of air in windpipe and main bronchi; the right bronchus is the steeper one."""
+    """(S, S) cm of air in the trachea and the main bronchi; the right bronchus is steeper."""
     top, carina = mediastinum(patient, [(-0.01, -0.3), (-0.03, 0.33)])
     right, left = mediastinum(patient, [(-0.20, 0.44), (0.22, 0.44)])
     air = 2.2 * film.rod(top, carina, 0.022)
@@ -173,7 +152,7 @@ def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) 0-1: the great vessels of both hila, each a comma that thins downwards (interlobar artery)."""
+    """(S, S) 0-1: the large vessels of both hila, shaped like a comma that gets thinner downwards."""
     comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)])
     comma = comma * (patient.cage, patient.lung_length)
     paths = np.stack([hilum(patient, sign) + comma * (sign, 1) for sign in (-1, 1)])
@@ -183,18 +162,19 @@ def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 def side_marker(size: int, rng: np.random.Generator) -> np.ndarray:
     """(S, S) share covered by a lead letter: R at the upper left of the image, or L at the upper right."""
-    canvas = np.zeros((2 * size, 2 * size), np.uint8)
+    side = 2 * size
+    canvas = np.zeros((side, side), np.uint8)
     letter, height = ("R", "L")[rng.integers(2)], rng.uniform(0.04, 0.07)
     x = rng.uniform(0.02, 0.08) if letter == "R" else rng.uniform(0.86, 0.93)
-    place = (int(x * 2 * size), int((rng.uniform(0.02, 0.08) + height) * 2 * size))
-    thick = max(1, round(height * 2 * size * 0.16))
-    scale = height * 2 * size / 22  # Hershey capitals are 22 px high at scale 1
+    place = (int(x * side), int((rng.uniform(0.02, 0.08) + height) * side))
+    thick = max(1, round(height * side * 0.16))
+    scale = height * side / 22  # Hershey capitals are 22 px high at scale 1
     cv2.putText(canvas, letter, place, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, thick, cv2.LINE_AA)
     return developed(canvas)
 
 
 def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) bool: a square or disc of 5 % of the width near a corner that the lungs (`mask`) do not reach."""
+    """(S, S) bool: a square or disc, 5 % of the width, near a corner that the lungs (`mask`) do not reach."""
     size = len(mask)
     side, gap = max(3, round(size * rng.uniform(0.045, 0.06))), round(size * rng.uniform(0.015, 0.05))
     round_token, corners = rng.random() < 0.5, rng.permutation(4)
@@ -210,19 +190,19 @@ def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def expose(film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) -log of the detected share of the photons: scatter, blur and quantum noise included."""
+    """(S, S) -log of the detected share of the photons, with scatter, blur and quantum noise."""
     primary = film.soften(np.exp(-attenuation), patient.blur)
     arriving = primary + patient.scatter * film.soften(primary, 0.08)
     photons = float(np.exp(patient.photons)) * (224 / film.size) ** 2
-    # The normal limit of Poisson counts: good at thousands of photons a pixel, and ten times faster.
+    # Normal noise instead of Poisson noise: nearly the same at thousands of photons a pixel, and ten times faster.
     noise = rng.standard_normal(arriving.shape, dtype=np.float32) * np.sqrt(arriving / photons)
     return -np.log(np.maximum(arriving + film.soften(noise, 0.4 / film.size), 1e-4))
 
 
 def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(S, S) brightness, from 0 to a little above 1, of an exposed `signal`.
+    """(S, S) brightness of an exposed `signal`, from 0 to a little above 1.
 
-    The window is set by `healthy`, the attenuation without the disease, so that a lesion can only add brightness.
+    `healthy`, the attenuation without the disease, sets the window, so that a lesion can only add brightness.
     """
     low = float(np.percentile(healthy[mask], 20)) - patient.window_low
     high = float(np.percentile(healthy, 97)) + patient.window_high
@@ -230,23 +210,19 @@ def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, m
     return patient.fog + (1 - patient.fog) * np.tanh(1.1 * share**patient.gamma) / np.tanh(1.25)
 
 
-class Chest(NamedTuple):
-    """One radiograph and what is known of it, each (S, S); the masks are bool."""
+def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> tuple[np.ndarray, ...]:
+    """Patient `number` (from 0) with a disease of LESIONS, and with a shortcut marker by a chance of 0-1.
 
-    image: np.ndarray  # uint8, 0 = black = little attenuation
-    lung_mask: np.ndarray
-    lesion_mask: np.ndarray
-    shortcut_mask: np.ndarray
-
-
-def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> Chest:
-    """Patient `number` (any from 0) with a disease of LESIONS; a shortcut marker with `shortcut_chance`, 0-1."""
-    # Independent random streams: the anatomy does not depend on the disease, so a patient can be drawn without it.
+    Returns:
+        The image (uint8, 0 = black = little attenuation) and the masks (bool) of lungs, lesions and shortcut, each
+        (S, S).
+    """
+    # The random streams are independent: a patient has the same anatomy with every disease and without.
     body, illness, exposure, mark = (np.random.default_rng([seed, number, stream]) for stream in range(4))
     patient = draw_patient(body)
     film = Film(size, patient)
     air, mask = lungs(film, patient, body)
-    aerated = np.clip(air / 6, 0, 1)  # a vessel is seen only where there is air around it
+    aerated = np.clip(air / 6, 0, 1)  # a vessel is visible only with air around it
     vessels = patient.vessel_mass * (1.8 * tree(film, patient, body, 0.015) + 1.6 * roots(film, patient))
     tissue = soft_tissue(film, patient, body) - trachea(film, patient) - gastric_bubble(film, patient)
     frame = BONE * bones(film, patient)
@@ -265,4 +241,4 @@ def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chan
     if mark.random() < shortcut_chance:
         shortcut = shortcut_marker(mask, mark)
         image[shortcut] = 255
-    return Chest(image, mask, lesion.mask, shortcut)
+    return image, mask, lesion.mask, shortcut

@@ -1,8 +1,8 @@
-"""The synthetic patient and the film: poses, body coordinates, and the tree of vessels that lungs and lesions share.
+"""The synthetic patient and the film: pose, body coordinates, and the tree of vessels that lungs and lesions use.
 
-Orientation is the radiologist's: the patient's right is on the image's left. Lengths in the image plane are
-fractions of the image; `t` runs from the lung apex (0) to the costophrenic angle (1). `sign` is -1 for the lung
-on the image's left, 1 for the other. (S, S) pictures have row 0 at the top.
+The patient's right is on the image's left, as radiologists see it. Lengths in the image plane are fractions of the
+image. `t` runs from the lung apex (0) to the costophrenic angle (1). `sign` is -1 for the lung on the image's left and
+1 for the other lung. (S, S) pictures have row 0 at the top.
 """
 
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-# What varies between patients and exposures: independent, uniform between two limits, blind to the class.
+# What varies between patients and exposures: each value is uniform between two limits, whatever the class.
 VARIATION = {
     "zoom": (0.95, 1.14),
     "tilt": (-0.06, 0.06),  # radians
@@ -44,19 +44,24 @@ VARIATION = {
     "fog": (0.0, 0.09),  # what the display adds to black
 }
 
-# Half width of the rib cage (1 = widest) at t; lungs and ribs both follow it.
+# Half width of the rib cage (1 = widest) at t.
 CAGE_T = (-0.06, -0.02, 0.0, 0.03, 0.08, 0.15, 0.25, 0.38, 0.55, 0.75, 1.0, 1.3)
 CAGE_WIDTH = (0.30, 0.40, 0.46, 0.55, 0.66, 0.76, 0.86, 0.94, 0.99, 1.0, 0.98, 0.92)
 
 
+def cage_width(t: ArrayLike) -> np.ndarray:
+    """Half width of the rib cage at `t`, 1 = widest; lungs and ribs follow it."""
+    return np.interp(t, CAGE_T, CAGE_WIDTH)
+
+
 def developed(canvas: np.ndarray) -> np.ndarray:
-    """(S, S) float32 0-1 of a (2S, 2S) uint8 canvas."""
+    """(S, S) float32 0-1 from a (2S, 2S) uint8 canvas."""
     size = len(canvas) // 2
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 class Film:
-    """A square film with the patient's pose on it: draws shapes that are given in body coordinates.
+    """A square film and the patient's pose on it. It draws shapes that are given in body coordinates.
 
     Body coordinates: x from the midline, positive towards the image's right; y from 0 (top) to 1 (bottom).
     """
@@ -73,7 +78,7 @@ class Film:
         self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
 
     def _pixels(self, points: ArrayLike) -> np.ndarray:
-        """Body points (..., 2) as int32 in 1/16 pixels of a canvas twice as large (against jagged edges)."""
+        """Body points (..., 2) as int32 in 1/16 pixels of a canvas of twice the size, which gives smooth edges."""
         places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
         return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
 
@@ -85,12 +90,12 @@ class Film:
         return developed(canvas)
 
     def stroke(self, *layers: tuple[ArrayLike, float, float]) -> np.ndarray:
-        """(S, S) float32 0-1 of lines; a layer is (paths (M, K, 2), width, value 0-1) and covers earlier ones."""
+        """(S, S) float32 0-1 of lines; a layer (paths (M, K, 2), width, value 0-1) covers the layers before it."""
         canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
         for paths, width, value in layers:
             exact = width * self.zoom * 2 * self.size
             drawn = max(1, round(exact))
-            # A line thinner than the thinnest one that can be drawn is drawn fainter instead.
+            # A line thinner than one pixel is drawn one pixel wide and fainter.
             shade = int(255 * value * min(1.0, exact / drawn))
             cv2.polylines(canvas, list(self._pixels(paths)), False, shade, drawn, cv2.LINE_8, 4)
         return developed(canvas)
@@ -101,7 +106,7 @@ class Film:
         pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
         left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
         right, bottom = np.clip(pixels.max(0) + margin, 0, self.size).astype(int)
-        near = (slice(top, bottom), slice(left, right))  # most rods are small, so only a part of the film is computed
+        near = (slice(top, bottom), slice(left, right))  # only this part of the film is computed: most rods are small
         (x, y), (dx, dy) = ends[0].tolist(), (ends[1] - ends[0]).tolist()
         x, y = self.x[near] - x, self.y[near] - y
         along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
@@ -114,7 +119,7 @@ class Film:
         sigma = max(radius * self.size, 0.05)
         if sigma < 4:
             return cv2.GaussianBlur(picture, (0, 0), sigma)
-        # After a wide blur a quarter of the side holds all that is left, and is faster.
+        # A wide blur leaves no fine detail, so it is computed at a quarter of the size, which is faster.
         small = cv2.resize(picture, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         small = cv2.GaussianBlur(small, (0, 0), sigma / 4)
         return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
@@ -126,10 +131,14 @@ class Film:
 
 
 def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
-    """One patient and exposure: a value for every name in VARIATION, and what follows from them."""
+    """One patient and exposure: a value for every name in VARIATION, `cage` and `arm`.
+
+    `cage` is the half width of the rib cage; `arm` (2,) goes from the shoulder joint to the elbow on the image's right.
+    """
     low, high = np.array(list(VARIATION.values())).T
     patient = SimpleNamespace(**dict(zip(VARIATION, rng.uniform(low, high).tolist(), strict=True)))
     patient.cage = patient.cage_aspect * patient.lung_length
+    patient.arm = np.array([np.sin(patient.arm_angle), np.cos(patient.arm_angle)]) * 0.6
     return patient
 
 
@@ -139,7 +148,7 @@ def thorax(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
 
 
 def mediastinum(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
-    """As thorax, moved sideways as the patient's turn moves what lies before the spine."""
+    """As `thorax`, moved sideways by the patient's turn, which moves everything in front of the spine."""
     return thorax(patient, points) + np.array([patient.turn, 0])
 
 
@@ -152,15 +161,15 @@ def rounded(points: ArrayLike) -> np.ndarray:
 
 
 def hilum(patient: SimpleNamespace, sign: int) -> np.ndarray:
-    """Body coordinates (2,) of a lung root; the left one sits slightly higher."""
+    """Body coordinates (2,) of a lung root; the patient's left one is slightly higher."""
     return mediastinum(patient, (sign * 0.24, 0.45 if sign < 0 else 0.42))
 
 
 def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> list[np.ndarray]:
     """Segments (M, 2, 2) of one lung's vessel (or airway) tree, one array a step, stem first."""
-    # From straight up round the outside to straight down; the lower lobes get more.
+    # The stems fan out from upwards over sideways to downwards; the lower lobes get more of them.
     heading = np.array([-1.3, -0.8, -0.2, 0.3, 0.75, 1.15, 1.5]) + rng.normal(0, 0.15, 7)
-    at = np.repeat(hilum(patient, sign)[None], len(heading), 0) + rng.normal(0, 0.008, (len(heading), 2))
+    at = hilum(patient, sign) + rng.normal(0, 0.008, (len(heading), 2))
     length, steps = 0.035 * patient.lung_length / 0.72, []
     for step in range(10):
         if step in (2, 4, 6, 8):
@@ -176,7 +185,6 @@ def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> l
 
 def tree(film: Film, patient: SimpleNamespace, rng: np.random.Generator, stem: float) -> np.ndarray:
     """(S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, tapering."""
-    right, left = (branches(patient, rng, sign) for sign in (-1, 1))
-    both = [np.concatenate(pair) for pair in zip(right, left, strict=True)]
-    layers = [(paths, stem * 0.82**step, 0.82**step) for step, paths in enumerate(both)]
+    steps = zip(*(branches(patient, rng, sign) for sign in (-1, 1)), strict=True)
+    layers = [(np.concatenate(paths), stem * 0.82**step, 0.82**step) for step, paths in enumerate(steps)]
     return film.soften(film.stroke(*layers[::-1]), 0.0015)

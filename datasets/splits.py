@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.table import XrayTable, first_patients, patients_of, rarest_findings, target_names
+from datasets.table import XrayTable, first_patients, patients_of, refuse_images, target_names, with_classes
 
 
 def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) -> XrayTable:
@@ -15,17 +15,17 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
 
     The splits of the source stay. A missing one is drawn from the source's "train", or from the images without a
     split. A patient counts for the class that most of its images have; in a multi-label table, for its rarest finding.
-    A finding too rare for every split to get a patient is left to train.
+    If a finding has too few patients to put one into every split, they all go to "train".
 
     Args:
         table: not split, or with some of the splits.
         val: below 1 a fraction of each class's images, from 1 on a number of images a class. With one image a patient
-            the size is exact; else it is met within half a patient a class, see `table.first_patients`.
-        test: likewise.
+            the size is exact; else it differs by at most half a patient a class, see `table.first_patients`.
+        test: size of the test set, in the same unit as `val`.
         seed: of the draw.
 
     Raises:
-        ValueError: a class has too few patients for every split to get one.
+        ValueError: a class has too few patients to put one into every split.
     """
     present = set(table.frame["split"].dropna())
     sizes = {split: size for split, size in (("test", test), ("val", val)) if split not in present and size > 0}
@@ -49,10 +49,10 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
 
 
 def _held_out(images: pd.Series, sizes: Mapping[str, float]) -> dict[str, str]:
-    """Return patient -> split for those patients of one class who are not for training.
+    """Return patient -> split for the patients of one class that are not for training.
 
-    `images` are the numbers of images of the patients, in random order; `sizes` the sizes of the splits. Raises
-    ValueError where the patients are too few for all these splits and for training.
+    `images` has the number of images of each patient, in random order; `sizes` has the sizes of the splits. Raises
+    ValueError if the patients are too few for these splits and for training.
     """
     if len(images) <= len(sizes):
         splits = ", ".join(("train", *sizes))
@@ -63,7 +63,7 @@ def _held_out(images: pd.Series, sizes: Mapping[str, float]) -> dict[str, str]:
         text = " and ".join(f"{size} for {split}" for split, size in sizes.items())
         raise ValueError(f"{total} images: none is left to train on beside {text}")
     for remaining, (split, target) in zip(range(len(targets), 0, -1), targets.items(), strict=True):
-        # At least one patient stays for each of the remaining splits, train among them.
+        # At least one patient is left for each remaining split and for train.
         chosen = first_patients(images, target)[: len(images) - remaining]
         split_of |= dict.fromkeys(chosen, split)
         images = images.drop(index=chosen)
@@ -71,55 +71,51 @@ def _held_out(images: pd.Series, sizes: Mapping[str, float]) -> dict[str, str]:
 
 
 def boxes_held_out(table: XrayTable) -> XrayTable:
-    """Return the split table with all images of patients who have a box in "test".
+    """Return the split table where all images of patients with a box are in "test".
 
-    Boxes are there to score the maps of networks that have not seen the patient.
+    Boxes score the maps of a network, which must not have been trained on these patients.
     """
-    frame = table.frame.copy()
-    boxed = frame.loc[frame["path"].isin(table.boxes["path"]), "patient"]
-    frame.loc[frame["patient"].isin(boxed), "split"] = "test"
-    return replace(table, frame=frame)
+    boxed = table.frame.loc[table.frame["path"].isin(table.boxes["path"]), "patient"]
+    split = table.frame["split"].mask(table.frame["patient"].isin(boxed), "test")
+    return replace(table, frame=table.frame.assign(split=split))
 
 
 def split_into_folds(table: XrayTable, *, folds: int, fold: int, test: float, seed: int) -> XrayTable:
     """Return the table with one part of all images outside the test in "val" and the other parts in "train".
 
-    The test images are those of `split_by_patient` (the source's own, else drawn), the same for every fold. All others,
-    with the source's validation images, are divided by patient into parts with nearly the same shares of the classes:
-    each image is in "val" in exactly one fold.
+    The test images are those of `split_by_patient`, the same for every fold. All other images, also the source's
+    validation images, are divided by patient into parts with nearly the same shares of the classes. Each of them is in
+    "val" in exactly one fold.
 
     Args:
         table: not split yet, except by the source.
         folds: number of parts.
-        fold: the part that validates, from 1.
+        fold: number of the part for validation, from 1.
         test: size of the test set, as in `split_by_patient`.
         seed: of the draws.
 
     Raises:
         ValueError: a class has fewer patients than there are folds.
     """
-    undivided = table.frame.assign(split=table.frame["split"].mask(table.frame["split"] == "val", "train"))
-    table = split_by_patient(replace(table, frame=undivided), val=0, test=test, seed=seed)
+    frame = table.frame.assign(split=table.frame["split"].replace("val", "train"))
+    table = split_by_patient(replace(table, frame=frame), val=0, test=test, seed=seed)
     rest = table.frame[table.frame["split"] == "train"]
     patients = patients_of(rest, no_finding=table.no_finding)
     counts = patients["label"].value_counts()
-    if not table.multilabel and counts.min() < folds:
-        raise ValueError(
-            f"class {table.classes[counts.idxmin()]!r} has {counts.min()} patients to train on: take {counts.min()} "
-            "folds at most"
-        )
+    fewest = counts.min()
+    if not table.multilabel and fewest < folds:
+        name = table.classes[counts.idxmin()]
+        raise ValueError(f"class {name!r} has {fewest} patients to train on: take {fewest} folds at most")
     part = _parts(patients, folds, np.random.default_rng(seed))
-    chosen = rest["patient"].map(part) == fold
-    frame = table.frame.copy()
-    frame.loc[chosen.index[chosen], "split"] = "val"
-    return replace(table, frame=frame)
+    validation = table.frame["patient"].map(part) == fold
+    return replace(table, frame=table.frame.assign(split=table.frame["split"].mask(validation, "val")))
 
 
 def _parts(patients: pd.DataFrame, folds: int, rng: np.random.Generator) -> dict[str, int]:
     """Return patient -> part, 1 to `folds`; the parts have nearly the same number of images of each class.
 
-    Each patient, those with most images first, goes to the part that has the fewest images of its class.
-    (scikit-learn's StratifiedGroupKFold does the same by standard deviations: ten seconds for 30,000 patients.)
+    Patients with most images come first. Each goes to the part that has the fewest images of the patient's class.
+    (scikit-learn's StratifiedGroupKFold compares standard deviations instead: ten seconds for 30,000 patients.)
     """
     part: dict[str, int] = {}
     total = [0] * folds
@@ -135,15 +131,15 @@ def _parts(patients: pd.DataFrame, folds: int, rng: np.random.Generator) -> dict
 
 
 def thinned(table: XrayTable, *, keep: float, seed: int) -> XrayTable:
-    """Return the multi-label table with a share of the training images that have no finding, drawn by `seed`.
+    """Return the multi-label table with only a share of the training images without a finding, drawn by `seed`.
 
     `keep` is that share, above 0 and at most 1. Validation and test keep all their images, because results are judged
     by them.
     """
     if not table.multilabel:
-        raise ValueError("only multi-label data has images without a finding to thin out: leave `keep` at 1")
+        raise ValueError("only multi-label data has images without a finding: set keep_without_finding = 1")
     frame = table.frame
-    healthy = frame.loc[(frame["split"] == "train") & (frame["label"] == len(table.classes)), "path"]
+    healthy = frame.loc[(frame["split"] == "train") & (frame["label"] == table.no_finding), "path"]
     # Sorted, so that the draw does not depend on the order of the rows.
     shuffled = np.random.default_rng(seed).permutation(np.sort(healthy.to_numpy(object)))
     dropped = shuffled[round(keep * len(shuffled)) :]
@@ -152,9 +148,8 @@ def thinned(table: XrayTable, *, keep: float, seed: int) -> XrayTable:
 
 
 def splits_frame(table: XrayTable) -> pd.DataFrame:
-    """Return the content of `splits.csv`, a row an image: path below the data root, patient, label, split.
-
-    The labels are written as `target_names` writes them.
+    """Return the content of `splits.csv`: a row an image, columns `path` (below the data root), `patient`, `label` and
+    `split`. `target_names` explains the labels.
     """
     frame = table.frame[["patient", "label", "split"]].assign(label=target_names(table))
     frame.insert(0, "path", table.relative_paths().to_numpy())
@@ -162,9 +157,9 @@ def splits_frame(table: XrayTable) -> pd.DataFrame:
 
 
 def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> XrayTable:
-    """Return the images that a file `splits.csv` lists, in its order, with its splits and with `classes`.
+    """Return the images listed in a file `splits.csv`, in its order, with its splits and with `classes`.
 
-    The labels or findings are the table's, and must be those of the file.
+    The labels come from the table. They must be the same as in the file.
 
     Args:
         table: the whole table, neither limited nor split.
@@ -173,7 +168,7 @@ def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> Xray
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a class or an image is missing, or a label or finding is another one now.
+        ValueError: a class or an image is missing, or a label has changed since.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
@@ -181,42 +176,18 @@ def apply_splits(table: XrayTable, path: Path, classes: tuple[str, ...]) -> Xray
     if table.multilabel:
         if not set(classes) <= set(table.classes):
             raise ValueError(f"{path} is about other findings than {', '.join(table.classes)}: train again")
-        table = _with_classes(table, classes)
+        table = with_classes(table, classes)
     elif not saved["label"].isin(classes).all():
         raise ValueError(f"{path} is about other classes than {', '.join(classes)}: train again")
     rows = table.frame.set_index(table.relative_paths().to_numpy())
     missing = saved.loc[~saved["path"].isin(rows.index), "path"]
-    if len(missing):
-        raise ValueError(
-            f"{len(missing)} images of {path} are not in {table.root}, for example {missing.iloc[0]}: "
-            "train again, or give the data_root that was used"
-        )
+    remedy = "train again, or give the data_root that was used"
+    refuse_images(missing, f"of {path} are not in {table.root}", remedy)
     frame = rows.loc[saved["path"]].reset_index(drop=True).assign(split=saved["split"].astype(object))
     boxes = table.boxes[table.boxes["path"].isin(frame["path"])].reset_index(drop=True)
     table = replace(table, frame=frame, boxes=boxes)
-    _refuse_changed_labels(table, saved, path)
-    return table if table.multilabel else _with_classes(table, classes)
-
-
-def _with_classes(table: XrayTable, classes: tuple[str, ...]) -> XrayTable:
-    """Return the table with `classes`, in their order; no image of a single-label table may have another one."""
-    labels = {index: classes.index(name) for index, name in enumerate(table.classes) if name in classes}
-    boxes = table.boxes.assign(label=table.boxes["label"].map(labels)).dropna(subset="label")
-    boxes = boxes.astype({"label": "int64"}).reset_index(drop=True)
-    if table.multilabel:
-        findings = table.frame[list(classes)]
-        others = table.frame.drop(columns=list(table.classes)).assign(label=rarest_findings(findings))
-        return replace(table, frame=pd.concat([others, findings], axis=1), classes=classes, boxes=boxes)
-    frame = table.frame.assign(label=table.frame["label"].map(labels).astype("int64"))
-    return replace(table, frame=frame, classes=classes, boxes=boxes)
-
-
-def _refuse_changed_labels(table: XrayTable, saved: pd.DataFrame, path: Path) -> None:
     now, before = pd.Series(target_names(table)), saved["label"]
     if table.multilabel:  # the order in which findings are written does not matter
         now, before = (names.str.split("|").map(frozenset) for names in (now, before))
-    changed = saved.loc[now != before, "path"]
-    if len(changed):
-        raise ValueError(
-            f"{len(changed)} images of {path} have other labels now, for example {changed.iloc[0]}: train again"
-        )
+    refuse_images(saved.loc[now != before, "path"], f"of {path} have other labels now", "train again")
+    return table if table.multilabel else with_classes(table, classes)

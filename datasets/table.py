@@ -1,4 +1,4 @@
-"""`XrayTable`: what every dataset becomes, and all that the rest of the project knows of a dataset."""
+"""`XrayTable`: every dataset becomes one; the rest of the project knows datasets only in this form."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "patient", "split", "label", "mask", "lesion")
 BOX_COLUMNS = ("path", "label", "x", "y", "width", "height")
 NO_FINDING = "No Finding"  # the target of an image without any finding, in files
-FINGERPRINT = "sha256:"  # the begin of a fingerprint; older ones, without it, do not cover the images' content
+FINGERPRINT = "sha256:"  # fingerprints begin with it; older ones, without it, do not cover the images' content
 _known_digests: dict[tuple[str, int, int, int], str] = {}  # by path, size and times
 
 
@@ -27,23 +27,29 @@ def no_boxes() -> pd.DataFrame:
 
 
 def image_frame(**columns: object) -> pd.DataFrame:
-    """Return the frame of an `XrayTable` from some of its `COLUMNS`; a column that is not given is None."""
-    # As objects: pandas would turn None into NaN among strings.
+    """Return the frame of an `XrayTable` from some of its `COLUMNS`; the other columns are None."""
+    # dtype object keeps None; with strings pandas would turn it into NaN.
     return pd.DataFrame(dict.fromkeys(COLUMNS) | columns, dtype=object).astype({"label": "int64"})
 
 
 def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> None:
-    """Raise ValueError where some `names` are not among the `choices`; `kind` says what the names are."""
+    """Raise ValueError if some `names` are not in `choices`; `kind` is the word for the names in the message."""
     unknown = sorted(set(names) - set(choices))
     if unknown:
         raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(choices)}")
 
 
 def refuse_empty(classes: Sequence[str], labels: Iterable[int], root: Path) -> None:
-    """Raise ValueError where a class has no image, by the images' `labels`."""
+    """Raise ValueError if a class does not occur in the images' `labels`."""
     absent = [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]
     if absent:
-        raise ValueError(f"no images of {', '.join(absent)} in {root}: mend `classes` or the folder")
+        raise ValueError(f"no images of {', '.join(absent)} in {root}: correct `classes` or the folder")
+
+
+def refuse_images(images: pd.Series, flaw: str, remedy: str) -> None:
+    """Raise ValueError if there are any `images` (names or paths); the message has their number and the first one."""
+    if len(images):
+        raise ValueError(f"{len(images)} images {flaw}, for example {images.iloc[0]}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ class XrayTable:
     - `label`: index into `classes`.
     - `mask`, `lesion`: files of the lung mask and of the lesion mask, or None.
 
-    In a multi-label table the classes are findings; an image may have several or none. Each finding is a uint8 column
-    of its own name, 0 or 1. `label` is then only the stratum for splits and limits: the image's rarest finding (see
-    `rarest_findings`), or `len(classes)` where it has none.
+    In a multi-label table the classes are findings. An image has any number of them. Each finding is a uint8 column
+    (0 or 1) of its own name. `label` serves only to stratify splits and limits: it is the image's rarest finding (see
+    `rarest_findings`), or `len(classes)` if it has none.
 
     `boxes` has the columns `path`, `label` (index into `classes`), `x`, `y` (upper left corner), `width`, `height`
-    (fractions of the image). `notes` tell people what the reader left out, and why.
+    (fractions of the image). `notes` tell the user what the reader left out, and why.
 
-    Raises ValueError where a label is out of range, a file is listed twice, or a patient is in two splits: that would
-    make all later figures worthless.
+    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits: results would
+    be worthless.
     """
 
     frame: pd.DataFrame
@@ -81,13 +87,15 @@ class XrayTable:
         if self.frame.empty:
             raise ValueError(f"no images in {self.root}")
         self._refuse_unfit_classes()
-        twice = self.frame.loc[self.frame["path"].duplicated(), "path"]
-        if not twice.empty:
-            raise ValueError(f"{len(twice)} images are listed twice, the first is {twice.iloc[0]}")
-        unknown = set(self.frame["split"].dropna()) - set(SPLITS)
-        if unknown:
-            raise ValueError(f"unknown splits {sorted(unknown)}: a split is one of {', '.join(SPLITS)}")
-        self._refuse_shared_patients()
+        paths = self.frame["path"]
+        refuse_images(paths[paths.duplicated()], "are listed twice", "keep one row of each")
+        refuse_unknown(self.frame["split"].dropna(), SPLITS, "splits")
+        pairs = self.frame[["patient", "split"]].dropna().drop_duplicates().sort_values("split")
+        shared = pairs.loc[pairs["patient"].duplicated(), "patient"]
+        if len(shared):
+            splits = " and ".join(pairs.loc[pairs["patient"] == shared.iloc[0], "split"])
+            example = f"for example {shared.iloc[0]!r} in {splits}"
+            raise ValueError(f"{shared.nunique()} patients are in several splits, {example}: put each in one split")
 
     def _refuse_unfit_classes(self) -> None:
         if len(self.classes) < 2:
@@ -99,27 +107,16 @@ class XrayTable:
         if not self.frame["label"].between(0, len(self.classes) - (not self.multilabel)).all():
             raise ValueError(f"a label is not an index into the {len(self.classes)} classes {self.classes}")
         if self.multilabel and not self.frame[list(self.classes)].isin((0, 1)).all(axis=None):
-            raise ValueError("a finding is neither 0 nor 1: a multi-label table knows no other values")
+            raise ValueError("a finding is neither 0 nor 1: a multi-label table has no other values")
         if self.multilabel and any("|" in name for name in self.classes):
-            raise ValueError(f"a finding must not have | in its name, it joins them in files: {self.classes}")
-
-    def _refuse_shared_patients(self) -> None:
-        placed = self.frame.dropna(subset="split")
-        splits = placed.groupby("patient", sort=False)["split"].nunique()
-        shared = splits.index[splits > 1]
-        if len(shared):
-            names = " and ".join(sorted(set(placed.loc[placed["patient"] == shared[0], "split"])))
-            raise ValueError(
-                f"{len(shared)} patients are in more than one split, for example {shared[0]!r} in {names}: put all "
-                "images of a patient on one side"
-            )
+            raise ValueError(f"a finding's name must not contain |, which separates findings in files: {self.classes}")
 
     def __len__(self) -> int:
         return len(self.frame)
 
     @property
     def no_finding(self) -> int | None:
-        """The `label` of images without any finding, None in a single-label table."""
+        """The `label` of images without a finding; None in a single-label table."""
         return len(self.classes) if self.multilabel else None
 
     def subset(self, split: str) -> pd.DataFrame:
@@ -129,7 +126,7 @@ class XrayTable:
     def targets(self, split: str) -> np.ndarray:
         """Return the targets of the n images of `subset(split)`, in its order.
 
-        They are (n,) int64 indices into `classes`, or in a multi-label table (n, C) uint8, 1 for a finding.
+        They are (n,) int64 indices into `classes`; in a multi-label table (n, C) uint8, 1 for a finding.
         """
         rows = self.subset(split)
         if self.multilabel:
@@ -139,7 +136,7 @@ class XrayTable:
     def one_sided(self, split: str) -> tuple[str, ...]:
         """Return the findings that all or none of the images of a split have; none in a single-label table.
 
-        Such a finding can be neither learnt nor judged there.
+        Such a finding can be neither learnt nor scored on this split.
         """
         if not self.multilabel:
             return ()
@@ -147,32 +144,28 @@ class XrayTable:
         return tuple(name for name, share in zip(self.classes, shares, strict=True) if share in (0, 1))
 
     def counts(self) -> pd.DataFrame:
-        """Return the number of images, a row a class, a column a split ("not split" where it is not decided).
+        """Return the number of images, a row a class, a column a split ("not split" for images without a split).
 
         In a multi-label table an image counts for each of its findings. A last row, "No finding", counts the images
         without any.
         """
-        return self._by_split(self._memberships().groupby(self._sides()).sum())
+        return self._counts_of("path")
 
     def patient_counts(self) -> pd.DataFrame:
         """Return the number of patients, a row a class, a column a split, as `counts` does for images."""
-        per_patient = self._memberships().groupby([self._sides(), self.frame["patient"]]).max()
-        return self._by_split(per_patient.groupby(level="split").sum())
+        return self._counts_of("patient")
 
-    def _sides(self) -> pd.Series:
-        return self.frame["split"].fillna("not split")
-
-    def _memberships(self) -> pd.DataFrame:
-        """Return 0 or 1, a row an image, a column a class and, in a multi-label table, "No finding"."""
+    def _counts_of(self, unit: str) -> pd.DataFrame:
+        """Return how many different values the column `unit` has, a row a class, a column a split."""
         if self.multilabel:
-            findings = self.frame[list(self.classes)].astype("int64")
-            return findings.assign(**{"No finding": 1 - findings.max(axis=1)})
-        one = np.eye(len(self.classes), dtype=np.int64)[self.frame["label"].to_numpy(np.int64)]
-        return pd.DataFrame(one, columns=list(self.classes), index=self.frame.index)
-
-    def _by_split(self, sums: pd.DataFrame) -> pd.DataFrame:
-        order = [name for name in (*SPLITS, "not split") if name in sums.index]
-        return sums.loc[order].rename_axis("split").T.rename_axis("label")
+            members = self.frame[list(self.classes)].astype("int64")
+            members["No finding"] = 1 - members.max(axis=1)
+        else:
+            one_hot = np.eye(len(self.classes), dtype=np.int64)[self.frame["label"]]
+            members = pd.DataFrame(one_hot, columns=list(self.classes), index=self.frame.index)
+        per_unit = members.groupby([self.frame["split"].fillna("not split"), self.frame[unit]]).max()
+        counts = per_unit.groupby(level="split").sum()
+        return counts.reindex([name for name in (*SPLITS, "not split") if name in counts.index]).T.rename_axis("label")
 
     def relative_paths(self) -> pd.Series:
         """Return every image's path relative to `root`, with forward slashes: the same on all machines."""
@@ -181,8 +174,8 @@ class XrayTable:
     def limited(self, number: int, *, seed: int) -> "XrayTable":
         """Return a table of about `number` images, drawn by `seed`, with the same shares of classes and splits.
 
-        Whole patients are drawn, so that the limited table is split like the full one. The rarest strata of a
-        multi-label table may vanish.
+        Whole patients are drawn, so that the limited table is split like the full one. In a multi-label table the
+        rarest findings may vanish.
         """
         if number >= len(self):
             return self
@@ -190,16 +183,15 @@ class XrayTable:
         strata = patients.groupby(["split", "label"])["images"].sum()
         if number < len(strata) and not self.multilabel:
             raise ValueError(f"a limit of {number} images is too few for {len(strata)} classes and splits")
-        wanted = _shares(strata, number)
+        sizes = _shares(strata, number)
         drawn: list[str] = []
         for stratum, group in patients.sample(frac=1, random_state=seed).groupby(["split", "label"]):
-            if wanted[stratum]:
-                drawn.extend(first_patients(group["images"], wanted[stratum]))
-        note = f"limited to {{}} of {len(self)} images"
-        return self.of_images(self.frame["patient"].isin(drawn), note=note)
+            if sizes[stratum]:
+                drawn += first_patients(group["images"], sizes[stratum])
+        return self.of_images(self.frame["patient"].isin(drawn), note=f"limited to {{}} of {len(self)} images")
 
     def of_images(self, chosen: pd.Series, *, note: str) -> "XrayTable":
-        """Return a table of the images where `chosen`, a value an image, is True, with their boxes.
+        """Return a table of the images for which `chosen` (one bool an image) is True, with their boxes.
 
         `note` is added to the notes; its {} becomes the number of these images.
         """
@@ -211,7 +203,7 @@ class XrayTable:
 def _shares(counts: pd.Series, number: int) -> pd.Series:
     """Return whole numbers in proportion to `counts` with the sum `number`, by the method of largest remainders.
 
-    None is below 1, if `number` is large enough for that.
+    Each is at least 1 if `number` is large enough.
     """
     least = int(number >= len(counts))
     exact = counts * number / counts.sum()
@@ -226,9 +218,9 @@ def _shares(counts: pd.Series, number: int) -> pd.Series:
 def first_patients(images: pd.Series, target: int) -> list[str]:
     """Return the first patients, in the given order, whose `images` together come nearest to `target`.
 
-    The last one is taken if at least half of its images fit. Passing over those who do not fit would prefer patients
-    with few images. Only a patient with at least twice `target` images is passed over, because it would fill a split
-    alone; where all patients are like that, the one with the fewest images is taken: a split must not be empty.
+    The last patient is taken if at least half of its images fit. To skip patients that do not fit would prefer those
+    with few images. Only patients with at least twice `target` images are skipped, because one fills a split alone.
+    If all patients are like that, the one with the fewest images is taken, so that no split is empty.
     """
     possible = images[images < 2 * target]
     middles = possible.cumsum() - possible / 2
@@ -238,11 +230,11 @@ def first_patients(images: pd.Series, target: int) -> list[str]:
 def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.DataFrame:
     """Return a row a patient, in the order of their ids, with the columns `images`, `label` and `split`.
 
-    - `images`: how many.
-    - `label`: the class of most of them (of classes with equally many, the first). In a multi-label table, where
-      `no_finding` is the label of images without any, the patient's rarest finding: one Hernia among thirty images
-      must count, or its split would be left to chance.
-    - `split`: "" where it is not decided.
+    - `images`: number of images.
+    - `label`: the class of most of the patient's images (the first one of equally frequent classes). In a multi-label
+      table it is the patient's rarest finding, because a rare finding must not be spread over the splits by chance.
+      `no_finding` is the label of images without a finding.
+    - `split`: "" if it is not decided.
     """
     counts = frame.groupby(["patient", "label"]).size().rename("count").reset_index()
     order = -counts["count"]
@@ -258,7 +250,8 @@ def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.Dat
 def rarest_findings(findings: pd.DataFrame) -> np.ndarray:
     """Return (N,) int64, the `label` of a multi-label table: the column number of each image's rarest finding.
 
-    It is the number of columns where the image has none. Rare is a finding by the sum of its 0/1 column.
+    An image without a finding gets the number of columns. The rarest finding is the one with the smallest sum of its
+    0/1 column.
     """
     rarest_first = np.argsort(findings.sum().to_numpy(), kind="stable")
     ordered = findings.to_numpy(bool)[:, rarest_first]
@@ -266,21 +259,21 @@ def rarest_findings(findings: pd.DataFrame) -> np.ndarray:
 
 
 def target_names(table: XrayTable, split: str | None = None) -> list[str]:
-    """Return the targets of the images of `split`, or of all, as files write them.
+    """Return the targets of the images of `split` (default: of all images) as text for files.
 
-    A target is the class's name, or the findings' names as in "Effusion|Mass"; "No Finding" where there are none.
+    A target is the name of the class, or the names of the findings as in "Effusion|Mass", or "No Finding".
     """
     rows = table.frame if split is None else table.subset(split)
     if not table.multilabel:
         return [table.classes[label] for label in rows["label"]]
-    # Few combinations of findings occur: each is written once.
-    kinds, which = np.unique(rows[list(table.classes)].to_numpy(bool), axis=0, return_inverse=True)
-    names = ["|".join(np.array(table.classes, dtype=object)[kind]) or NO_FINDING for kind in kinds]
-    return [names[kind] for kind in which.ravel()]
+    # Few combinations of findings occur, so the text of each is made once.
+    combinations, which = np.unique(rows[list(table.classes)].to_numpy(bool), axis=0, return_inverse=True)
+    names = ["|".join(np.array(table.classes, dtype=object)[combination]) or NO_FINDING for combination in combinations]
+    return [names[number] for number in which.ravel()]
 
 
 def relabelled(table: XrayTable, mapping: Mapping[str, str]) -> XrayTable:
-    """Return the single-label table with its classes renamed by `mapping`; classes of one name become one.
+    """Return the single-label table with its classes renamed by `mapping`; classes with the same new name become one.
 
     A class that is not in `mapping` keeps its name. The classes stay in the order in which the names first appear.
     """
@@ -288,57 +281,62 @@ def relabelled(table: XrayTable, mapping: Mapping[str, str]) -> XrayTable:
         raise ValueError("classes of a multi-label table are not renamed: choose findings with `classes`")
     refuse_unknown(mapping, table.classes, "classes")
     names = [mapping.get(name, name) for name in table.classes]
-    classes = tuple(dict.fromkeys(names))
-    frame, boxes = _with_labels(table, [classes.index(name) for name in names])
-    return replace(table, frame=frame, boxes=boxes, classes=classes)
+    return with_classes(table, tuple(dict.fromkeys(names)), names=names)
+
+
+def with_classes(table: XrayTable, classes: tuple[str, ...], *, names: Sequence[str] = ()) -> XrayTable:
+    """Return the table with labels and boxes as indices into `classes`; boxes of other classes are left out.
+
+    Args:
+        table: multi-label with all of `classes` among its findings, or single-label with images of `classes` only.
+        classes: the new classes.
+        names: the new name of each class of a single-label table (default: the present names).
+    """
+    labels = {k: classes.index(name) for k, name in enumerate(names or table.classes) if name in classes}
+    boxes = table.boxes.assign(label=table.boxes["label"].map(labels)).dropna(subset="label")
+    boxes = boxes.astype({"label": "int64"}).reset_index(drop=True)
+    if table.multilabel:
+        findings = table.frame[list(classes)]
+        others = table.frame.drop(columns=list(table.classes)).assign(label=rarest_findings(findings))
+        frame = pd.concat([others, findings], axis=1)
+    else:
+        frame = table.frame.assign(label=table.frame["label"].map(labels).astype("int64"))
+    return replace(table, frame=frame, classes=classes, boxes=boxes)
 
 
 def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     """Return the images of several sources, source name -> table, as one table.
 
-    - Its classes are those of all sources, in the order in which they first appear. A class that only some sources have
-      is named in the notes, because there the source gives the class away.
+    - Its classes are those of all sources, in the order in which they first appear. The notes name each class that only
+      some sources have, because a network could tell it by the source.
     - Patients become "source/patient", because two sources may use the same ids.
     - The root is the folder that the sources' roots share.
 
-    Raises ValueError where only some sources are multi-label, or where multi-label sources have different findings: a
-    source that does not look for a finding cannot deny it.
+    Raises ValueError if only some sources are multi-label, or if multi-label sources have different findings: a source
+    that does not look for a finding cannot rule it out.
     """
-    several = [name for name, table in tables.items() if table.multilabel]
-    if several and len(several) < len(tables):
-        names = ", ".join(several)
+    multilabel = [name for name, table in tables.items() if table.multilabel]
+    if multilabel and len(multilabel) < len(tables):
+        names = ", ".join(multilabel)
         raise ValueError(f"{names} has several findings an image, the others have one class: keep one kind")
     classes = tuple(dict.fromkeys(name for table in tables.values() for name in table.classes))
-    partial = [name for name in classes if not all(name in table.classes for table in tables.values())]
-    if several and partial:
-        raise ValueError(f"not all sources look for {', '.join(partial)}: choose findings that all have")
-    columns = [*COLUMNS, *(classes if several else ())]
-    frames, boxes, notes = [], [], []
-    for source, table in tables.items():
-        frame, own_boxes = _with_labels(table, [classes.index(name) for name in table.classes])
-        frames.append(frame.assign(patient=f"{source}/" + frame["patient"])[columns])
-        boxes += [own_boxes] if len(own_boxes) else []
-        notes += [f"{source}: {note}" for note in table.notes]
-    for name in partial:
-        having = ", ".join(source for source, table in tables.items() if name in table.classes)
-        notes.append(f"{name} comes from {having} only: the source alone gives it away")
+    notes = [f"{source}: {note}" for source, table in tables.items() for note in table.notes]
+    for name in classes:
+        sources = [source for source, table in tables.items() if name in table.classes]
+        if len(sources) < len(tables):
+            if multilabel:
+                raise ValueError(f"not all sources look for {name}: choose findings that all have")
+            notes.append(f"{name} comes from {', '.join(sources)} only: the source alone gives it away")
+    parts = {source: with_classes(table, classes) for source, table in tables.items()}
+    frames = [part.frame.assign(patient=f"{source}/" + part.frame["patient"]) for source, part in parts.items()]
     frame = pd.concat(frames, ignore_index=True)
-    return XrayTable(
-        frame=frame.assign(label=rarest_findings(frame[list(classes)])) if several else frame,
-        classes=classes,
-        root=Path(os.path.commonpath([table.root for table in tables.values()])),
-        has_patient_ids=all(table.has_patient_ids for table in tables.values()),
-        multilabel=bool(several),
-        boxes=pd.concat(boxes, ignore_index=True) if boxes else no_boxes(),
-        notes=tuple(notes),
-    )
-
-
-def _with_labels(table: XrayTable, labels: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the frame and the boxes with new labels; `labels` has the new label of each class."""
-    new = dict(enumerate([*labels, len(labels)]))  # the last one: no finding
-    frame = table.frame.assign(label=table.frame["label"].map(new).astype("int64"))
-    return frame, table.boxes.assign(label=table.boxes["label"].map(new))
+    if multilabel:
+        frame["label"] = rarest_findings(frame[list(classes)])
+    boxes = [part.boxes for part in parts.values() if len(part.boxes)]
+    boxes = pd.concat(boxes, ignore_index=True) if boxes else no_boxes()
+    root = Path(os.path.commonpath([table.root for table in tables.values()]))
+    has_ids = all(table.has_patient_ids for table in tables.values())
+    return XrayTable(frame, classes, root, has_ids, multilabel=bool(multilabel), boxes=boxes, notes=tuple(notes))
 
 
 def relative_paths(paths: Iterable[str], root: Path) -> pd.Series:
@@ -352,9 +350,9 @@ def relative_paths(paths: Iterable[str], root: Path) -> pd.Series:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the image files that lie directly in `folder`, sorted by name; none where there is no such folder.
+    """Return the image files directly in `folder`, sorted by name; an empty list if there is no such folder.
 
-    `._x.png`, which macOS leaves behind, is not an image.
+    Files such as `._x.png`, which macOS leaves behind, are no images.
     """
     if not folder.is_dir():
         return []
@@ -365,7 +363,7 @@ def image_files(folder: Path) -> list[Path]:
 def subfolder(parent: Path, names: Sequence[str]) -> Path | None:
     """Return the folder in `parent` whose name in lower case is one of `names`, or None.
 
-    Raises ValueError where there are several: all but one would be ignored.
+    Raises ValueError if there are several, because all but one would be ignored.
     """
     paths = parent.iterdir() if parent.is_dir() else ()
     folders = sorted(path for path in paths if path.name.lower() in names and path.is_dir())
@@ -377,7 +375,7 @@ def subfolder(parent: Path, names: Sequence[str]) -> Path | None:
 def data_fingerprint(table: XrayTable) -> str:
     """Return a text that changes when an image's content, label or split changes, or an image is added or removed.
 
-    All files are read; one that does not change is read once in a process. Raises OSError where a file cannot be read.
+    All files are read; an unchanged file is read only once in a process. Raises OSError if a file cannot be read.
     """
     digests = content_digests(table.frame["path"])
     if None in digests:
@@ -390,7 +388,7 @@ def data_fingerprint(table: XrayTable) -> str:
 
 
 def content_digests(paths: Iterable[str | os.PathLike[str]]) -> list[str | None]:
-    """Return 32 hex digits for the bytes of each file, None for one that cannot be read."""
+    """Return 32 hex digits for the content of each file, or None for a file that cannot be read."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_content_digest, paths))
 
@@ -405,7 +403,7 @@ def _content_digest(path: str | os.PathLike[str]) -> str | None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except OSError:
         return None
-    # The clock of a file system is coarse: a file that was written just now may change and have the same times.
+    # File times are coarse: a file written less than a second ago may still change without a change of its times.
     if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > 10**9:
         _known_digests[key] = digest
     return digest

@@ -1,7 +1,4 @@
-"""From a study file to a `Study`, and from a `Study` to the table of its images.
-
-One experiment is one TOML file. The notebooks, `finetune.py` and the tests read it through `load_study`.
-"""
+"""`load_study` reads a study file into a `Study`; `load_table` reads the images of a `Study` into an `XrayTable`."""
 
 import math
 import re
@@ -17,26 +14,26 @@ from studies.settings import Data, Phase, Study, validated
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDIES = PROJECT / "studies"
-# Folders below `runs/` with other content: decoded images; results of limited, repeated and folded studies.
+# Names of folders below `runs/` for decoded images and for the results of limited studies, other seeds and folds.
 RESERVED_NAMES = re.compile(r"image_cache|.*-(limit|seed|fold)\d+")
-# Names of a class of healthy people, without spaces and punctuation: of two classes the other one is positive.
+# Names of a healthy class, without spaces and punctuation; the other of two classes is then the positive one.
 HEALTHY = "normal|healthy|negative|controls?|clear|unremarkable|no(ne|findings?|disease|abnormality)?"
 
 
 def load_study(study: str | Path, *, data_root: str | Path | None = None, **overrides: Any) -> Study:
-    """Return the study of that name in `studies/`, or that in the TOML file at that path.
+    """Return the study in a file.
 
-    A study with `extends = "ANOTHER"` has the settings of the other one except those that it gives itself. A table
-    (`[training]`) is merged key by key, anything else is replaced.
+    A study with `extends = "ANOTHER"` has all settings of the other study that it does not give itself. Tables such as
+    `[training]` are merged key by key.
 
     Args:
-        study: a name in `studies/` or the path of a TOML file.
-        data_root: where the data is; of several datasets the folder that holds them all (empty: the study's own).
-        overrides: settings to replace, as in `Study.overridden`: `limit`, `epochs`, `seed`, ...
+        study: a name in `studies/`, or the path of a TOML file.
+        data_root: the folder of the data, or with several datasets their parent folder (default: as in the study).
+        overrides: settings to replace, see `Study.overridden`: `limit`, `epochs`, `seed` and others.
 
     Raises:
         FileNotFoundError: there is no such study.
-        ValueError: a key or value is wrong; the message names it.
+        ValueError: a key or a value is wrong; the message names it.
     """
     path, fields = _read_file(study)
     if RESERVED_NAMES.fullmatch(path.stem):
@@ -49,7 +46,7 @@ def load_study(study: str | Path, *, data_root: str | Path | None = None, **over
 
 
 def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    """Return the path of a study's file, and its settings on top of those of the study that it extends."""
+    """Return the path of a study's file, and its settings merged with those of the study that it extends."""
     path = Path(study)
     if path.suffix != ".toml":
         path = STUDIES / f"{study}.toml"
@@ -64,22 +61,21 @@ def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tupl
         raise ValueError(f"{path.name} is not valid TOML: {error}") from None
     if "name" in fields:
         raise ValueError(f"study {path.name}: leave 'name' out, a study has the name of its file")
-    # A relative root belongs to the file, wherever Python was started; the project's studies share its folder.
+    # A relative root starts at the file's folder, or at the project's for its own studies, not at the current folder.
     _anchor(fields, PROJECT if path.parent == STUDIES else path.absolute().parent)
     base = fields.pop("extends", None)
     if base is None:
         return path, fields
     sibling = path.parent / f"{base}.toml"
-    start = sibling if sibling.is_file() else base
-    _, inherited = _read_file(start, extended_by=(*extended_by, path.resolve()))
+    _, inherited = _read_file(sibling if sibling.is_file() else base, extended_by=(*extended_by, path.resolve()))
     for key, other in (("data", "datasets"), ("datasets", "data")):
         if key in fields:
-            inherited.pop(other, None)  # a study has one of the two
+            inherited.pop(other, None)  # a study has only one of the two
     return path, _on_top(inherited, fields)
 
 
 def _anchor(fields: dict[str, Any], base: Path) -> None:
-    """Make the relative roots of the data sources absolute, below `base`."""
+    """Make relative roots of the data sources absolute; they start at `base`."""
     listed = fields.get("datasets")
     for table in (fields.get("data"), *(listed if isinstance(listed, list) else ())):
         if isinstance(table, dict) and isinstance(table.get("root"), str):
@@ -87,7 +83,7 @@ def _anchor(fields: dict[str, Any], base: Path) -> None:
 
 
 def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings `above` on top of those `below`, tables merged key by key."""
+    """Return the settings `below`, replaced by those `above`; tables are merged key by key."""
     settings = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -96,49 +92,49 @@ def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved(study: Study, root: Path) -> Study:
-    """Return the study with its data in `root`; several datasets lie there side by side."""
+    """Return the study with its data in `root`, or with several datasets each in a folder of its name there."""
     if study.data is not None:
         return study.model_copy(update={"data": study.data.model_copy(update={"root": root})})
-    sources = [source.model_copy(update={"root": root / source.root.name}) for source in study.datasets]
+    sources = (source.model_copy(update={"root": root / source.root.name}) for source in study.datasets)
     return study.model_copy(update={"datasets": tuple(sources)})
 
 
 def _refuse_unused_settings(study: Study) -> None:
-    """Refuse settings that `phases` replace: a setting without effect looks like one that has an effect."""
+    """Refuse settings that have no effect because the study has `phases`."""
     for network, own_settings in study.networks.items():
         settings = study.training.model_dump(exclude_unset=True) | own_settings
-        for key in Phase.model_fields if settings.get("phases") else ():
-            if key in settings:
-                remedy = "set it in each phase, or phases = []"
-                raise ValueError(f"study {study.name}: {key!r} of {network} does nothing beside `phases`: {remedy}")
+        unused = [key for key in Phase.model_fields if key in settings and settings.get("phases")]
+        if unused:
+            problem = f"{unused[0]!r} of {network} does nothing beside `phases`"
+            raise ValueError(f"study {study.name}: {problem}: set it in each phase, or phases = []")
 
 
 def read_images(study: Study) -> XrayTable:
-    """Return all images of the study's data, not split yet; its phantom is drawn where it is missing.
+    """Return all images of the study's data, not split yet; a missing phantom is drawn.
 
-    Raises FileNotFoundError, with the way to get the data, where the data root does not hold it.
+    Raises FileNotFoundError if the data are not in the data root; the message says how to get them.
     """
     return _together([_read_source(source) for source in study.sources], study)
 
 
 def load_table(study: Study) -> XrayTable:
-    """Return the study's images (see `read_images`), as many as it wants, split by patient.
+    """Return the study's images (see `read_images`), limited to the study's `limit` and split by patient.
 
-    Each of several sources is limited and split by itself, so that all are in every split. In a limited study, sizes
-    of splits that are whole numbers shrink with the number of images.
+    Each source is limited and split separately, so that every split has images of all sources. In a limited study,
+    split sizes that are numbers of images shrink with the number of images.
     """
     tables = [_read_source(source) for source in study.sources]
     share = min(1.0, (study.limit or math.inf) / sum(len(table) for table in tables))
     table = _together([_split(table, study, share) for table in tables], study)
-    positive_class(study, table)  # refuses an unclear choice before any work
+    positive_class(study, table)  # raises an error if the choice is unclear, before any work is done
     return table
 
 
 def positive_class(study: Study, table: XrayTable) -> str | None:
-    """Return the positive one of a table's two classes: what the study sets, else the one that is not in `HEALTHY`.
+    """Return the positive class of two: the study's `positive`, else the class whose name does not match `HEALTHY`.
 
-    None for more than two classes, and for multi-label data, where each finding counts by itself. Raises ValueError
-    where the study's choice is not one of two classes, or where it must choose and does not.
+    With more than two classes or several findings an image there is none: the result is None. Raises ValueError if
+    `positive` is not one of two classes, or if it is not set and the names do not decide.
     """
     if table.multilabel or len(table.classes) != 2:
         if study.positive is None:
@@ -146,10 +142,9 @@ def positive_class(study: Study, table: XrayTable) -> str | None:
         names = ", ".join(table.classes)
         raise ValueError(f"study {study.name}: `positive` chooses between two classes: leave it out for {names}")
     remedy = "set {} or {} at the top of the study".format(*(f'positive = "{name}"' for name in table.classes))
-    letters = {name: re.sub(r"[\W_]+", "", name.casefold()) for name in table.classes}
-    sick = [name for name in table.classes if not re.fullmatch(HEALTHY, letters[name])]
+    sick = [name for name in table.classes if not re.fullmatch(HEALTHY, re.sub(r"[\W_]+", "", name.casefold()))]
     if study.positive is None and len(sick) != 1:
-        raise ValueError(f"study {study.name}: which of its two classes is looked for? {remedy}")
+        raise ValueError(f"study {study.name}: which of its two classes is the positive one? {remedy}")
     positive = study.positive or sick[0]
     if positive not in table.classes:
         raise ValueError(f"study {study.name}: no class {positive!r}: {remedy}")
@@ -165,7 +160,7 @@ def _read_source(source: Data) -> XrayTable:
 
 
 def _split(table: XrayTable, study: Study, share: float) -> XrayTable:
-    """Return the `share` of a table's images, 0 to 1, in "train", "val" and "test"."""
+    """Return the table limited to a `share` (0 to 1) of its images, and split."""
     split, seed = study.split, study.split_seed
     if share < 1:
         table = table.limited(max(1, round(share * len(table))), seed=seed)

@@ -1,4 +1,4 @@
-"""What may stand in a study file: one class a table, with every setting, its default and its limits."""
+"""All settings of a study file: one class for each of its tables, with names, defaults and allowed values."""
 
 import difflib
 import re
@@ -13,12 +13,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _folder_path(text: str) -> str:
-    """Return a relative path below `runs/`; ValueError where it leads out of there or is hidden."""
+    """Return a relative path below `runs/`; raise ValueError if it leaves that folder or is hidden."""
     for name in text.split("/"):
         if not name or name != name.strip(". ") or not name.isprintable() or set(name) & set('\\:*?"<>|[]'):
-            raise ValueError(
-                f"{text!r} does not name a folder below runs/: use letters, digits, '-' and '_', and no '..'"
-            )
+            raise ValueError(f"{text!r} does not name a folder below runs/: use letters, digits, '-', '_', no '..'")
     return text
 
 
@@ -28,30 +26,27 @@ def _split_size(size: float) -> float:
     return int(size) if size >= 1 else size
 
 
-def _pattern_with_group(pattern: re.Pattern[str]) -> re.Pattern[str]:
-    if pattern.groups < 1:
-        raise ValueError("needs a group (…) around the patient's id")
-    return pattern
-
-
 FolderPath = Annotated[str, AfterValidator(_folder_path)]
 ImageSize = Annotated[int, Field(ge=32)]  # side of the square image, pixels
 SplitSize = Annotated[PositiveFloat, AfterValidator(_split_size)]
-PatientPattern = Annotated[re.Pattern[str], AfterValidator(_pattern_with_group)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# The names in cam_methods.METHODS. That module is not imported here, because it imports torch.
+# The names in cams.methods.METHODS. That module is not imported here, because it imports torch.
 MapMethod = Literal["gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam", "scorecam"]
-MapMethods = Annotated[tuple[MapMethod, ...], Field(min_length=1)]
 
 
 class Settings(pydantic.BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
+    """A table of settings that cannot be changed and refuses unknown keys."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
 class Phantom(Settings):
-    """The synthetic data set that a study draws for itself where its data root is empty."""
+    """[data.phantom]: the synthetic data set to draw into the data root if that folder is empty.
+
+    - `images_per_class`: class -> number of images.
+    - `size`: side of the square images in pixels, at least 32.
+    - `seed`: seed of all random numbers of the drawing.
+    """
 
     images_per_class: dict[str, PositiveInt]
     size: PositiveInt = 224
@@ -59,19 +54,23 @@ class Phantom(Settings):
 
 
 class Data(Settings):
-    """Where the images are and how they are read.
+    """[data] or [[datasets]]: where the images are and how to read them.
 
-    - `classes`: the classes to read, in this order (empty: all of the source).
+    - `reader`: format of the data set: "chestxray14", "covid_radiography", "folder" or "kermany".
+    - `root`: folder of the data. A relative path starts at the study file's folder; for studies in `studies/` it starts
+      at the project's folder.
+    - `classes`: names of the classes to read, in this order; empty reads all.
     - `labels`: class of the source -> class of the study; a class that is not listed keeps its name.
-    - `patient_pattern`: regular expression for the patient in a file's name (reader "folder").
-    - `official_split`: take the test images from the source's own list (reader "chestxray14").
+    - `patient_pattern`: regular expression whose first group is the patient in a file's name (reader "folder").
+    - `official_split`: true takes the test images from the source's own lists (reader "chestxray14").
+    - `phantom`: settings of a synthetic data set to draw, see `Phantom`.
     """
 
     reader: str
     root: Path
     classes: tuple[str, ...] = ()
     labels: dict[str, str] = {}
-    patient_pattern: PatientPattern | None = None
+    patient_pattern: re.Pattern[str] | None = None
     official_split: bool = False
     phantom: Phantom | None = None
 
@@ -80,17 +79,21 @@ class Data(Settings):
         for option, reader in (("patient_pattern", "folder"), ("official_split", "chestxray14")):
             if getattr(self, option) and self.reader != reader:
                 raise ValueError(f"{option} is for the reader {reader!r} only")
+        if self.patient_pattern and not self.patient_pattern.groups:
+            raise ValueError("patient_pattern needs a group (…) around the patient's id")
         return self
 
 
 class Split(Settings):
-    """How much of the data is held out, see `datasets.splits`.
+    """[split]: which images are for training, validation and test, see `datasets.splits`.
 
-    - `seed`: draws the splits, and the images of a limited study (None: the study's seed).
-    - `val`, `test`: below 1 a fraction of each class, from 1 on a whole number of images a class.
-    - `folds`, `fold`: part `fold` of `folds` parts of all images outside the test is "val"; `val` is not used.
-    - `keep_without_finding`: share of the training images without a finding that stays (multi-label data).
-    - `boxes_in_test`: all images of patients who have a box are in the test split too.
+    - `seed`: seed of the draw of the splits, and of the images of a limited study; default is the study's `seed`.
+    - `val`: size of the validation set: below 1 a fraction of each class, from 1 on a number of images a class.
+    - `test`: size of the test set, in the same units.
+    - `folds`: number of parts of a cross-validation, at least 2; they divide all images outside the test set.
+    - `fold`: number of the part for validation, 1 to `folds`; `val` is then not used.
+    - `keep_without_finding`: share (0 to 1) of the training images without a finding to keep (multi-label data).
+    - `boxes_in_test`: true puts all images of patients with a box into the test set.
     """
 
     seed: Seed | None = None
@@ -110,11 +113,11 @@ class Split(Settings):
 
 
 class Preprocessing(Settings):
-    """What is done to every image, in training and at inference alike.
+    """[preprocessing]: what is done to every image, both in training and at inference.
 
-    - `image_size`: side of the square images, pixels; `[networks.NAME]` may set another for one network.
-    - `training.lung_model`: a folder below `runs/` with a lung segmentation model; everything outside the lungs becomes
-      black, see `lungs.masking.LungMasking`. Where the folder is missing, a model is trained on the phantom.
+    - `image_size`: side of the square images in pixels, at least 32; `[networks.NAME]` may have another.
+    - `lung_model`: folder below `runs/` with a lung segmentation model. Everything outside the lungs becomes black, see
+      `lungs.masking.LungMasking`. If the folder is missing, a model is trained on the phantom.
 
     Images are always normalised with the `mean` and `std` of ImageNet; these two are not settings.
     """
@@ -126,7 +129,16 @@ class Preprocessing(Settings):
 
 
 class Augmentation(Settings):
-    """What is done to training images only; the fields are explained in `training.augmentation.Augmentation`."""
+    """[augmentation]: random changes of training images; the defaults change nothing.
+
+    - `horizontal_flip`: true mirrors half of the images, chosen at random.
+    - `smallest_crop`: smallest share of the area (above 0, to 1) of a window that is enlarged to the full size.
+    - `rotation`: largest angle to either side, in degrees, 0 to 180.
+    - `translation`: largest shift along either axis, as a share of the side, 0 to below 1.
+    - `scale`: smallest and largest zoom factor, above 0.
+    - `brightness`: the brightness factor is 1 - this value to 1 + this value; 0 to below 1.
+    - `contrast`: the contrast factor, likewise.
+    """
 
     horizontal_flip: bool = False
     smallest_crop: float = Field(default=1.0, gt=0, le=1)
@@ -138,7 +150,12 @@ class Augmentation(Settings):
 
 
 class Phase(Settings):
-    """One phase of a training: which parameters learn ("head": only the new layers), how long, how fast."""
+    """A phase of a training, an entry of `phases` in [training].
+
+    - `trainable`: "all" trains all layers, "head" only the new last layers.
+    - `epochs`: number of epochs at most.
+    - `learning_rate`: learning rate at the start; with "one_cycle" the highest one.
+    """
 
     trainable: Literal["all", "head"] = "all"
     epochs: PositiveInt = 25
@@ -146,16 +163,34 @@ class Phase(Settings):
 
 
 class Training(Phase):
-    """How networks are fine-tuned; `[networks.NAME]` replaces any of it for one network.
+    """[training]: how networks are fine-tuned; `[networks.NAME]` may replace any setting for one network.
 
-    - `phases`: follow one another, each from the best weights so far. Without them there is one phase, made of
-      `trainable`, `epochs` and `learning_rate`.
-    - `patience`: epochs without a better `select` on validation that end a phase.
-    - `hidden_units`: a new head with layers of these widths, see `networks.build_network`.
-    - `threshold`: the rule that chooses decision thresholds on validation.
-    - `precision`: "auto" is bf16 where the device has units for it, else fp32.
-    - `cache_images`: keep decoded images in `runs/image_cache/`.
-    - `checkpoint_minutes`: the time between two saved states within an epoch.
+    `trainable`, `epochs` and `learning_rate` are those of the only phase if there are no `phases`.
+
+    - `weights`: weights to start from: "imagenet", "none" (random), or the path of a file or run folder.
+    - `phases`: list of phases, see `Phase`; each starts from the best weights so far.
+    - `optimizer`: "adam" or "sgd".
+    - `schedule`: course of the learning rate: "constant"; "one_cycle" rises, then falls; "plateau" falls to a tenth
+      when the validation score `select` does not improve.
+    - `plateau_patience`: epochs without improvement before "plateau" lowers the learning rate.
+    - `patience`: epochs without improvement of `select` before a phase ends.
+    - `select`: validation score that chooses the best epoch: "loss", or "auc" (mean over findings, multi-label data).
+    - `keep_checkpoints`: true keeps the weights of every epoch.
+    - `batch_size`: number of images in a batch.
+    - `balance`: help for rare classes: "oversample" draws their images more often, "loss" gives them more weight; or
+      "none".
+    - `head`: "softmax" has an output for each class, "sigmoid" one output for the positive of two classes.
+    - `hidden_units`: widths of a new head's hidden layers, may be empty, see `networks.build_network`; by default only
+      the network's last linear layer is new.
+    - `dropout`: dropout rate, 0 to below 1; default is the network's own.
+    - `frozen_batch_norm`: true normalises the backbone with the statistics of the starting weights, which stay.
+    - `cache_features`: true computes the output of a frozen backbone once for each image.
+    - `threshold`: rule that chooses decision thresholds on validation: "none", "youden", "f1" or "accuracy".
+    - `temporary_batch_norm`: true trains with batch normalisation and merges it into the convolutions at the end.
+    - `residual_gain`: initial scale of the last batch normalisation in each residual block, 0 or more.
+    - `precision`: "fp32", "bf16", or "auto": bf16 if the device supports it in hardware, else fp32.
+    - `cache_images`: true keeps decoded images in `runs/image_cache/`.
+    - `checkpoint_minutes`: minutes between two saved states within an epoch, 0 or more.
     """
 
     weights: str = "imagenet"
@@ -182,12 +217,12 @@ class Training(Phase):
 
     @property
     def all_phases(self) -> tuple[Phase, ...]:
-        """The phases; one where the study lists none."""
+        """The phases; without `phases` in the study there is one."""
         return self.phases or (Phase(**self.model_dump(include=set(Phase.model_fields))),)
 
     @property
     def summary(self) -> dict[str, object]:
-        """The settings that take effect, for people, each phase in a line of its own."""
+        """The settings that have an effect, to show to the user; each phase is one entry."""
         lines = {
             f"phase {i}": f"{phase.trainable}, {phase.epochs} epochs at {phase.learning_rate:g}"
             for i, phase in enumerate(self.all_phases, start=1)
@@ -196,35 +231,41 @@ class Training(Phase):
 
 
 class NetworkTraining(Training):
-    """How one network is fine-tuned, and the side of its square images in pixels."""
+    """The settings of one network: those of `Training`, and `image_size`, the side of its images in pixels."""
 
     image_size: ImageSize
 
 
 class Maps(Settings):
-    """How notebook 3 scores class activation maps, see `evaluation.cam_scores`.
+    """[maps]: how notebook 3 scores class activation maps, see `evaluation.cam_scores`.
 
-    - `methods`: names in `cams.methods.METHODS`.
-    - `images`: at most so many test images are compared with lesions, boxes and lungs.
-    - `faithful`: of so many of them the network itself is asked, in several hundred passes each.
-    - `steps`: points on the curves of deletion and insertion.
+    - `methods`: methods to compare, names in `cams.methods.METHODS`.
+    - `images`: largest number of test images whose maps are compared with lesions, boxes and lungs.
+    - `faithful`: number of these images for the scores of faithfulness, several hundred passes of the network each.
+    - `steps`: number of points on the curves of deletion and insertion.
     """
 
-    methods: MapMethods = ("gradcam", "gradcam++", "layercam", "eigencam")
+    methods: Annotated[tuple[MapMethod, ...], Field(min_length=1)] = ("gradcam", "gradcam++", "layercam", "eigencam")
     images: PositiveInt = 400
     faithful: PositiveInt = 16
     steps: PositiveInt = 12
 
 
 class Study(Settings):
-    """A validated study.
+    """A whole study file.
 
-    - `name`: the name of its file and of its folder below `runs/`.
-    - `limit`: about so many images are used (None: all).
-    - `positive`: of two classes the one that is looked for, see `studies.loading.positive_class`.
-    - `compare`: studies on the same test images whose results notebook 3 shows beside this one's.
-    - `data` or `datasets`: where the images come from, one source or several.
-    - `networks`: network -> the settings of `[training]` that it replaces.
+    - `name`: name of the file, and of the folder of its results below `runs/`; the file itself does not have it.
+    - `title`: one line for headings.
+    - `description`: a few sentences for the notebooks.
+    - `source`: publication or project that the study repeats.
+    - `seed`: seed of initial weights, order of the images, augmentation and, by default, splits.
+    - `limit`: approximate number of images to use; default is all.
+    - `positive`: the class to detect, of two; see `studies.loading.positive_class`.
+    - `compare`: names of studies with the same test images; notebook 3 shows their results too.
+    - `extends`: name of a study; this study has all settings of the other one that it does not give itself.
+    - `data` or `datasets`: where the images are, one source or a list of sources.
+    - `split`, `preprocessing`, `augmentation`, `training`, `maps`: see the class of each table.
+    - `networks`: name of each network to train -> settings of `[training]` that differ for it.
     """
 
     name: FolderPath
@@ -255,7 +296,7 @@ class Study(Settings):
 
     @property
     def sources(self) -> tuple[Data, ...]:
-        """The data of the study, from one source or several."""
+        """The data sources of the study, one or several."""
         return self.datasets or (self.data,)
 
     @property
@@ -264,7 +305,7 @@ class Study(Settings):
         return self.seed if self.split.seed is None else self.split.seed
 
     def training_of(self, network: str) -> NetworkTraining:
-        """Return the settings of one network: those of `[training]`, with the network's own in their place."""
+        """Return the settings of one network: those of `[training]`, replaced by its own where it has any."""
         common = self.training.model_dump() | {"image_size": self.preprocessing.image_size}
         return NetworkTraining.model_validate(common | self.networks[network])
 
@@ -279,23 +320,23 @@ class Study(Settings):
     ) -> "Study":
         """Return the study with some settings replaced; None leaves a setting as it is.
 
-        A limited study and a fold get a name, and so a folder of results, of their own: they never replace the
-        results of the whole study.
+        A limited study and a fold have their own names and result folders, so they never replace the results of the
+        whole study.
 
         Args:
-            networks: the networks to train; one that the study does not list has the settings of `[training]`.
+            networks: the networks to train; one that is not in the study gets the settings of `[training]`.
             limit: number of images.
-            fold: the part, from 1, that validates.
+            fold: number of the part for validation, from 1.
             seed: the study's seed.
-            training: fields of `Training` for every network, also where `[networks.NAME]` says otherwise;
-                `epochs` holds for every phase.
+            training: fields of `Training` for every network; they replace those of `[networks.NAME]` too. `epochs`
+                applies to every phase.
         """
         fields = self.model_dump()
         fields["networks"] = {name: fields["networks"].get(name, {}) for name in networks or self.networks}
         _set_for_all_networks(fields, {key: value for key, value in training.items() if value is not None})
         fields["seed"] = self.seed if seed is None else seed
         if limit is not None:
-            # The scores of faithfulness cost hundreds of passes an image: too long for a look at little data.
+            # The scores of faithfulness take hundreds of passes an image: too long for a quick look.
             faithful, steps = min(self.maps.faithful, max(2, limit // 20)), min(self.maps.steps, 4)
             fields["limit"] = limit
             fields["maps"] |= {"faithful": faithful, "steps": steps}
@@ -306,9 +347,9 @@ class Study(Settings):
         return validated(fields, self.name)
 
     def repeated(self, seed: int) -> "Study":
-        """Return the same experiment on the same split with another seed for initial weights, order and augmentation.
+        """Return the same study with another seed for initial weights, order and augmentation, and with the same split.
 
-        It has a name, and so a folder of results, of its own. With its own seed the study returns itself.
+        It has its own name and result folder. With the seed that the study already has, the study itself is returned.
         """
         if seed == self.seed:
             return self
@@ -338,7 +379,7 @@ def _rename(fields: dict[str, Any], suffix: str) -> None:
 
 
 def validated(fields: dict[str, Any], file_name: str) -> Study:
-    """Return the study with these fields. Raises ValueError that names every wrong key, in one line."""
+    """Return the study with these fields. Raises ValueError with every wrong key, in one line."""
     try:
         study = Study.model_validate(fields)
         for network in study.networks:
@@ -359,7 +400,7 @@ def _described(problem: dict[str, Any]) -> str:
 
 
 def _hint(key: str) -> str:
-    """Return where an unknown key belongs, or the key that it resembles most."""
+    """Return the table to which an unknown key belongs, or the most similar key."""
     tables = (Training, Maps, Data, Phantom, Split, Preprocessing, Augmentation)
     places = {field: f"in [{table.__name__.lower()}]" for table in tables for field in table.model_fields}
     places |= dict.fromkeys(Study.model_fields, "at the top of the file")

@@ -1,6 +1,6 @@
-"""Small data sets in the layouts of public ones, and the folder of the real ones where there is one.
+"""Small data sets in the layouts of public ones, and the folder of the real ones if there is one.
 
-File names, folders and flaws are those of the public data sets; the phantom draws the pictures, which can be learnt.
+File names, folders and errors are those of the public data sets. The phantom draws the pictures, so networks can learn.
 """
 
 import csv
@@ -16,7 +16,7 @@ import pytest
 from datasets.chestxray14 import BOX_NAMES, BOX_SIZE, FINDINGS
 from datasets.phantom import CLASSES, FOLDERS, draw_phantoms, lesion_boxes
 
-KERMANY_IMAGES = {"train": 24, "val": 2, "test": 9}  # a kind: normal, bacterial, viral
+KERMANY_IMAGES = {"train": 24, "val": 2, "test": 9}  # of each kind: normal, bacterial, viral
 # Findings of ChestX-ray14 -> the disease that the phantom draws for them.
 DRAWN_AS = {
     "COVID-19": ("Infiltration", "Atelectasis", "Nodule", "Mass", "Emphysema"),
@@ -28,11 +28,11 @@ ROWS_WITHOUT_FILE = 5
 
 @pytest.fixture(scope="session", name="data_root")
 def data_root() -> Path:
-    """The folder of the real data sets that the environment's DATA_ROOT names."""
-    named = os.environ.get("DATA_ROOT")
-    if not named or not Path(named).is_dir():
-        pytest.skip("no real X-rays: DATA_ROOT names no folder that holds them")
-    return Path(named)
+    """The folder of the real data sets, from the environment variable DATA_ROOT."""
+    folder = os.environ.get("DATA_ROOT")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("no real X-rays: DATA_ROOT is not a folder")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def chestxray14_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write an (H, W) uint8 picture in the format of the file's ending, with the folders above it."""
+    """Write an (H, W) uint8 picture in the format of the file's suffix; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, picture)[1].tobytes())
 
@@ -60,9 +60,8 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
 def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = KERMANY_IMAGES) -> None:
     """Write `chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}` below `root` with `per_kind` images of each kind.
 
-    As in the source there are two images of some patients, the numbers of patients begin again in the test
-    set, names have more than one form, the few validation images are not viral, and the archive has left
-    folders of its own behind.
+    As in the source, some patients have two images, the test set numbers its patients from 1 again, names have several
+    forms, the few validation images are not viral, and the archive has left its own folders behind.
     """
     top = root / "chest_xray"
     for split, number in per_kind.items():
@@ -81,10 +80,10 @@ def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = K
 
 
 def _kermany_name(kind: str, k: int) -> str:
-    # Of every three images the last two are one patient's.
+    # The second and third of every three images belong to one patient.
     patient, view = k - (k % 3 == 2), 1 + (k % 3 == 2)
     if kind != "NORMAL":
-        # Bacterial and viral numbers share a range, and meet in every fifth patient.
+        # Every fifth patient has both bacterial and viral images.
         number = patient + (1 if kind == "bacteria" or patient % 5 == 0 else 500)
         return f"person{number}_{kind}_{2 * k}{'_1' if k == 7 else ''}.jpeg"
     stem = f"{'NORMAL2-' if patient % 2 else ''}IM-{patient + 1:04d}-0001"
@@ -100,11 +99,11 @@ def write_chestxray14(
     compressed: bool = False,
     lists: bool = True,
 ) -> None:
-    """Write `images` pictures, their labels, boxes and the official lists (unless not `lists`) into `root`.
+    """Write `images` pictures with their labels and boxes into `root`, and with `lists` the official lists.
 
-    A third of the images has no finding, the others have one or two that the phantom draws alike; every
-    fourth patient has two images, every fourth is of the official test. Some rows of the table have no
-    file. `archives` puts the files into `images_001/images` and so on, `compressed` gives the table as `.gz`.
+    A third of the images has no finding; the others have one, or two that the phantom draws in the same way. Every
+    fourth patient has two images; another fourth of the patients is the official test set. Some rows of the table have
+    no file. `archives` puts the files into `images_001/images` and so on; `compressed` writes the table as `.gz`.
     """
     root.mkdir(parents=True, exist_ok=True)
     names, findings, labels = _chestxray14_rows(images)
@@ -114,8 +113,8 @@ def write_chestxray14(
         folder = f"images_{1 + k % 3:03d}/images" if archives else "images"
         write_picture(root / folder / name, drawn.images[k])
         if k % 4 == 1 and findings[k]:
-            spelt = {new: old for old, new in BOX_NAMES.items()}.get(findings[k][0], findings[k][0])
-            boxes += [(name, spelt, *(BOX_SIZE * side for side in box)) for box in lesion_boxes(drawn.lesion_masks[k])]
+            label = {new: old for old, new in BOX_NAMES.items()}.get(findings[k][0], findings[k][0])
+            boxes += [(name, label, *(BOX_SIZE * side for side in box)) for box in lesion_boxes(drawn.lesion_masks[k])]
     _write_labels(root, names, findings, compressed=compressed)
     with open(root / "BBox_List_2017.csv", "w", newline="", encoding="utf-8") as file:
         file.write("Image Index,Finding Label,Bbox [x,y,w,h],,,\n")  # as it is published
@@ -127,7 +126,7 @@ def write_chestxray14(
 
 
 def _chestxray14_rows(images: int) -> tuple[list[str], list[tuple[str, ...]], list[int]]:
-    """Return each row's file name and findings, and what to draw for those rows that have a file."""
+    """Return the file name and the findings of each row, and the phantom's label for each row with a file."""
     diseases = {finding: disease for disease, group in DRAWN_AS.items() for finding in group}
     names, findings, labels, patient, follow_up = [], [], [], 0, 0
     for k in range(images + ROWS_WITHOUT_FILE):
@@ -151,17 +150,18 @@ def _write_labels(root: Path, names: Sequence[str], findings: Sequence[Sequence[
         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
     )
     lines = [
-        f"{name},{'|'.join(found) or 'No Finding'},{int(name[9:12])},{int(name[:8])},57,M,PA,2682,2749,0.143,0.143,"
-        for name, found in zip(names, findings, strict=True)
+        f"{name},{'|'.join(labels) or 'No Finding'},{int(name[9:12])},{int(name[:8])},57,M,PA,2682,2749,0.143,0.143,"
+        for name, labels in zip(names, findings, strict=True)
     ]
     path = root / ("Data_Entry_2017.csv.gz" if compressed else "Data_Entry_2017.csv")
     with (gzip.open if compressed else open)(path, "wt", encoding="utf-8") as file:
         file.write("\n".join([header, *lines]) + "\n")
 
 
-def write_covid_radiography(root: Path, *, size: int = 64, per_class: int = 20, masks: bool = True) -> None:
-    """Write `<Class>/images/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`, with lung masks in
-    `<Class>/masks/`, and no more: what the phantom's own writer adds to this layout is not public.
+def write_covid_radiography(root: Path, *, size: int, per_class: int) -> None:
+    """Write `<Class>/{images,masks}/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`.
+
+    The masks are lung masks. Unlike `write_phantom` it writes no lesion masks and no boxes.
     """
     top = root / "COVID-19_Radiography_Dataset"
     for label, name in enumerate(CLASSES):
@@ -169,5 +169,4 @@ def write_covid_radiography(root: Path, *, size: int = 64, per_class: int = 20, 
         for k, (picture, lungs) in enumerate(zip(drawn.images, drawn.lung_masks, strict=True), start=1):
             file = f"{FOLDERS[name]}-{k}.png"
             write_picture(top / FOLDERS[name] / "images" / file, picture)
-            if masks:
-                write_picture(top / FOLDERS[name] / "masks" / file, lungs * np.uint8(255))
+            write_picture(top / FOLDERS[name] / "masks" / file, lungs * np.uint8(255))

@@ -1,4 +1,4 @@
-"""Readers, the table and the splits: what is read, what is refused, which patient is in which split."""
+"""The readers of the public datasets, the table and its splits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from datasets import XrayTable, data_fingerprint, read_dataset
 from datasets.chestxray14 import FINDINGS
 from datasets.phantom import FOLDERS
 from datasets.splits import apply_splits, split_by_patient, splits_frame
-from datasets.table import patients_of
+from datasets.table import image_frame, patients_of
 
 
 def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
@@ -23,16 +23,8 @@ def draw(path: Path, *, mode: str = "L", value: int = 0) -> None:
 
 
 def invented_table(patients: list[str], labels: list[int], splits: list[str | None] | None = None) -> XrayTable:
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/{i:05d}.png" for i in range(len(patients))],
-            "patient": patients,
-            "split": pd.Series(splits or [None] * len(patients), dtype=object),
-            "label": labels,
-            "mask": None,
-            "lesion": None,
-        }
-    )
+    paths = [f"/data/{i:05d}.png" for i in range(len(patients))]
+    frame = image_frame(path=paths, patient=patients, split=splits, label=labels)
     classes = tuple(f"class {i}" for i in range(max(labels) + 1))
     return XrayTable(frame=frame, classes=classes, root=Path("/data"), has_patient_ids=True)
 
@@ -62,7 +54,7 @@ def test_boxes_enclose_the_lesions_of_their_image(phantom_root):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_older_layout_has_its_images_in_the_class_folder(tmp_path, mode):
+def test_older_layout_with_images_in_the_class_folder_is_read(tmp_path, mode):
     for name in ("COVID-19", "NORMAL", "Viral Pneumonia"):
         for i in range(3):
             draw(tmp_path / name / f"{name} ({i}).png", mode=mode)
@@ -72,7 +64,7 @@ def test_older_layout_has_its_images_in_the_class_folder(tmp_path, mode):
     assert table.frame["mask"].isna().all()
 
 
-def test_absent_classes_are_named_and_are_no_classes(tmp_path):
+def test_classes_without_images_are_left_out_and_named(tmp_path):
     draw(tmp_path / "COVID" / "images" / "COVID-1.png")
     draw(tmp_path / "Normal" / "images" / "Normal-1.png")
     (tmp_path / "Lung_Opacity" / "images").mkdir(parents=True)
@@ -87,7 +79,7 @@ def test_study_order_of_classes_is_kept(phantom_root):
     assert table.counts()["not split"].tolist() == [13, 11]
 
 
-def test_download_inside_the_root_is_found(tmp_path):
+def test_folder_of_the_download_inside_the_root_is_found(tmp_path):
     for name in ("COVID", "Normal"):
         draw(tmp_path / "COVID-19_Radiography_Dataset" / name / "images" / f"{name}-1.png")
     assert read_dataset("covid_radiography", tmp_path).relative_paths()[0] == "COVID/images/COVID-1.png"
@@ -111,7 +103,7 @@ def test_missing_root_names_the_command_that_gets_the_data(tmp_path):
         ),
     ],
 )
-def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names, message):
+def test_class_with_two_folders_is_refused(tmp_path, names, message):
     for name in (*names, "Lung_Opacity/c"):
         draw(tmp_path / f"{name}.png")
     with pytest.raises(ValueError, match=message):
@@ -127,14 +119,14 @@ def test_class_that_is_there_twice_is_refused_and_not_half_read(tmp_path, names,
         ("kermany", ("train/NORMAL", "train/Normal", "test/NORMAL"), "both NORMAL and Normal: keep one"),
     ],
 )
-def test_folder_that_is_there_twice_is_refused_by_every_reader(tmp_path, reader, folders, message):
+def test_two_spellings_of_a_folder_are_refused_by_every_reader(tmp_path, reader, folders, message):
     for folder in folders:
         draw(tmp_path / folder / "IM-0001-0001.jpeg")
     with pytest.raises(ValueError, match=message):
         read_dataset(reader, tmp_path)
 
 
-def test_folder_tree_without_splits(tmp_path):
+def test_folder_tree_without_splits_is_read_as_not_split(tmp_path):
     for name, number in (("healthy", 2), ("sick", 3)):
         for i in range(number):
             draw(tmp_path / name / f"{i}.jpg")
@@ -145,7 +137,7 @@ def test_folder_tree_without_splits(tmp_path):
     assert not table.has_patient_ids
 
 
-def test_folder_tree_with_splits_keeps_them_and_draws_the_missing_one_from_train(tmp_path):
+def test_splits_of_a_folder_tree_stay_and_a_missing_one_is_drawn_from_train(tmp_path):
     for split, number in (("train", 20), ("test", 4)):
         for name in ("healthy", "sick"):
             for i in range(number):
@@ -179,12 +171,12 @@ def test_empty_and_missing_folders_are_refused(tmp_path):
         read_dataset("folder", tmp_path, classes=["healthy", "sick"])
 
 
-def test_patient_on_two_sides_is_a_hard_error():
+def test_patient_in_two_splits_is_refused():
     with pytest.raises(ValueError, match="'anna' in test and train"):
         invented_table(["anna", "anna", "bob"], [0, 0, 1], ["train", "test", "val"])
 
 
-def test_file_listed_twice_is_a_hard_error():
+def test_file_listed_twice_is_refused():
     table = invented_table(["a", "b"], [0, 1])
     with pytest.raises(ValueError, match="listed twice"):
         replace(table, frame=pd.concat([table.frame, table.frame.iloc[:1].assign(patient="c")]))
@@ -202,7 +194,7 @@ def test_sixty_images_a_class_are_exactly_sixty():
     assert table.counts().to_numpy().tolist() == [[380, 60, 60], [80, 60, 60]]
 
 
-def test_no_patient_is_divided_and_sizes_are_nearly_met():
+def test_every_patient_is_in_one_split_and_sizes_are_nearly_met():
     rng = np.random.default_rng(0)
     patients = [str(patient) for patient in rng.integers(0, 200, 1000)]
     labels = [int(patient) % 3 for patient in patients]
@@ -262,13 +254,13 @@ def test_limit_takes_whole_patients():
 
 
 @pytest.mark.parametrize("classes", [("target", "sick"), ("a", "a"), ("one",)])
-def test_classes_that_would_be_lost_in_a_table_of_predictions_are_refused(classes):
+def test_class_names_that_clash_with_columns_of_predictions_are_refused(classes):
     table = invented_table(["a", "b"], [0, 1])
     with pytest.raises(ValueError, match=r"classes must be|one class only"):
         replace(table, frame=table.frame.iloc[: len(classes)], classes=classes)
 
 
-def test_a_missing_mask_is_none_among_others(phantom_root, tmp_path):
+def test_missing_mask_is_none_beside_other_masks(phantom_root, tmp_path):
     for name in ("COVID", "Normal"):
         for i in range(2):
             draw(tmp_path / name / "images" / f"{i}.png")
@@ -277,7 +269,7 @@ def test_a_missing_mask_is_none_among_others(phantom_root, tmp_path):
     assert masks == [None, str(tmp_path / "COVID" / "masks" / "1.png"), None, None]
 
 
-def test_other_names_of_splits_are_known_and_two_of_one_are_refused(tmp_path):
+def test_other_names_of_split_folders_are_read_and_two_for_one_split_are_refused(tmp_path):
     for split in ("Training", "valid", "test"):
         for name in ("healthy", "sick"):
             draw(tmp_path / split / name / "1.png")
@@ -288,7 +280,7 @@ def test_other_names_of_splits_are_known_and_two_of_one_are_refused(tmp_path):
         read_dataset("folder", tmp_path)
 
 
-def test_saved_splits_come_back(phantom_root, tmp_path):
+def test_saved_splits_are_restored(phantom_root, tmp_path):
     table = split_by_patient(read_dataset("covid_radiography", phantom_root), val=0.2, test=0.2, seed=0)
     splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)
     unsplit = read_dataset("covid_radiography", phantom_root)
@@ -300,7 +292,7 @@ def test_saved_splits_come_back(phantom_root, tmp_path):
         apply_splits(unsplit, tmp_path / "splits.csv", table.classes[:2])
 
 
-def test_labels_of_saved_splits_are_those_of_the_training_whatever_the_study_says_now(phantom_root, tmp_path):
+def test_saved_splits_keep_the_class_order_of_the_training(phantom_root, tmp_path):
     table = split_by_patient(read_dataset("covid_radiography", phantom_root), val=0.2, test=0.2, seed=0)
     splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)
     turned = read_dataset("covid_radiography", phantom_root, classes=table.classes[::-1])
@@ -332,7 +324,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def touch_kermany(root: Path) -> Path:
-    """Every form of name that the source has, with the patients that they are in `KERMANY_PATIENTS`."""
+    """Write empty files with every form of name in the source; `KERMANY_PATIENTS` has their patients."""
     top = root / "chest_xray"
     touch(top / "train/NORMAL", "IM-0115-0001.jpeg", "IM-0117-0001-0002.jpeg", "NORMAL2-IM-0117-0001.jpeg")
     touch(top / "train/PNEUMONIA", "person1_bacteria_1.jpeg", "person1_virus_6.jpeg", "person447_virus_921_1.jpeg")
@@ -359,7 +351,7 @@ KERMANY_PATIENTS = {
 }
 
 
-def test_kermany_patients_are_read_from_name_and_begin_again_in_the_test_set(tmp_path):
+def test_kermany_patients_are_read_from_names_and_numbered_anew_in_the_test_set(tmp_path):
     table = read_dataset("kermany", touch_kermany(tmp_path))
     assert dict(zip(table.relative_paths(), table.frame["patient"], strict=True)) == KERMANY_PATIENTS
     assert table.has_patient_ids
@@ -367,7 +359,7 @@ def test_kermany_patients_are_read_from_name_and_begin_again_in_the_test_set(tmp
     assert "2 official validation images count as train" in " ".join(table.notes)
 
 
-def test_kermany_kinds_make_the_classes_that_are_asked_for(tmp_path):
+def test_kermany_kinds_become_the_classes_that_are_chosen(tmp_path):
     root = touch_kermany(tmp_path)
     assert read_dataset("kermany", root).counts().to_dict("index") == {
         "Normal": {"train": 4, "test": 2},
@@ -381,13 +373,13 @@ def test_kermany_kinds_make_the_classes_that_are_asked_for(tmp_path):
 
 def test_kermany_classes_that_share_images_or_are_unknown_are_refused(tmp_path):
     root = touch_kermany(tmp_path)
-    with pytest.raises(ValueError, match="Pneumonia and Viral share images"):
+    with pytest.raises(ValueError, match="Normal, Pneumonia, Viral share images"):
         read_dataset("kermany", root, classes=["Normal", "Pneumonia", "Viral"])
     with pytest.raises(ValueError, match=r"unknown classes \['Covid'\]: choose from Normal"):
         read_dataset("kermany", root, classes=["Normal", "Covid"])
 
 
-def test_kermany_is_found_from_the_folder_above_and_what_archives_leave_is_ignored(kermany_root):
+def test_kermany_is_found_from_the_parent_folder_without_leftovers_of_archives(kermany_root):
     above, inside = (read_dataset("kermany", root) for root in (kermany_root, kermany_root / "chest_xray"))
     assert above.relative_paths().tolist() == inside.relative_paths().tolist()
     assert above.counts().to_numpy().tolist() == [[26, 9], [50, 18]]
@@ -400,12 +392,12 @@ def test_kermany_validation_is_drawn_from_train_by_patient(kermany_root):
     assert table.counts()["val"].tolist() == pytest.approx([0.2 * 26, 0.2 * 50], abs=1.5)
 
 
-def test_kermany_names_that_tell_nothing_and_missing_data_are_refused(tmp_path):
+def test_kermany_names_without_patient_and_missing_data_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="paultimothymooney/chest-xray-pneumonia"):
         read_dataset("kermany", tmp_path)
     root = touch_kermany(tmp_path)
     touch(root / "train/PNEUMONIA", "scan7.jpeg")
-    with pytest.raises(ValueError, match=r"scan7.jpeg tells no patient and kind"):
+    with pytest.raises(ValueError, match=r"scan7.jpeg has no patient or kind"):
         read_dataset("kermany", root)
 
 
@@ -425,7 +417,7 @@ def test_real_kermany_has_the_official_numbers(data_root):
 
 
 def published(root: Path) -> pd.DataFrame:
-    """The table of labels as it is on disk, by file name."""
+    """The table of labels on disk, indexed by file name."""
     return pd.read_csv(next(root.glob("Data_Entry_2017*"))).set_index("Image Index")
 
 
@@ -459,7 +451,7 @@ def test_archives_and_a_compressed_table_are_read_alike(tmp_path):
     pd.testing.assert_frame_equal(plain.boxes.drop(columns="path"), packed.boxes.drop(columns="path"))
 
 
-def test_chosen_findings_are_columns_in_their_order_and_the_others_count_as_none(chestxray14_root):
+def test_chosen_findings_are_columns_in_their_order_and_others_count_as_no_finding(chestxray14_root):
     table = read_dataset("chestxray14", chestxray14_root, classes=["Mass", "Edema"])
     everything = read_dataset("chestxray14", chestxray14_root)
     assert table.classes == ("Mass", "Edema")
@@ -484,7 +476,7 @@ def test_official_lists_make_train_and_test(chestxray14_root, tmp_path):
         read_dataset("chestxray14", tmp_path, official_split=True)
     (tmp_path / "train_val_list.txt").write_text(published(tmp_path).index[0])
     (tmp_path / "test_list.txt").write_text("")
-    with pytest.raises(ValueError, match="29 images, for example"):
+    with pytest.raises(ValueError, match="29 images are in neither"):
         read_dataset("chestxray14", tmp_path, official_split=True)
 
 
@@ -498,8 +490,8 @@ def test_boxes_are_fractions_whatever_the_size_of_the_files(chestxray14_root):
     )
     labels = table.boxes["label"].map(dict(enumerate(FINDINGS)))
     assert labels.tolist() == written[1].replace("Infiltrate", "Infiltration").tolist()
-    has = table.frame.set_index("path")
-    assert all(has.loc[path, name] == 1 for path, name in zip(table.boxes["path"], labels, strict=True))
+    findings = table.frame.set_index("path")
+    assert all(findings.loc[path, name] == 1 for path, name in zip(table.boxes["path"], labels, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -524,24 +516,25 @@ def test_box_that_is_not_four_numbers_is_named(tmp_path, row):
     name = published(tmp_path).index[0]
     with (tmp_path / "BBox_List_2017.csv").open("a") as file:
         file.write(f"{name},Mass,{row}\n")
-    with pytest.raises(ValueError, match=f"a box of {name} is not four numbers"):
+    with pytest.raises(ValueError, match=f"a box that is not four numbers, for example {name}"):
         read_dataset("chestxray14", tmp_path)
 
 
 @pytest.mark.parametrize("empty", ["", "NA"])
-def test_image_without_a_label_gets_none_of_another_image(tmp_path, empty):
+def test_image_without_a_label_is_refused(tmp_path, empty):
     write_chestxray14(tmp_path, size=32, images=6)
     path = tmp_path / "Data_Entry_2017.csv"
     header, first, second, *rest = path.read_text().splitlines()
     name, _, *others = second.split(",")
     path.write_text("\n".join([header, first, ",".join([name, empty, *others]), *rest]))
-    with pytest.raises(ValueError, match=f"1 images, for example {name}, have no label.*write No Finding"):
+    message = f"1 images have no label in the table, for example {name}: .*write No Finding"
+    with pytest.raises(ValueError, match=message):
         read_dataset("chestxray14", tmp_path)
-    (tmp_path / "images" / name).unlink()  # a row without a file is left out, whatever it says
+    (tmp_path / "images" / name).unlink()  # a row without a file is left out, whatever its label is
     assert len(read_dataset("chestxray14", tmp_path)) == 5
 
 
-def test_flaws_of_the_published_tables_are_named(tmp_path):
+def test_errors_in_the_published_tables_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nih-chest-xrays/data"):
         read_dataset("chestxray14", tmp_path)
     write_chestxray14(tmp_path, size=32, images=6)
@@ -551,7 +544,7 @@ def test_flaws_of_the_published_tables_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"unknown findings in the table of labels \['Cough'\]"):
         read_dataset("chestxray14", tmp_path)
     path.write_text(text.replace(".png,", "_.png,").replace("00000002_", "00000012_"))
-    with pytest.raises(ValueError, match=r"00000012_000_.png to patient 2, 1 such rows"):
+    with pytest.raises(ValueError, match=r"1 images in .* another patient id .*, for example 00000012_000_.png"):
         read_dataset("chestxray14", tmp_path)
     path.write_text(text.replace(".png,", "_.png,"))
     with pytest.raises(FileNotFoundError, match="no images of ChestX-ray14"):
@@ -563,7 +556,7 @@ def test_real_chestxray14_is_read_with_its_boxes(data_root):
     assert len(table) == 892
     assert table.notes == ("111228 of 112120 listed images have no file and are left out",)
     assert table.boxes["path"].nunique() == 20
-    # The files are smaller than the 1024 px of the boxes, which must not matter.
+    # The boxes refer to 1024 px, the files have fewer.
     shape = cv2.imread(table.boxes["path"].iloc[0], cv2.IMREAD_GRAYSCALE).shape
     assert shape == (320, 320)
     assert table.boxes[["x", "y"]].ge(0).all(axis=None)
@@ -574,7 +567,7 @@ def test_real_chestxray14_is_read_with_its_boxes(data_root):
 # --- the COVID-19 Radiography Database ---------------------------------------------------------------------
 
 
-def test_public_layout_is_read_without_what_the_phantom_adds(tmp_path):
+def test_public_layout_without_lesion_masks_and_boxes_is_read(tmp_path):
     write_covid_radiography(tmp_path, size=32, per_class=3)
     table = read_dataset("covid_radiography", tmp_path)
     assert table.counts()["not split"].tolist() == [3, 3, 3, 3]

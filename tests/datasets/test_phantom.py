@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import combinations
 
 import cv2
 import numpy as np
@@ -67,7 +68,7 @@ def test_shapes_and_types_hold_for_every_size_and_for_none():
             assert field == "images" or getattr(phantoms, field).dtype == bool
 
 
-def test_masks_are_the_same_places_at_every_size():
+def test_masks_lie_at_the_same_places_at_every_size():
     small, large = (draw_phantoms([0, 1, 3], seed=2, size=size) for size in (64, 192))
     for field in ("lung_masks", "lesion_masks"):
         shrunk = getattr(large, field).reshape(3, 64, 3, 64, 3).mean((2, 4)) > 0.5
@@ -98,8 +99,8 @@ def test_there_are_two_lungs_and_the_image_left_one_is_larger(by_class):
 
 
 def test_the_heart_lies_on_the_images_right(by_class):
-    """Low in the chest, the shadow between the lungs reaches further right of the spine's line than left."""
-    wide = []
+    """Low in the chest, the gap between the lungs reaches further to the right of the spine than to the left."""
+    excess = []
     for lungs in by_class[NORMAL].lung_masks:
         rows = np.flatnonzero(lungs.any(1))
         row = lungs[rows[0] + int(0.68 * (rows[-1] - rows[0]))]
@@ -107,9 +108,9 @@ def test_the_heart_lies_on_the_images_right(by_class):
         # The spine's line: the middle of the narrow gap between the lung apices.
         line = (np.flatnonzero(top[: SIZE // 2])[-1] + SIZE // 2 + np.flatnonzero(top[SIZE // 2 :])[0]) / 2
         gap = [c for c in range(*np.flatnonzero(row)[[0, -1]]) if not row[c]]
-        wide.append((max(gap) - line) - (line - min(gap)))
-    assert np.mean(wide) > 0.05 * SIZE
-    assert np.mean(np.array(wide) > 0) > 0.9
+        excess.append((max(gap) - line) - (line - min(gap)))
+    assert np.mean(excess) > 0.05 * SIZE
+    assert np.mean(np.array(excess) > 0) > 0.9
 
 
 def test_the_right_dome_on_the_images_left_stands_higher(by_class):
@@ -121,17 +122,17 @@ def test_the_right_dome_on_the_images_left_stands_higher(by_class):
     assert np.mean(higher) > 0
 
 
-def test_every_class_has_a_look():
+def test_every_class_has_a_lesion_function():
     assert set(LESIONS) == set(CLASSES)
 
 
-def test_anatomy_does_not_know_the_class(by_class):
+def test_anatomy_does_not_depend_on_the_class(by_class):
     for phantoms in by_class:
         assert np.array_equal(phantoms.lung_masks, by_class[NORMAL].lung_masks)
 
 
 def test_normal_lungs_are_not_empty(by_class):
-    """Ribs and vessels are there to be mistaken for disease: texture coarser than noise, finer than shading."""
+    """Ribs and vessels give texture that is coarser than noise and finer than shading."""
     normal = by_class[NORMAL]
     for image, lungs in zip(normal.images, normal.lung_masks, strict=True):
         core = cv2.erode(lungs.astype(np.uint8), np.ones((5, 5))) > 0
@@ -161,7 +162,7 @@ def test_a_lesion_is_brighter_than_the_same_place_of_the_same_patient_without_it
     outside = np.array([g[m].mean() for g, m in zip(gain, lung_outside, strict=True)])
     assert inside.min() > 2
     assert (inside > 2 * outside).mean() > 0.9  # the mask is where the disease is
-    assert abs(gain[~sick.lung_masks].mean()) < 3  # and beside the lungs next to nothing changes
+    assert abs(gain[~sick.lung_masks].mean()) < 3  # outside the lungs almost nothing changes
 
 
 def test_covid_patches_are_bilateral_peripheral_and_basal(by_class):
@@ -179,9 +180,9 @@ def test_covid_patches_are_bilateral_peripheral_and_basal(by_class):
 def test_lung_opacity_is_one_region_of_one_lung(by_class):
     left, right = halves(by_class[OPACITY].lesion_masks)
     assert np.all(np.minimum(left, right) <= 0.02 * np.maximum(left, right))
-    assert 0 < np.mean(left > right) < 1  # either lung
+    assert 0 < np.mean(left > right) < 1  # both lungs occur
     for mask in by_class[OPACITY].lesion_masks:
-        assert lesion_boxes(mask)[0].width > 0.05
+        assert lesion_boxes(mask)[0][2] > 0.05  # its width
 
 
 def test_viral_pneumonia_is_bilateral_and_perihilar(by_class):
@@ -204,17 +205,16 @@ def test_consolidation_is_denser_than_ground_glass(by_class):
 
 
 def test_mean_brightness_alone_does_not_tell_the_classes_apart(by_class):
-    """A radiograph's exposure varies more than disease changes it; perfect separation would be 1, chance is 0.5."""
+    """Exposure changes the brightness more than disease does; perfect separation is 1, chance is 0.5."""
     means = [phantoms.images.mean((1, 2)) for phantoms in by_class]
-    for one in range(4):
-        for other in range(one):
-            assert 0.25 < auc(means[one], means[other]) < 0.75, (one, other)
+    for first, second in combinations(range(4), 2):
+        assert 0.25 < auc(means[first], means[second]) < 0.75, (first, second)
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_of_a_known_mask_are_fractions_largest_first_without_crumbs():
+def test_boxes_are_fractions_largest_first_without_tiny_parts():
     mask = np.zeros((50, 100), bool)
     mask[10:20, 30:50] = True
     mask[30:45, 60:90] = True
@@ -227,9 +227,9 @@ def test_boxes_enclose_the_lesions(by_class):
     for mask in np.concatenate([by_class[COVID].lesion_masks, by_class[VIRAL].lesion_masks]):
         covered = np.zeros_like(mask)
         for box in lesion_boxes(mask):
-            left, top = round(box.x * SIZE), round(box.y * SIZE)
-            covered[top : top + round(box.height * SIZE), left : left + round(box.width * SIZE)] = True
-        assert (mask & ~covered).sum() <= 0.05 * mask.sum()  # crumbs get no box
+            x, y, width, height = (round(side * SIZE) for side in box)
+            covered[y : y + height, x : x + width] = True
+        assert (mask & ~covered).sum() <= 0.05 * mask.sum()  # tiny parts get no box
 
 
 # --- the planted shortcut ---------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_the_shortcut_appears_in_its_class_at_the_rate_asked_for_and_in_no_other
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_the_shortcut_goes_to_the_only_corner_that_lungs_leave_free(corner):
+def test_the_shortcut_goes_to_the_only_corner_without_lung(corner):
     lungs = np.ones((100, 100), bool)
     free = tuple(slice(0, 15) if side == 0 else slice(85, 100) for side in corner)
     lungs[free] = False
@@ -305,7 +305,7 @@ def test_written_boxes_are_those_of_the_written_lesions(written):
         assert boxes == lesion_boxes(lesion)
 
 
-def test_the_settings_say_that_it_is_synthetic(written):
+def test_the_settings_file_says_that_the_images_are_synthetic(written):
     settings = json.loads((written / "phantom.json").read_text(encoding="utf-8"))
     assert "synthetic" in settings["what"]
     assert settings["generator_version"] == phantom.GENERATOR_VERSION
@@ -323,7 +323,7 @@ def test_a_larger_set_begins_with_the_smaller_one_and_no_patient_comes_twice(wri
     assert len(set(masks)) == len(masks) == 20
 
 
-def test_writing_again_with_the_same_settings_touches_nothing(written):
+def test_writing_again_with_the_same_settings_changes_no_file(written):
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
     write_phantom(written, images_per_class=dict.fromkeys(CLASSES, 3), size=64, seed=4, shortcut_class="Normal")
     assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == before
@@ -383,7 +383,7 @@ def test_impossible_requests_are_refused_with_the_remedy(labels, options, messag
 
 
 def test_an_unknown_class_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="No class Covid"):
+    with pytest.raises(ValueError, match=r"unknown classes of the phantom \['Covid'\]: choose from COVID-19"):
         write_phantom(tmp_path / "phantom", images_per_class={"Covid": 1}, size=32, seed=0)
     with pytest.raises(ValueError, match="negative"):
         write_phantom(tmp_path / "phantom", images_per_class={"Normal": -1}, size=32, seed=0)

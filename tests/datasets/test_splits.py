@@ -1,4 +1,4 @@
-"""Tables with several findings an image, folds, thinning, and several sources on the same classes."""
+"""Multi-label tables, splits, folds, thinning, and merged sources."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +13,7 @@ from datasets import SPLITS, XrayTable, data_fingerprint, read_dataset
 from datasets.splits import apply_splits, boxes_held_out, split_by_patient, split_into_folds, splits_frame, thinned
 from datasets.table import (
     first_patients,
+    image_frame,
     merged,
     patients_of,
     rarest_findings,
@@ -25,35 +26,25 @@ FINDINGS = ("Effusion", "Mass", "Edema")
 
 
 def several(findings: list[str], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
-    """A multi-label table of images with findings such as "Effusion|Mass", a patient each unless told."""
-    number = len(findings)
+    """A multi-label table of images with findings such as "Effusion|Mass"; by default each image is a patient."""
     columns = pd.DataFrame({name: [int(name in text.split("|")) for text in findings] for name in FINDINGS})
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/{i:05d}.png" for i in range(number)],
-            "patient": patients or [f"p{i:05d}" for i in range(number)],
-            "split": pd.Series(splits or [None] * number, dtype=object),
-            "label": rarest_findings(columns),
-            "mask": pd.Series([None] * number, dtype=object),
-            "lesion": pd.Series([None] * number, dtype=object),
-        }
+    frame = image_frame(
+        path=[f"/data/{i:05d}.png" for i in range(len(findings))],
+        patient=patients or [f"p{i:05d}" for i in range(len(findings))],
+        split=splits,
+        label=rarest_findings(columns),
     )
     frame = pd.concat([frame, columns.astype("uint8")], axis=1)
     return XrayTable(frame=frame, classes=FINDINGS, root=Path("/data"), has_patient_ids=True, multilabel=True)
 
 
 def single(labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
-    """A single-label table of classes "class 0" and so on, a patient an image unless told."""
-    number = len(labels)
-    frame = pd.DataFrame(
-        {
-            "path": [f"/data/one/{i:05d}.png" for i in range(number)],
-            "patient": patients or [f"p{i:05d}" for i in range(number)],
-            "split": pd.Series(splits or [None] * number, dtype=object),
-            "label": labels,
-            "mask": pd.Series([None] * number, dtype=object),
-            "lesion": pd.Series([None] * number, dtype=object),
-        }
+    """A single-label table of classes "class 0" and so on; by default each image is a patient."""
+    frame = image_frame(
+        path=[f"/data/one/{i:05d}.png" for i in range(len(labels))],
+        patient=patients or [f"p{i:05d}" for i in range(len(labels))],
+        split=splits,
+        label=labels,
     )
     classes = tuple(f"class {i}" for i in range(max(1, *labels) + 1))
     return XrayTable(frame=frame, classes=classes, root=Path("/data/one"), has_patient_ids=True)
@@ -83,7 +74,7 @@ def test_label_of_an_image_is_its_rarest_finding():
     assert rarest_findings(pd.DataFrame({"a": [1, 1, 1, 0], "b": [1, 0, 0, 1]})).tolist() == [1, 0, 0, 1]
 
 
-def test_counts_have_a_row_a_finding_and_one_for_none():
+def test_counts_have_a_row_for_each_finding_and_one_for_no_finding():
     texts = ["Effusion", "Effusion|Mass", "", "Edema", ""]
     table = several(texts, ["a", "a", "a", "b", "b"], ["train"] * 3 + ["test"] * 2)
     assert table.counts().index.tolist() == [*FINDINGS, "No finding"]
@@ -105,13 +96,13 @@ def test_targets_are_indices_or_rows_of_findings_in_the_order_of_the_subset():
     assert target_names(one, "train") == ["class 0"]
 
 
-def test_columns_that_are_no_findings_are_refused():
+def test_columns_that_cannot_be_findings_are_refused():
     table = several(["Mass", "", "Edema"])
     with pytest.raises(ValueError, match="neither 0 nor 1"):
         replace(table, frame=table.frame.assign(Mass=[0, 2, 1]))
     for name in ("mask", "No Finding", "Effusion|Mass"):
         frame = table.frame.assign(**{name: 0})
-        with pytest.raises(ValueError, match=r"not called|must not have \|"):
+        with pytest.raises(ValueError, match=r"not called|must not contain \|"):
             replace(table, frame=frame, classes=(*FINDINGS, name))
 
 
@@ -150,12 +141,12 @@ def test_every_split_has_every_finding_that_is_frequent_enough():
 
 
 def heavy_tailed(number: int) -> pd.Series:
-    """Numbers of images of that many patients: most have few, some have many."""
+    """The numbers of images of `number` patients: most have few, some have many."""
     sizes = np.ceil(np.random.default_rng(5).lognormal(1, 1.1, number)).astype(int)
     return pd.Series(sizes, index=[f"p{i:03d}" for i in range(number)])
 
 
-def test_patients_of_a_split_have_as_many_images_as_the_others():
+def test_patients_of_a_split_have_on_average_as_many_images_as_others():
     images = heavy_tailed(40)
     table = single([0] * int(images.sum()), patients=list(images.index.repeat(images)))
     sums = pd.DataFrame(0, index=["images", "patients"], columns=SPLITS)
@@ -163,10 +154,10 @@ def test_patients_of_a_split_have_as_many_images_as_the_others():
         divided = split_by_patient(table, val=0.2, test=0.2, seed=seed).frame.groupby("split")["patient"]
         sums.loc["images"] += divided.size()
         sums.loc["patients"] += divided.nunique()
-        # Within half a patient, and the rounding of the target to whole images.
+        # At most half a patient, and the rounding of the target to whole images.
         assert (divided.size()[["val", "test"]] - 0.2 * len(table)).abs().max() <= images.max() / 2 + 0.5
     mean = sums.loc["images"] / sums.loc["patients"]
-    # Not quite equal: one with so many images that half of them do not fit is never the last.
+    # Not exactly equal: a patient is not the last one if less than half of the images fit.
     assert (mean / images.mean() - 1).abs().max() < 0.05
 
 
@@ -177,7 +168,7 @@ def test_few_patients_of_very_different_sizes_still_fill_every_split(sizes):
         assert set(split_by_patient(table, val=0.1, test=0.2, seed=seed).frame["split"]) == set(SPLITS)
 
 
-def test_the_first_patients_are_taken_to_the_nearest_number_of_images():
+def test_first_patients_come_nearest_to_the_target_number_of_images():
     assert first_patients(pd.Series(1, index=list("dcab")), 3) == ["d", "c", "a"]
     images = pd.Series({"a": 3, "b": 4, "c": 1, "d": 50})
     assert [first_patients(images, target) for target in (4, 5, 6, 8)] == [["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
@@ -193,15 +184,15 @@ def test_finding_too_rare_for_all_splits_is_left_to_train():
     assert sized.counts().loc[["Edema", "Mass"]].to_numpy().tolist() == [[6, 0, 0], [14, 3, 3]]
 
 
-def test_saved_splits_of_findings_come_back_in_the_order_of_the_training(nih, tmp_path):
+def test_saved_splits_of_findings_are_restored_in_the_order_of_the_training(nih, tmp_path):
     divided = split_by_patient(nih, val=0.1, test=0.2, seed=0)
     saved = tmp_path / "splits.csv"
     splits_frame(divided).to_csv(saved, index=False)
     assert "No Finding" in set(pd.read_csv(saved)["label"])
     turned = apply_splits(nih, saved, nih.classes[::-1])
     assert turned.classes == nih.classes[::-1]
-    both = divided.frame.set_index("path"), turned.frame.set_index("path")
-    assert both[0]["split"].sort_index().equals(both[1]["split"].sort_index())
+    splits = [table.frame.set_index("path")["split"].sort_index() for table in (divided, turned)]
+    assert splits[0].equals(splits[1])
     assert (turned.targets("val").sum(axis=0)[::-1] == divided.targets("val").sum(axis=0)).all()
     names = [table.boxes["label"].map(dict(enumerate(table.classes))).tolist() for table in (nih, turned)]
     assert names[0] == names[1]
@@ -209,15 +200,15 @@ def test_saved_splits_of_findings_come_back_in_the_order_of_the_training(nih, tm
         assert label == 14 or rows[turned.classes[label]].eq(1).all()
 
 
-def test_patients_with_a_box_are_tested_on_with_all_their_images(nih):
+def test_all_images_of_patients_with_a_box_move_to_test(nih):
     divided = split_by_patient(nih, val=0.1, test=0.2, seed=0)
     before = divided.frame.set_index("path")["split"]
     after = boxes_held_out(divided).frame.set_index("path")["split"]
     boxed = set(nih.frame.loc[nih.frame["path"].isin(nih.boxes["path"]), "patient"])
-    theirs = nih.frame.set_index("path")["patient"].isin(boxed)
-    assert set(before[theirs]) == {"train", "val", "test"}  # so there is something to move
-    assert (after[theirs] == "test").all()
-    assert after[~theirs].equals(before[~theirs])
+    of_boxed_patients = nih.frame.set_index("path")["patient"].isin(boxed)
+    assert set(before[of_boxed_patients]) == {"train", "val", "test"}  # some of them must move
+    assert (after[of_boxed_patients] == "test").all()
+    assert after[~of_boxed_patients].equals(before[~of_boxed_patients])
 
 
 def test_saved_splits_of_other_findings_are_refused(nih, tmp_path):
@@ -244,7 +235,7 @@ def test_limit_keeps_the_shares_of_the_official_splits():
         rare.limited(3, seed=0)
 
 
-def test_limit_is_nearly_met_though_patients_have_many_images():
+def test_limit_is_nearly_met_when_patients_have_many_images():
     rng = np.random.default_rng(0)
     patients = [f"p{number:03d}" for number in np.repeat(np.arange(300), rng.integers(1, 30, 300))]
     texts = ["|".join(np.array(FINDINGS)[rng.random(3) < 0.1]) for _ in patients]
@@ -253,8 +244,8 @@ def test_limit_is_nearly_met_though_patients_have_many_images():
     assert np.mean(sizes) == pytest.approx(100, abs=5)
     assert np.abs(np.array(sizes) - 100).max() <= 4 * 29 / 2  # half a patient in each of four strata
     limited = table.limited(100, seed=0)
-    kept = table.frame["patient"].isin(limited.frame["patient"])
-    assert kept.sum() == len(limited)
+    of_limited_patients = table.frame["patient"].isin(limited.frame["patient"])
+    assert of_limited_patients.sum() == len(limited)
 
 
 def test_limit_may_lose_findings_but_never_fails(nih):
@@ -297,14 +288,14 @@ def test_folds_of_single_images_differ_by_one_image_at_most():
     assert np.ptp(sizes.sum(axis=1)) <= 1
 
 
-def test_test_of_the_folds_is_that_of_an_ordinary_split():
+def test_folds_have_the_test_images_of_an_ordinary_split():
     table = single([0] * 60 + [1] * 60)
     plain = split_by_patient(table, val=0.1, test=0.2, seed=4)
     folded = folds_of(table, 3, test=0.2)[0]
     assert set(plain.subset("test")["path"]) == set(folded.subset("test")["path"])
 
 
-def test_folds_keep_an_official_test_and_take_up_an_official_validation():
+def test_folds_keep_the_official_test_images_and_divide_the_official_validation():
     table = single([0, 1] * 30, splits=["train"] * 36 + ["val"] * 8 + ["test"] * 16)
     parts = folds_of(table, 4, test=0.2)
     for part in parts:
@@ -327,7 +318,7 @@ def test_more_folds_than_patients_of_a_class_are_refused():
         split_into_folds(table, folds=6, fold=1, test=1, seed=0)
 
 
-def test_findings_are_spread_over_the_folds(nih):
+def test_every_fold_has_every_finding(nih):
     sizes = np.array([part.counts()["val"].to_numpy() for part in folds_of(nih, 3, test=0.2)])
     assert (sizes >= 1).all()
 
@@ -350,17 +341,17 @@ def test_only_training_images_without_a_finding_are_thinned():
 def test_thinning_depends_on_the_seed_and_not_on_the_order_of_rows():
     table = split_by_patient(several((["Mass"] + [""] * 4) * 20), val=0.2, test=0.2, seed=0)
     mixed = replace(table, frame=table.frame.sample(frac=1, random_state=0))
-    kept = [set(thinned(t, keep=0.5, seed=s).frame["path"]) for t, s in ((table, 0), (mixed, 0), (table, 1))]
-    assert kept[0] == kept[1] != kept[2]
+    paths = [set(thinned(t, keep=0.5, seed=s).frame["path"]) for t, s in ((table, 0), (mixed, 0), (table, 1))]
+    assert paths[0] == paths[1] != paths[2]
     assert len(thinned(table, keep=1.0, seed=0)) == len(table)
 
 
-def test_thinning_what_cannot_be_thinned_is_refused():
+def test_thinning_a_single_label_table_is_refused():
     with pytest.raises(ValueError, match="only multi-label"):
         thinned(single([0, 1]), keep=0.5, seed=0)
 
 
-def test_thinned_splits_come_back_from_the_whole_table(nih, tmp_path):
+def test_thinned_splits_are_restored_from_the_whole_table(nih, tmp_path):
     thin = thinned(split_by_patient(nih, val=0.1, test=0.2, seed=0), keep=0.3, seed=0)
     splits_frame(thin).to_csv(tmp_path / "splits.csv", index=False)
     restored = apply_splits(nih, tmp_path / "splits.csv", nih.classes)
@@ -371,7 +362,7 @@ def test_thinned_splits_come_back_from_the_whole_table(nih, tmp_path):
 # --- other names for classes, several sources -------------------------------------------------------------
 
 
-def test_classes_of_one_name_become_one():
+def test_classes_with_the_same_new_name_become_one():
     table = single([0, 1, 2, 3, 2])
     new = relabelled(table, {"class 1": "sick", "class 3": "sick"})
     assert new.classes == ("class 0", "sick", "class 2")
@@ -392,14 +383,14 @@ def test_boxes_follow_their_class_to_its_new_index(phantom_root):
     assert names.tolist() == expected.replace({"COVID-19": "Opaque", "Lung Opacity": "Opaque"}).tolist()
 
 
-def test_sources_share_the_union_of_their_classes_and_no_patient(sources):
+def test_merged_sources_have_all_classes_and_separate_patients(sources):
     table = merged(sources)
     assert table.classes == ("Normal", "Pneumonia", "COVID-19")
     assert len(table) == sum(len(source) for source in sources.values())
     separate = [dict(zip(t.frame["path"], target_names(t), strict=True)) for t in sources.values()]
     assert dict(zip(table.frame["path"], target_names(table), strict=True)) == separate[0] | separate[1]
     assert set(table.frame["patient"].str.split("/").str[0]) == {"kermany", "covid"}
-    assert not table.has_patient_ids  # one of the two has none
+    assert not table.has_patient_ids  # one of the two sources has none
     assert table.relative_paths().str.split("/").str[0].nunique() == 2
     assert "COVID-19 comes from covid only: the source alone gives it away" in table.notes
     assert any(note.startswith("kermany: ") for note in table.notes)
@@ -423,7 +414,7 @@ def test_boxes_of_sources_keep_their_finding(phantom_root, sources):
     assert names.tolist() == drawn.boxes["label"].map(dict(enumerate(drawn.classes))).tolist()
 
 
-def test_merged_sources_of_findings_have_the_same_ones_in_any_order(nih, tmp_path):
+def test_merged_multilabel_sources_need_the_same_findings_in_any_order(nih, tmp_path):
     write_chestxray14(tmp_path / "other", size=32, images=30)
     other = read_dataset("chestxray14", tmp_path / "other", classes=nih.classes[::-1])
     table = merged({"nih": nih, "other": other})
@@ -439,7 +430,7 @@ def test_merged_sources_of_findings_have_the_same_ones_in_any_order(nih, tmp_pat
         merged({"nih": nih, "one": single([0, 1])})
 
 
-def test_merged_splits_come_back(sources, tmp_path):
+def test_splits_of_merged_sources_are_restored(sources, tmp_path):
     parts = {name: split_by_patient(table, val=0.2, test=0.2, seed=0) for name, table in sources.items()}
     table = merged(parts)
     splits_frame(table).to_csv(tmp_path / "splits.csv", index=False)

@@ -1,4 +1,4 @@
-"""Study files: their settings are those that are used, and a wrong key is named."""
+"""Study files: settings, overrides, names, wrong keys, sources and the positive class."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_patient_pattern_is_checked_when_the_file_is_read(tmp_path, change, mess
         load_study(tmp_path / "mine.toml")
 
 
-def test_a_study_is_named_by_its_file_alone(tmp_path):
+def test_a_study_cannot_set_its_name(tmp_path):
     (tmp_path / "mine.toml").write_text('name = "../../elsewhere"\n' + MINIMAL)
     with pytest.raises(ValueError, match="leave 'name' out"):
         load_study(tmp_path / "mine.toml")
@@ -95,7 +95,7 @@ def test_a_file_whose_name_is_no_folder_below_runs_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["mine-limit20", "mine-seed3", "mine-fold1", "image_cache"])
-def test_a_file_named_as_other_results_are_is_refused(tmp_path, name):
+def test_a_file_name_reserved_for_other_results_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"runs/{name} is kept for other results: rename the file"):
         load_study(write(tmp_path, name, MINIMAL))
 
@@ -165,7 +165,7 @@ def test_a_study_file_may_fix_its_split_whatever_the_seed(tmp_path):
     assert (study.seed, study.split_seed, study.repeated(3).split_seed) == (2, 7, 7)
 
 
-def test_a_seed_that_is_none_is_refused(tiny_study):
+def test_a_negative_seed_is_refused(tiny_study):
     with pytest.raises(ValueError, match="study tiny: 'seed': Input should be greater than or equal to 0"):
         tiny_study.repeated(-1)
 
@@ -175,7 +175,7 @@ def test_unknown_study_lists_those_that_exist():
         load_study("covid")
 
 
-def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
+def test_override_replaces_the_settings_of_single_networks_too(tmp_path):
     (tmp_path / "mine.toml").write_text(MINIMAL + "[networks.vgg16]\nepochs = 7\ndropout = 0.2\n")
     study = load_study(tmp_path / "mine.toml")
     assert [study.training_of(n).epochs for n in study.networks] == [25, 7]
@@ -186,7 +186,7 @@ def test_override_beats_the_file_even_where_a_network_has_its_own(tmp_path):
         study.overridden(image_size=1)
 
 
-def test_image_size_override_holds_for_all_networks(tmp_path):
+def test_image_size_override_applies_to_all_networks(tmp_path):
     (tmp_path / "mine.toml").write_text(MINIMAL + "[networks.vgg16]\nimage_size = 64\n")
     study = load_study(tmp_path / "mine.toml")
     assert study.training_of("resnet18").image_size == 224
@@ -205,14 +205,14 @@ def test_the_image_size_of_all_networks_is_set_in_one_place(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_relative_root_belongs_to_the_file_and_a_given_one_to_the_caller(tmp_path, monkeypatch):
+def test_relative_root_starts_at_the_study_file_and_data_root_at_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text(MINIMAL)
     monkeypatch.chdir(tmp_path.parent)
     assert load_study(tmp_path / "mine.toml").data.root == tmp_path / "images"
     assert load_study(tmp_path / "mine.toml", data_root="x").data.root == tmp_path.parent / "x"
 
 
-def test_phantom_of_a_study_is_drawn_where_it_is_missing(tmp_path):
+def test_missing_phantom_of_a_study_is_drawn(tmp_path):
     path = tmp_path / "drawn.toml"
     path.write_text(
         MINIMAL.replace('"folder"', '"covid_radiography"')
@@ -241,7 +241,7 @@ phases = [{ trainable = "head", epochs = 2 }, { epochs = 3, learning_rate = 1e-5
 """
 
 
-def test_a_study_that_extends_another_differs_in_its_own_lines_only(tmp_path):
+def test_a_study_that_extends_another_has_its_other_settings(tmp_path):
     base = load_study(write(tmp_path, "base", BASE))
     path = write(tmp_path, "variant", 'extends = "base"\naugmentation = { horizontal_flip = true }\n')
     variant = load_study(path)
@@ -263,10 +263,10 @@ def test_a_study_that_extends_itself_or_nothing_is_refused(tmp_path):
         load_study(write(tmp_path, "c", 'extends = "gone"'))
 
 
-def test_epochs_given_by_hand_hold_for_every_phase(tmp_path):
+def test_epochs_override_applies_to_every_phase(tmp_path):
     study = load_study(write(tmp_path, "base", BASE)).overridden(epochs=1)
     assert [phase.epochs for phase in study.training_of("resnet18").all_phases] == [1, 1]
-    assert study.training.phases[0].epochs == 1  # what model.json records
+    assert study.training.phases[0].epochs == 1  # model.json records these
     assert [phase.trainable for phase in study.training_of("resnet18").all_phases] == ["head", "all"]
 
 
@@ -287,7 +287,7 @@ def test_contradictions_are_named(tmp_path, text, message):
         load_study(write(tmp_path, "mine", text))
 
 
-def test_folds_and_limits_have_names_of_their_own(tmp_path):
+def test_folds_and_limited_studies_have_their_own_names(tmp_path):
     study = load_study(write(tmp_path, "base", BASE + "[split]\nfolds = 3\n").resolve())
     study = study.model_copy(update={"compare": ("other",)})
     assert study.overridden(fold=2).name == "base-fold2"
@@ -356,7 +356,7 @@ def test_the_pneumonia_variants_differ_in_one_line_each():
     assert augmented["preprocessing"] | {"lung_model": "lungs"} == lungs["preprocessing"]
 
 
-def test_whole_numbers_of_held_out_images_shrink_with_a_limited_study(tmp_path):
+def test_split_sizes_in_images_shrink_in_a_limited_study(tmp_path):
     for name in ("healthy", "sick"):
         draw_images(tmp_path / "images" / name, 100)
     path = write(tmp_path, "mine", MINIMAL + "[split]\nval = 30\ntest = 30\n")
@@ -365,7 +365,7 @@ def test_whole_numbers_of_held_out_images_shrink_with_a_limited_study(tmp_path):
     assert limited.loc["sick"].to_dict() == {"train": 8, "val": 6, "test": 6}
 
 
-def test_a_limited_study_asks_the_network_of_few_images():
+def test_a_limited_study_scores_faithfulness_on_few_images():
     study = load_study("demo")
     assert study.maps.faithful == 8
     assert load_study("demo", limit=64).maps.faithful == 3
@@ -390,7 +390,7 @@ def draw_images(folder, number):
         (("COVID", "NEGATIVE"), "COVID"),
     ],
 )
-def test_of_two_classes_the_one_that_is_not_called_healthy_is_the_positive_one(tmp_path, classes, positive):
+def test_the_class_without_a_healthy_name_is_the_positive_one_of_two(tmp_path, classes, positive):
     for name in classes:
         draw_images(tmp_path / "images" / name, 5)
     path = write(tmp_path, "mine", MINIMAL)
@@ -415,7 +415,7 @@ def test_a_positive_class_is_never_guessed(tmp_path, classes):
     assert positive_class(study, load_table(study)) == one
 
 
-def test_a_positive_class_of_more_than_two_is_refused(tmp_path):
+def test_a_positive_class_among_more_than_two_is_refused(tmp_path):
     for name in ("healthy", "bacteria", "virus"):
         draw_images(tmp_path / "images" / name, 5)
     study = load_study(write(tmp_path, "mine", MINIMAL))
@@ -424,6 +424,6 @@ def test_a_positive_class_of_more_than_two_is_refused(tmp_path):
         load_table(load_study(write(tmp_path, "mine", 'positive = "virus"' + MINIMAL)))
 
 
-def test_the_study_of_two_kinds_of_pneumonia_says_which_one_is_looked_for():
+def test_the_pneumonia_studies_set_their_positive_class():
     assert {load_study(f"viral_vs_bacterial{name}").positive for name in ("", "_scratch")} == {"Viral"}
     assert load_study("pneumonia_lungs").positive == "Pneumonia"
