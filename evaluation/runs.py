@@ -47,7 +47,7 @@ class Run:
 
     @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the images; None in runs of older versions, whose fingerprint does not cover the content."""
+        """The fingerprint of the images; None in runs of older versions, whose fingerprint ignores the content."""
         recorded = str(self.card.origin.get("data_fingerprint"))
         return recorded if recorded.startswith(FINGERPRINT) else None
 
