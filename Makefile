@@ -9,7 +9,10 @@ STRIP := nbstripout --keep-output --extra-keys "metadata.papermill cell.metadata
 
 # The three notebooks on the synthetic phantom, then an overlay of one X-ray: see runs/demo/.
 demo: .venv/installed
-	@mkdir -p runs/demo
+	@mkdir -p runs/demo .venv/etc/ipython
+	@# A notebook's kernel is interrupted before it is shut down, and may print that as an error.
+	@echo 'import logging; logging.getLogger("IPKernelApp").addFilter(lambda record: "KeyboardInterrupt" not in record.getMessage())' \
+		> .venv/etc/ipython/ipython_kernel_config.py
 	@for name in $(NOTEBOOKS); do \
 		echo "== $$name.ipynb"; \
 		$(BIN)/papermill $$name.ipynb runs/demo/$$name.ipynb --log-output --no-progress-bar || exit 1; \
