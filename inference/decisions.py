@@ -3,8 +3,6 @@
 This module needs NumPy alone, because the command line must start quickly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -69,4 +69,4 @@ def run_notebook(name: str, **parameters: object) -> Outputs:
 def write_lung_model(folder: Path, *, phantoms: int, epochs: int) -> None:
     """Train a lung model on small phantoms and save it: notebook 1 would need half a minute for its own."""
     training = PHANTOM_TRAINING.model_copy(update={"image_size": 64, "epochs": epochs})
-    save_segmenter(folder, phantom_segmenter(untrained_segmenter(image_size=64), phantoms, training))
+    save_segmenter(folder, phantom_segmenter(untrained_segmenter(), phantoms, training))

@@ -219,11 +219,6 @@ class TrainingState:
         progress.waited = 0 if value < progress.phase_best else progress.waited + 1
         progress.phase_best = min(value, progress.phase_best)
 
-    def start_next_phase(self) -> None:
-        """Go on to the first epoch of the next phase."""
-        progress = self.progress
-        progress.phase, progress.epoch, progress.phase_best, progress.waited = progress.phase + 1, 1, math.inf, 0
-
 
 class StopRequests:
     """Ctrl-C and SIGTERM as requests to stop after the present batch; a later Ctrl-C interrupts at once."""

@@ -78,7 +78,7 @@ def _features(setup: Setup, images: Batches, file: Path, before_batch: Callable[
             rows, share = {}, processes.share.slice(size)
             views = [batch.images, batch.images.flip(-1)][:number]
             computed = [trunk_features(setup.network, images.prepare(view)).float() for view in views]
-            put_rows(rows, "features", size, share, torch.stack(computed, dim=1))
+            put_rows(rows, size, share, features=torch.stack(computed, dim=1))
             whole = processes.summed(rows["features"]).cpu()
             if features is None:
                 shape = (len(plain.dataset), *whole.shape[1:])

@@ -51,12 +51,8 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
     shares = torch.full((number,), 0.5 if multilabel else 1 / number, dtype=torch.double)
     if training.balance == "none":
         shares = torch.tensor(targets if multilabel else np.eye(number)[targets]).double().mean(dim=0)
-    return LearningTask(
-        outputs=number if multilabel or training.head == "softmax" else 1,
-        objective=objective,
-        loss_weights=weights,
-        uninformed_loss=uninformed_loss(objective, shares, torch.tensor(table.targets("val")), weights),
-    )
+    uninformed = uninformed_loss(objective, shares, torch.tensor(table.targets("val")), weights)
+    return LearningTask(number if multilabel or training.head == "softmax" else 1, objective, weights, uninformed)
 
 
 def _refuse_unfit(training: Training, table: XrayTable) -> None:

@@ -54,21 +54,21 @@ def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) 
             raise ValueError(f"the processes differ in {key} ({', '.join(different)}): start all of them alike")
 
 
-def put_rows(tensors: dict[str, Tensor], name: str, number: int, places: slice, rows: Tensor) -> None:
-    """Write this process's rows to their places in a tensor that starts as zeros.
+def put_rows(tensors: dict[str, Tensor], number: int, places: slice, **values: Tensor) -> None:
+    """Write this process's rows to their places in tensors that start as zeros.
 
-    The sum of the tensors of all processes then has the rows of all.
+    The sum of such a tensor over all processes then has the rows of all processes.
 
     Args:
-        tensors: the tensors by name; one that is missing is made.
-        name: the tensor.
-        number: how many rows it has.
+        tensors: the tensors by name; a missing one is made.
+        number: the number of rows of a tensor.
         places: b places, b ≥ 0.
-        rows: (b, …).
+        values: (b, …) rows for each tensor.
     """
-    if name not in tensors:
-        tensors[name] = rows.new_zeros(number, *rows.shape[1:])
-    tensors[name][places] = rows
+    for name, rows in values.items():
+        if name not in tensors:
+            tensors[name] = rows.new_zeros(number, *rows.shape[1:])
+        tensors[name][places] = rows
 
 
 class Processes:

@@ -524,10 +524,10 @@ def test_xray_without_lungs_comes_back_whole_and_is_listed(segmenter, unseen, tm
     files = [tmp_path / "nothing.png", tmp_path / "chest.png"]
     for file, xray in zip(files, (nothing, unseen.images[0]), strict=True):
         cv2.imwrite(str(file), xray)
-    failures = masking.failures_table(files)
+    failures = masking.failures(files)
     reason = masking.mask_of(nothing).reason
     assert reason is not None
-    assert failures.to_dict("records") == [{"path": str(files[0]), "reason": reason}]
+    assert failures == {str(files[0]): reason}
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -539,7 +539,7 @@ def test_each_image_is_predicted_once_whatever_its_path(untrained, unseen, tmp_p
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, xray in zip(files, unseen.images, strict=False):
         cv2.imwrite(str(file), xray)
-    masking.failures_table(files)
+    masking.failures(files)
     assert len(predicted) == 5
     masks = [masking.mask_of(xray).mask for xray in unseen.images[:7]]
     assert len(predicted) == 7
@@ -587,7 +587,7 @@ import pathlib
 from lungs.masking import LungMasking
 from lungs.segmentation import find_pairs, load_segmenter
 masking = LungMasking(load_segmenter(pathlib.Path({str(folder)!r})), pathlib.Path({str(tmp_path)!r}))
-masking.failures_table([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]])
+masking.failures([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]])
 """
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
