@@ -47,7 +47,7 @@ class LungMasking:
 
     @property
     def key(self) -> str:
-        """A text that changes with everything but the X-ray that can change the result."""
+        """A text that names all that the result depends on, besides the X-ray."""
         return f"{self.segmenter.fingerprint}-{METHOD}-{MARGIN}"
 
     def __call__(self, xray: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ class LungMasking:
             png = self._memory[key] if self.folder is None else self._file(key).read_bytes()
             with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
                 mask = np.array(image.convert("1"))
-        except (KeyError, OSError, SyntaxError, ValueError):  # absent, or damaged: it is predicted again
+        except (KeyError, OSError, SyntaxError, ValueError):  # absent or damaged: the mask is predicted again
             return None
         return mask if mask.shape == shape else None
 

@@ -24,7 +24,7 @@ class XrayDataset(Dataset):
         paths: N image files.
         targets: (N,) class indices, returned as (B,) int64; or (N, C) of 0 and 1, returned as (B, C) float32.
         preprocessing: how an image is read and resized.
-        images: the resized images. Without them each batch reads its files, on all cores.
+        images: the resized images; None reads the files again for every batch, on all cores.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (b, 3, S, S) float32, b ≥ 0; or (b, D) features.
         targets: (b,) or (b, …).
-        rows: the places of the images in the order of the epoch.
+        rows: the positions of the images in the order of the epoch.
     """
 
     images: Tensor
@@ -84,9 +84,9 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a dataset. Their order and the views of their images depend only on the seed and the epoch.
 
-    Therefore a training that was broken off goes on with the next batch, and several processes share the same batches.
-    A shuffled epoch leaves out a last batch of one image, which batch normalisation cannot train on, or of fewer images
-    than processes.
+    Therefore an interrupted training continues with the next batch, and several processes share the same batches. A
+    shuffled epoch leaves out its last batch if that has one image, because batch normalisation cannot train on it, or
+    fewer images than there are processes.
 
     Attributes:
         dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.

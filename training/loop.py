@@ -21,7 +21,7 @@ from training.optimisation import Optimisation, Setup
 from training.processes import Processes, put_rows, synchronise_batch_norms
 from utils import resolve_device
 
-# Several processes agree every so many batches on whether to stop or to save. On GPUs that costs waiting.
+# After this many batches, several processes agree whether to stop or to save. On GPUs they have to wait for that.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}
 
 
@@ -79,7 +79,7 @@ def fine_tune(
         device: "auto", "cpu", "cuda" or "mps".
         title: the name of the network in printed lines.
         on_epoch: called in the main process after each epoch, with the history so far.
-        checkpoints: where the state is saved, and temporary files of features too; None saves no state.
+        checkpoints: where the state and temporary files of features are saved; None saves no state.
         alone: whether this process trains by itself although others were launched with it.
 
     Raises:
@@ -159,7 +159,7 @@ class _Loop:
             train = self._train(batches["train"])
             val = self._validate(batches["val"])
         except (ValueError, OSError):  # such as an image that cannot be read
-            if not self.processes.several:  # several would have to agree
+            if not self.processes.several:  # several processes would have to agree, but only one may have the error
                 self._save_or_stop(every=0)
             raise
         self._record(train, val)
@@ -194,7 +194,7 @@ class _Loop:
             progress.step += 1
             if not bar.disable:
                 bar.set_postfix_str(f"loss {loss:.3f}")
-            if device.type == "cpu":  # on a GPU the program would wait for it
+            if device.type == "cpu":  # on a GPU this check would make the program wait
                 self._refuse_infinite()
             if not processes.several or progress.step % AGREE_EVERY[device.type] == 0:
                 self._save_or_stop(every=60 * self.setup.training.checkpoint_minutes)
@@ -222,7 +222,7 @@ class _Loop:
         row |= {"train_loss": train["loss"], f"train_{score}": train["score"]}
         row |= {"val_loss": val["loss"], f"val_{score}": val["score"]}
         value = -val["score"] if self.setup.training.select == "auc" else val["loss"]
-        value = math.inf if math.isnan(value) else value  # no label has an area under the curve
+        value = math.inf if math.isnan(value) else value  # NaN: no label has an area under the curve
         self.optimisation.end_epoch(value)
         self.state.record(row, value, train["speed"])
         self.processes.say(

@@ -17,11 +17,11 @@ from training.batches import WHOLE, Share
 def accelerator_on(device: torch.device) -> PartialState:
     """Return accelerate's state of this process: its device, its number, and how many processes there are.
 
-    Each of several processes has the GPU that its launcher gave it, or the CPU where `device` is the CPU.
+    If several processes were launched, each has the GPU that the launcher gave it, or the CPU if `device` is the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-        # The first state would fix the device for the whole program; a notebook may want another one later.
+        # Otherwise the first state fixes the device for the whole program; a notebook may want another one later.
         PartialState._reset_state()
     # The main process may decode 100,000 images while the others wait: longer than the default of ten minutes.
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
@@ -82,7 +82,7 @@ class Processes:
     """
 
     def __init__(self, device: torch.device, *, alone: bool = False) -> None:
-        """Find the processes. `alone` leaves out all but this one, so the other ones need not take part."""
+        """Find the processes. With `alone`, this process works by itself, and the others need not take part."""
         self.device, self.is_main, self.share = device, True, WHOLE
         if not alone:
             state = accelerator_on(device)
