@@ -30,8 +30,8 @@ XRAY_VIEWS = Augmentation(
 )
 MASK_VIEWS = replace(XRAY_VIEWS, brightness=0.0, contrast=0.0)
 VALIDATION_SHARE = 8  # one pair in eight is not trained on: it serves to choose the epoch
-# A phantom depends on [seed, patient]. numpy splits this list into numbers of 32 bits. Seeds of studies have one such
-# number. These seeds have two: the second one stands where a study has the patient, so it must be larger than any patient.
+# A phantom depends on [seed, patient]. numpy splits this list into numbers of 32 bits. The seed of a study is one such
+# number. These seeds are two numbers: the second one stands where a study has the patient, and is larger than any.
 PHANTOM_SEEDS = 2**63
 # The training of `default_segmenter`, which takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)

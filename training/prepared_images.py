@@ -1,6 +1,5 @@
 """A study's images, ready to be trained on: lungs masked, decoded once, in batches."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from networks import architecture
 from studies.settings import Study
 from training.augmentation import Augmentation
 from training.batches import Batches, XrayDataset
-from training.image_cache import CacheFailed, ImageFile, cached
+from training.image_cache import CacheFailed, cached
 from training.lung_model import default_segmenter
 from utils import Preprocessing, balanced_weights
 
@@ -63,16 +62,25 @@ def prepared_images(
     Raises:
         ValueError: an image cannot be read, or lungs are found in no image.
     """
-    images = None
+    training, images, weights = study.training_of(network), None, None
     without_lungs = None if preprocessing.lungs is None else _without_lungs(table, preprocessing.lungs)
-    if study.training_of(network).cache_images:
-        paths = {split: table.subset(split)["path"] for split in SPLITS}
+    paths = {split: table.subset(split)["path"] for split in SPLITS}
+    if training.cache_images:
         title = architecture(network).title
         try:
             images = cached(paths, preprocessing, runs / "image_cache", title=title)
         except CacheFailed as error:
             print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
-    batches = _batches(study, table, network, preprocessing, images)
+    batches = {}
+    for split in SPLITS:
+        file = images and images[split]  # None: the files are read again in every epoch
+        dataset = XrayDataset(paths[split], table.targets(split), preprocessing, images=file)
+        batches[split] = Batches(dataset, training.batch_size, prepare=preprocessing.normalise)
+    if training.balance == "oversample":
+        weights = balanced_weights(table.targets("train"), len(table.classes))
+    augment = Augmentation(**study.augmentation.model_dump())
+    batches["train_plain"] = batches["train"]
+    batches["train"] = replace(batches["train"], seed=study.seed, weights=weights, augment=augment)
     return PreparedImages(batches, images is not None, without_lungs)
 
 
@@ -90,19 +98,3 @@ def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
         frequent = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
         print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which are used whole ({frequent})")
     return pd.DataFrame({"path": relative_paths(failed, table.root), "reason": list(failed.values())})
-
-
-def _batches(
-    study: Study, table: XrayTable, network: str, preprocessing: Preprocessing, images: Mapping[str, ImageFile] | None
-) -> dict[str, Batches]:
-    """Return the batches; `images` are the resized images of each split, or None to read the files in every epoch."""
-    training, batches, weights = study.training_of(network), {}, None
-    for split in SPLITS:
-        file = images and images[split]
-        dataset = XrayDataset(table.subset(split)["path"], table.targets(split), preprocessing, images=file)
-        batches[split] = Batches(dataset, training.batch_size, prepare=preprocessing.normalise)
-    plain = batches["train"]
-    if training.balance == "oversample":
-        weights = balanced_weights(plain.dataset.targets.tolist(), len(table.classes))
-    augment = Augmentation(**study.augmentation.model_dump())
-    return batches | {"train_plain": plain, "train": replace(plain, seed=study.seed, weights=weights, augment=augment)}

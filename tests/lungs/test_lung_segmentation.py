@@ -471,8 +471,8 @@ LungMasking(load_segmenter(pathlib.Path({str(folder)!r})))(numpy.zeros((64, 64),
 heavy = {{"pandas", "sklearn", "matplotlib", "scipy", "pydantic", "seaborn", "accelerate"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.slow

@@ -125,14 +125,14 @@ def train(folder, trouble=nothing, val_trouble=nothing, augment=VARIED, on_epoch
     }
     checkpoints = None if folder is None else Checkpoints(folder, {"rate": str(settings)})
     options = {"training": training, "device": "cpu", "title": "T", "checkpoints": checkpoints}
-    done = fine_tune(model, batches, on_epoch=on_epoch, **options)
-    return model.state_dict(), done
+    result = fine_tune(model, batches, on_epoch=on_epoch, **options)
+    return model.state_dict(), result
 
 
 def assert_same(first, second):
-    (weights, done), (other_weights, other_done) = first, second
-    assert done.history.equals(other_done.history)
-    assert done.best_epoch == other_done.best_epoch
+    (weights, result), (other_weights, other_result) = first, second
+    assert result.history.equals(other_result.history)
+    assert result.best_epoch == other_result.best_epoch
     assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
 
 
