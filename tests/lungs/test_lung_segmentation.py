@@ -276,8 +276,8 @@ def test_augmentation_moves_image_and_mask_together(unseen):
         assert dice(lungs, mask > 127.5) < 0.999
 
 
-def test_masks_to_train_on_are_their_own_images_thresholded(pairs):
-    """A mask given as its own X-ray is moved, flipped and batched like its mask."""
+def test_an_xray_and_its_mask_have_the_same_views_in_a_batch(pairs):
+    """If the mask serves as the X-ray too, the two stay alike in every batch."""
     same = [Pair(pair.mask, pair.mask, pair.group) for pair in pairs[:6]]
     batches = lung_model.PairBatches(lung_model.decoded(same, 64), 4, seed=0, augment=lung_model.PairViews())
     for batch in batches.epoch(1):
@@ -676,7 +676,7 @@ def test_masks_are_written_again_over_masks_and_an_edited_one_is_kept(folder, xr
 def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
     given, masks = xrays / "b.png", tmp_path / "masks"
     masks.mkdir()
-    if place == "beside":  # of the X-ray a.jpg, and it is another one
+    if place == "beside":  # a.png, the mask's name for a.jpg, is another X-ray
         given, masks = xrays / "a.jpg", xrays
         (xrays / "c.png").rename(xrays / "a.png")
     elif place == "itself":
@@ -684,7 +684,7 @@ def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
         masks = tmp_path / "other name"
     elif place == "hard link":
         os.link(xrays / "c.png", masks / "b.png")
-    elif place == "mask":  # given as if it were an X-ray
+    elif place == "mask":  # a mask is given as an X-ray
         predict(folder, xrays / "masks", given)
         given, masks = xrays / "masks" / "b.png", xrays / "masks"
         capsys.readouterr()

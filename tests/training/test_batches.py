@@ -64,7 +64,7 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left():
 @pytest.mark.parametrize(("processes", "batches"), [(1, 4), (2, 4), (3, 4), (4, 3)])
 def test_processes_share_each_batch_and_every_image_has_one_process(processes, batches):
     shares = [list(numbers(15, seed=1).epoch(1, share=Share(index, processes))) for index in range(processes)]
-    whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three leaves one of four without
+    whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three images is too small for four processes
     assert {len(share) for share in shares} == {len(whole)}
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)

@@ -236,7 +236,7 @@ def test_frozen_batch_normalisation_keeps_its_statistics_in_both_phases():
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
     start = model.conv1.weight.detach().clone()
-    moved = []  # of every epoch: at the end the best weights come back, which may be early ones
+    moved = []  # by epoch; the weights at the end may be those of an early epoch
 
     def compare(history):
         same = all(torch.equal(m.running_mean, before[n][0]) for n, m in norms.items())
