@@ -42,7 +42,7 @@ from datasets.phantom import CLASSES, write_phantom
 from networks import build_network
 from studies.settings import IMAGENET_MEAN, IMAGENET_STD
 from training.batches import Batches, XrayDataset
-from training.devices import CHANNELS_LAST, autocast_options, described, in_order
+from training.devices import autocast_options, described, in_order
 from training.image_cache import cached
 from utils import Preprocessing
 
@@ -84,7 +84,7 @@ def plain_step(name: str, device: torch.device) -> Step:
 
 def our_step(name: str, device: torch.device) -> Step:
     """Return the training step of `training.optimisation.Optimisation`, of a new network."""
-    network = build_network(name, 4).to(device, memory_format=CHANNELS_LAST).train()
+    network = build_network(name, 4).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
     def step(images: Tensor, targets: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> Non
 def lung_folder(option: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
     """Return the folder of the lung model to load, None where none is to be loaded.
 
-    By default it is `lungs` beside the studies of the run `folder`, unless a network masks lungs itself.
+    The default is `lungs` beside the studies of the run `folder`; none if a network masks lungs itself.
     """
     if option is not None:
         return None if option == "none" else Path(option)
@@ -79,13 +79,14 @@ def lung_finder(
 
     Args:
         option: The option `--lungs`.
-        folder: What `lung_folder` returns: the model to load. None: the model that a network masks its lungs with.
+        folder: The model to load, from `lung_folder`. None: the lung model of a network that masks lungs, if any.
         members: The networks.
         device: Where the lung model runs.
 
     Raises:
-        ValueError: The model that `option` names cannot be loaded. Of the default model, a line on stderr says so.
-        OSError: It cannot be read.
+        ValueError: The model that `option` names cannot be loaded. If the default model cannot be loaded, a line on
+            stderr says so.
+        OSError: The model that `option` names cannot be read.
     """
     if folder is None:
         return None if option == "none" else next(iter(_own_finders(members)), None)
@@ -175,8 +176,9 @@ def _share_inside(map_: np.ndarray, lungs: np.ndarray, reason: str | None) -> fl
 
 
 def _remark_on_lungs(question: Question, xray: np.ndarray, lungs: tuple[np.ndarray, str | None] | None) -> str | None:
-    """Return whether the networks masked the lungs, and why lungs that another model found are not believed; None
-    where there is nothing to say.
+    """Return a remark: whether the networks masked the lungs, and why those of another model are implausible.
+
+    None if there is nothing to remark.
     """
     own_finders = _own_finders(question.members)
     reasons = [find_lungs(xray)[1] for find_lungs in own_finders]
@@ -200,7 +202,7 @@ def _prediction(card: ModelCard, probabilities: np.ndarray) -> dict[str, object]
 
 
 def _rounded(probability: float, threshold: float | None) -> float | None:
-    """Return a probability with four digits, or as many more as keep it on its side of its decision threshold.
+    """Return a probability with four digits, or with as many as keep it on its side of its threshold.
 
     None stands for NaN, which JSON does not have.
     """

@@ -3,8 +3,6 @@
 This module needs NumPy alone, because the command line must start quickly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,9 +11,9 @@ import numpy as np
 Thresholds = Sequence[float | None] | None  # (C,); None or NaN for a class without one
 
 # What a threshold maximises. Each rule takes (K,) true positives, (K,) false positives, and the numbers of
-# positives and negatives. The results are whole numbers or one quotient of two, so equal scores compare equal.
+# positives and negatives. Each result is a whole number, or one quotient of two, so that ties are exact.
 THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
-    # Youden 1950, Cancer 3:32: sensitivity + specificity, here times both numbers.
+    # Youden 1950, Cancer 3:32: sensitivity + specificity - 1, here multiplied by both numbers.
     "youden": lambda hits, alarms, positives, negatives: hits * negatives - alarms * positives,
     "f1": lambda hits, alarms, positives, negatives: 2 * hits / (hits + alarms + positives),
     "accuracy": lambda hits, alarms, positives, negatives: hits - alarms,
@@ -25,12 +23,12 @@ THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarr
 def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilabel: bool = False) -> np.ndarray:
     """Return the predictions: (N,) class indices, or (N, C) bool for several labels.
 
-    One class an image: without thresholds the most probable class. With thresholds there must be two classes: the
-    prediction is the class that has a threshold where its probability reaches it, else the other class. Where both
-    classes have a threshold, that of class 1 counts.
+    One class for each image: without thresholds, the most probable class. Thresholds need two classes: the class with a
+    threshold is predicted if its probability reaches the threshold, else the other class. If both classes have a
+    threshold, that of class 1 counts.
 
-    Several labels: probability >= threshold, without thresholds 0.5. A label is never predicted if it has no
-    probability, or if it has no threshold while others have one.
+    Several labels: a label is predicted if its probability is at least its threshold, or 0.5 without thresholds. A
+    label is never predicted if it has no probability, or if it has no threshold while others have one.
 
     Args:
         probabilities: (N, C); NaN in the whole column of a label that the network could not learn.
@@ -38,8 +36,7 @@ def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilab
         multilabel: whether an image may have several labels, or none.
 
     Raises:
-        ValueError: thresholds that do not fit the classes, or thresholds for three or more classes of which an
-            image has exactly one.
+        ValueError: thresholds do not fit the classes, or are given for three or more classes without `multilabel`.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if thresholds is None:
@@ -52,7 +49,7 @@ def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilab
         return probabilities >= thresholds
     if len(thresholds) != 2:
         raise ValueError(f"thresholds for {len(thresholds)} classes: pass none for more than two classes")
-    # Compare one probability with one threshold: the sum of both could be rounded.
+    # The other class is not compared: by rounding, the two probabilities may not sum to exactly 1.
     positive = with_threshold[-1]
     return np.where(probabilities[:, positive] >= thresholds[positive], positive, 1 - positive)
 

@@ -37,8 +37,8 @@ def explain(
     Args:
         trained: A network, or several with the same classes.
         xray: (H, W) uint8.
-        classes: As `GradCAM` takes them; "top" is the class that the model card's thresholds decide on, or else the
-            most probable reported one.
+        classes: As `GradCAM` takes them. "top" is the class that the thresholds of the model card choose; for several
+            labels, the most probable reported one.
         method: As `GradCAM` takes it.
         layer: As `GradCAM` takes it (default: the model card's layer).
 
@@ -64,7 +64,7 @@ def explain(
 
 
 def _decided_class(card: ModelCard, inputs: Sequence[tuple[TrainedNetwork, Tensor]]) -> int | str:
-    """Return the predicted class; "top" for one network whose highest logit decides, which saves a pass."""
+    """Return the predicted class. For one network whose highest logit decides, "top" saves a forward pass."""
     if len(inputs) == 1 and not (card.unreported if card.multilabel else card.thresholds):
         return "top"
     with torch.inference_mode():

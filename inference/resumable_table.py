@@ -82,7 +82,7 @@ class ResumableTable:
             self._refuse_other_commands()
             self._run_lock.acquire(timeout=0)
             try:
-                # Other commands may be writing masks or single overlays there; each takes seconds.
+                # Younger files may belong to other commands, which may be writing masks or single overlays there.
                 remove_unfinished(self.path.parent, older_than=3600)
                 self._begin()
                 self._rewrite(keep)

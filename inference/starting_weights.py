@@ -7,8 +7,6 @@ from inference.trained_networks import ModelCard, read_card, run_folder
 from networks import architecture
 from studies.settings import Study
 
-NO_FILE = frozenset({"imagenet", "none"})  # starting weights that are not in a file of the user's
-
 
 def starting_weights(study: Study, network: str, runs: Path) -> tuple[Path | None, ModelCard | None]:
     """Return the file of the weights that a network starts from, and the model card beside it.
@@ -27,7 +25,7 @@ def starting_weights(study: Study, network: str, runs: Path) -> tuple[Path | Non
     """
     architecture(network)
     weights = study.training_of(network).weights
-    if weights in NO_FILE:
+    if weights in ("imagenet", "none"):
         return None, None
     if [study.training_of(name).weights for name in study.networks].count(weights) > 1:
         raise ValueError(f"{weights} holds one network's weights: name that network with --networks")

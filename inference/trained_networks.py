@@ -119,11 +119,11 @@ class ModelCard:
 def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
     """Return the first card with the thresholds and unreported findings of the ensemble of all.
 
-    The thresholds are the means of the networks' thresholds. A class has none if it has none in some network; no class
-    has one if some network has no thresholds. A finding that one network does not report is not reported.
+    Each threshold is the mean of the networks' thresholds. A class has none if any network has none for it. No class
+    has one if any network has no thresholds at all. A finding that any network does not report is not reported.
 
     Raises:
-        ValueError: The networks differ in their classes, the order of these, or the positive class.
+        ValueError: The networks differ in their classes, in the order of the classes, or in the positive class.
     """
     first = cards[0]
     for card in cards[1:]:
@@ -216,11 +216,11 @@ def load_network(folder: Path, device: str | torch.device = "cpu") -> TrainedNet
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors: run notebook 2 again")
-    # On "meta" no random weights are drawn, which the file would replace: they take longer than all the rest.
+    # On the meta device no random weights are drawn. Drawing them takes longer than all the rest.
     with torch.device("meta"):
         network = build_network(card.architecture, card.outputs, dropout=card.dropout, hidden_units=card.hidden_units)
     try:
-        with torch.inference_mode(False):  # inference tensors could not be explained later
+        with torch.inference_mode(False):  # maps need gradients, which inference tensors cannot have
             network.load_state_dict(load_file(weights), assign=True)
     except Exception as error:
         raise ValueError(f"{weights} is damaged or not of this model.json: {str(error).splitlines()[0]}") from None

@@ -43,7 +43,7 @@ class Job(NamedTuple):
         return [str(status.st_size), datetime.fromtimestamp(status.st_mtime, UTC).isoformat()]
 
     def written(self) -> list[str]:
-        """Return the first overlay's name and the sizes of all. A later run compares them to see which are whole."""
+        """Return the first overlay's name and the sizes of all overlays. A later run compares them to see damage."""
         sizes = [str(path.stat().st_size) if overlay_source(path) else "" for path in self.overlays]
         return [self.overlays[0].name, "|".join(sizes) if all(sizes) else ""]
 
@@ -106,8 +106,8 @@ def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence
     """Return the files of each image's overlays, one for each ending.
 
     They are `<name>_cam<ending>.png` in the folder `output` (default: the working folder), or have the name of `output`
-    where it is a PNG or JPEG file. The name gets a number where this file is an X-ray, or the overlay of another X-ray:
-    of one with the same name from another folder, or of one from an earlier command.
+    where it is a PNG or JPEG file. The name gets a number if a file of this name is an X-ray, or the overlay of
+    another X-ray (one of the same name in another folder, or one of an earlier command).
 
     Raises:
         ValueError: `output` is one file for several images, or of another format.
@@ -118,9 +118,9 @@ def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence
         if len(images) > 1:
             raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
         return [[output.with_stem(f"{output.stem}{ending}") for ending in endings]]
-    # Only X-rays with such a name can be in an overlay's place. To compare with all images would take long.
+    # Only these X-rays can have the name of an overlay. Comparing with all images would take long.
     xrays = {os.path.abspath(image) for image in images if "_cam" in image.stem}
-    paths: dict[Path, list[Path]] = {}  # by image; the key is the name before the endings
+    paths: dict[Path, list[Path]] = {}  # for each image; the key is the path without an ending
     numbers = defaultdict(lambda: itertools.chain([""], (f"_{number}" for number in itertools.count(2))))
     for image in images:
         for number in numbers[image.stem]:
@@ -220,8 +220,8 @@ class PredictionTable(ResumableTable):
     def remaining(self, jobs: Sequence[Job], own_jobs: Sequence[Job]) -> list[Job]:
         """Open the table of all jobs; return those of this process's own jobs that remain.
 
-        Rows of two kinds of images are removed: of own images that are to be done again, and of images whose overlay
-        another image's will replace. Raises ValueError or OSError as `resume` does.
+        Two kinds of rows are removed: those of own images that must be done again, and those of images whose overlay
+        will be replaced by that of another image. Raises ValueError or OSError as `resume` does.
         """
         images = {cell(job.overlays[0].name): cell(os.path.abspath(job.image)) for job in jobs}
         remaining = {cell(os.path.abspath(job.image)): job for job in own_jobs}

@@ -1,12 +1,10 @@
 """A lung model as preprocessing: all but the lungs of an X-ray becomes black, and each mask is predicted once."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,9 +12,6 @@ from PIL import Image
 
 from lungs.segmentation import METHOD, LungSegmenter, implausible
 from utils import read_xray, write_whole
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MARGIN = 0.03  # of the longer side, because a lesion at the lung's border may lie partly outside the mask
 
@@ -38,7 +33,7 @@ class LungMasking:
     """Makes everything but the lungs of an X-ray black. Each mask is predicted once and stored.
 
     A stored mask belongs to a segmenter and to the content of an X-ray, not to its path. The mask is grown by `MARGIN`
-    before it is applied. An X-ray with an implausible mask stays as it is; `failures_table` names such files.
+    before it is applied. An X-ray with an implausible mask stays as it is; `failures` names such files.
 
     Args:
         segmenter: predicts the masks.
@@ -52,7 +47,7 @@ class LungMasking:
 
     @property
     def key(self) -> str:
-        """A text that changes with everything but the X-ray that can change the result."""
+        """A text that names all that the result depends on, besides the X-ray."""
         return f"{self.segmenter.fingerprint}-{METHOD}-{MARGIN}"
 
     def __call__(self, xray: np.ndarray) -> np.ndarray:
@@ -69,21 +64,20 @@ class LungMasking:
             self._store(key, mask)
         return LungMask(mask, implausible(mask))
 
-    def failures_table(self, paths: Sequence[str | Path]) -> pd.DataFrame:
-        """Return path and reason of each file whose lungs are not found, and store the masks of all files."""
-        import pandas as pd
+    def failures(self, paths: Sequence[str | Path]) -> dict[str, str]:
+        """Return, by path, the reason for each file whose lungs are not found; store the masks of all files."""
         from tqdm import tqdm
 
-        bar = tqdm(paths, "lungs", unit="image", leave=False, disable=None)  # None: no bar where no terminal is
-        reasons = [(str(path), self.mask_of(read_xray(path)).reason) for path in bar]
-        return pd.DataFrame([row for row in reasons if row[1]], columns=["path", "reason"])
+        bar = tqdm(paths, "lungs", unit="image", leave=False, disable=None)  # None: a bar on a terminal only
+        reasons = {str(path): self.mask_of(read_xray(path)).reason for path in bar}
+        return {path: reason for path, reason in reasons.items() if reason is not None}
 
     def _stored(self, key: str, shape: tuple[int, int]) -> np.ndarray | None:
         try:
             png = self._memory[key] if self.folder is None else self._file(key).read_bytes()
             with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
                 mask = np.array(image.convert("1"))
-        except (KeyError, OSError, SyntaxError, ValueError):  # absent, or damaged: it is predicted again
+        except (KeyError, OSError, SyntaxError, ValueError):  # absent or damaged: the mask is predicted again
             return None
         return mask if mask.shape == shape else None
 

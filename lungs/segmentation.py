@@ -142,13 +142,13 @@ def resized(xray: np.ndarray, size: int) -> Tensor:
 def standardised(images: Tensor) -> Tensor:
     """Return (N, 1, S, S) images of 0 to 255 as float32, each with mean 0 and standard deviation 1.
 
-    The exposure has then no influence. An image of one grey value becomes 0 everywhere.
+    The exposure then has no influence. An image of one grey value becomes 0 everywhere.
     """
     return torch.stack([(image - image.mean()) / image.std().clamp_min(1e-3) for image in images / 255])
 
 
 def unet(encoder: str, decoder_channels: Sequence[int] = DECODER_CHANNELS) -> nn.Module:
-    """Return a U-Net with one channel in and out and random weights."""
+    """Return a U-Net with one input channel, one output channel and random weights."""
     import segmentation_models_pytorch as smp
 
     return smp.Unet(encoder, encoder_weights=None, decoder_channels=decoder_channels, in_channels=1, classes=1)
@@ -176,12 +176,12 @@ class LungSegmenter:
 
     @property
     def phantom_only(self) -> bool:
-        """Whether it was trained on no real X-ray."""
+        """Whether it was trained on phantoms alone."""
         return self.origin.get("data") == PHANTOM
 
     @property
     def knows(self) -> str:
-        """A text about its training data, to be shown beside its masks."""
+        """A text about the training data, which is shown with the masks."""
         if self.phantom_only:
             return f"a lung model that knows the {PHANTOM} only"
         return f"a lung model that learnt from {self.origin.get('train_pairs', 'unknown')} X-rays with lung masks"
@@ -251,7 +251,7 @@ def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegm
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         about = {"decoder_channels": OLD_DECODER_CHANNELS} | about
-        # On the meta device no random weights are drawn, which would take longer than all the rest.
+        # On the meta device no random weights are drawn. Drawing them takes longer than all the rest.
         with torch.device("meta"):
             network = unet(about["encoder"], about["decoder_channels"])
         with torch.inference_mode(False):
@@ -262,6 +262,6 @@ def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegm
             raise ValueError("model.json and model.safetensors do not belong together")
     except Exception as error:  # The readers of a damaged file raise exceptions of many types.
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the lung model in {folder} is damaged or none ({reason}): {REMEDY}") from None
+        raise ValueError(f"the lung model in {folder} is damaged or no lung model ({reason}): {REMEDY}") from None
     segmenter.network.to(device, memory_format=torch.channels_last)
     return segmenter

@@ -34,7 +34,7 @@ class Augmentation:
     """The random changes of training images; by default there are none.
 
     Source: torchvision's RandomResizedCrop, RandomAffine and ColorJitter. There are two differences: shifts are not
-    rounded to pixels, and a crop that would not fit gets closer to a square, where torchvision draws again.
+    rounded to pixels, and a crop that would not fit is made squarer. (torchvision draws another crop.)
 
     Attributes:
         horizontal_flip: whether images are mirrored with probability 0.5.
@@ -42,9 +42,9 @@ class Augmentation:
             full size; its width over height is 0.9 to 1.1.
         rotation: the largest angle in degrees (0 to 180), to either side.
         translation: the largest shift as a share of the side (0 to below 1), along either axis.
-        scale: the smallest and the largest factor.
-        brightness: b for factors from 1 - b to 1 + b (0 to below 1).
-        contrast: the same for the contrast.
+        scale: the smallest and the largest factor of the size.
+        brightness: the largest change b (0 to below 1): the factor is between 1 - b and 1 + b.
+        contrast: the largest change of the contrast, likewise.
     """
 
     horizontal_flip: bool = False
@@ -57,13 +57,13 @@ class Augmentation:
 
     @property
     def views(self) -> int | None:
-        """The number of views of an image: 1 (as it is), 2 (as it is and mirrored), or None for any number."""
+        """How many views an image can have: 1 (unchanged), 2 (unchanged and mirrored), or None (no limit)."""
         return {Augmentation(): 1, Augmentation(horizontal_flip=True): 2}.get(self)
 
     def draw(self, number: int, generator: torch.Generator) -> Draws:
         """Return draws for `number` images from a CPU generator.
 
-        Numbers that these settings do not use are not drawn; their values leave an image as it is.
+        Only the numbers that these settings use are drawn. The others leave an image as it is.
         """
 
         def uniform(low: float, high: float) -> Tensor:
@@ -94,8 +94,8 @@ class Augmentation:
         """Return views (B, 1, S, S) float32, 0 to 255, of (B, 1, S, S) uint8 images, on their device.
 
         One bilinear interpolation enlarges the crop, turns and scales it about the centre, shifts it and mirrors it, in
-        this order. Brightness follows, then contrast about the image's mean. A flip alone is exact. Around the image
-        all is black; its last half pixel fades into black. Parts of the image outside of the crop may come into view.
+        this order. Brightness follows, then contrast about the image's mean. A flip alone is exact. Outside the
+        image all is black; its outermost half pixel fades into black. Parts outside the crop may become visible.
 
         Args:
             images: the images.
@@ -110,11 +110,12 @@ class Augmentation:
         shown = images.float()
         if moved:
             shown = grid_sample(shown, _grid(draws, images.shape[-1], images.device), align_corners=False)
-            shown.clamp_(0, 255)  # rounding may leave this range
+            shown.clamp_(0, 255)  # rounding may give values outside this range
         if self.brightness:
             shown.mul_(brightness).clamp_(0, 255)
         if self.contrast:
-            # Row by row: for few images torch splits the sum over an image among threads, which changes the rounding.
+            # The mean is taken row by row: with few images, torch would split the sum over an image among threads.
+            # The number of threads would then change the rounding.
             mean = shown.mean(-1, keepdim=True).mean(-2, keepdim=True)
             shown.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
         return shown
@@ -122,7 +123,7 @@ class Augmentation:
 
 def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
     """Return (B, S, S, 2) float32: for each pixel of a view its position (x, y) in the image, -1 to 1."""
-    # In float64, then rounded: the last bit of a cosine may depend on the position of its angle in the tensor.
+    # Computed in float64, then rounded: the last bit of a cosine may depend on the angle's position in the tensor.
     _, left, top, width, height, angle, shift_x, shift_y, scale, *_ = (values.double() for values in draws)
     cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
     mirror, x, y = 1 - 2 * draws.flip.double(), 2 * shift_x, 2 * shift_y
@@ -134,4 +135,4 @@ def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
     centres = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
     columns = (across[..., None] * centres).to(device, torch.float32)[:, :, None]
     rows = (origin[..., None] + down[..., None] * centres).to(device, torch.float32)[..., None]
-    return (columns + rows).permute(0, 2, 3, 1)  # x and y lie apart in memory, which is faster to add and to sample
+    return (columns + rows).permute(0, 2, 3, 1)  # x and y are separate in memory, which is faster

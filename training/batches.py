@@ -1,11 +1,9 @@
 """Batches of X-rays: decoded and augmented, in an order that depends only on the seed and the epoch."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch.utils.data import Dataset
 
 from training.augmentation import Augmentation
 from training.image_cache import ImageFile
-from utils import Preprocessing, balanced_weights, derived_generator
+from utils import Preprocessing, derived_generator
 
 
 class XrayDataset(Dataset):
@@ -26,7 +24,7 @@ class XrayDataset(Dataset):
         paths: N image files.
         targets: (N,) class indices, returned as (B,) int64; or (N, C) of 0 and 1, returned as (B, C) float32.
         preprocessing: how an image is read and resized.
-        images: the resized images. Without them each batch reads its files, on all cores.
+        images: the resized images; None reads the files again for every batch, on all cores.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (b, 3, S, S) float32, b ≥ 0; or (b, D) features.
         targets: (b,) or (b, …).
-        rows: the places of the images in the order of the epoch.
+        rows: the positions of the images in the order of the epoch.
     """
 
     images: Tensor
@@ -86,9 +84,9 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a dataset. Their order and the views of their images depend only on the seed and the epoch.
 
-    Therefore a training that was broken off goes on with the next batch, and several processes share the same batches.
-    A shuffled epoch leaves out a last batch of one image, which batch normalisation cannot train on, or of fewer images
-    than processes.
+    Therefore an interrupted training continues with the next batch, and several processes share the same batches. A
+    shuffled epoch leaves out its last batch if that has one image, because batch normalisation cannot train on it, or
+    fewer images than there are processes.
 
     Attributes:
         dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.
@@ -137,39 +135,3 @@ class Batches:
                 draws = self.augment.draw(size, derived_generator(self.seed, "views", number, step))
                 images = self.augment(images, draws.rows(part))
             yield Batch(self.prepare(images), targets, rows)
-
-
-def make_batches(
-    rows: Mapping[str, tuple[Sequence[str], ArrayLike]],
-    preprocessing: Preprocessing,
-    *,
-    num_classes: int,
-    batch_size: int,
-    augment: Augmentation | None,
-    oversample: bool,
-    seed: int,
-    images: Mapping[str, ImageFile] | None = None,
-) -> dict[str, Batches]:
-    """Return the batches of "train", "train_plain", "val" and "test".
-
-    "train" is augmented and shuffled. "train_plain" has the same images. It, "val" and "test" keep the order of their
-    images and show them as at inference.
-
-    Args:
-        rows: the paths and the targets of "train", "val" and "test", see `XrayDataset`.
-        preprocessing: how images are read, resized and normalised.
-        num_classes: the number of classes.
-        batch_size: images per batch, over all processes.
-        augment: makes random views of the training images.
-        oversample: whether training images are drawn so that classes are equally frequent.
-        seed: the seed of the order and the views.
-        images: the resized images of each split; None reads the files in every epoch.
-    """
-    batches = {}
-    for split, (paths, targets) in rows.items():
-        dataset = XrayDataset(paths, targets, preprocessing, images=images and images[split])
-        batches[split] = Batches(dataset, batch_size, prepare=preprocessing.normalise)
-    plain = batches["train"]
-    weights = balanced_weights(plain.dataset.targets.tolist(), num_classes) if oversample else None
-    train = replace(plain, seed=seed, weights=weights, augment=augment)
-    return batches | {"train_plain": plain, "train": train}

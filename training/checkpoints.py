@@ -20,7 +20,7 @@ from utils import derived_seed, write_whole
 
 STATE = "state.pt"
 ANEW = "start anew with --restart, or delete that folder"
-SAME_KEY_PRESS = 3.0  # seconds after the first Ctrl-C in which another one does not interrupt
+SAME_KEY_PRESS = 3.0  # seconds; a second Ctrl-C within this time counts as the same key press
 
 
 class Checkpoints:
@@ -28,7 +28,7 @@ class Checkpoints:
 
     Args:
         folder: where the state is kept.
-        settings: what is trained, in types that JSON has. A state of other settings is refused.
+        settings: the settings of the training, in types that JSON has. A state with other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
@@ -36,7 +36,10 @@ class Checkpoints:
         self._saved_at, self._saving_took = time.perf_counter(), 0.0
 
     def due(self, every: float | None) -> bool:
-        """Return whether the last save is `every` seconds ago; None: so long ago that saving takes 5 % of the time."""
+        """Return whether the last save is at least `every` seconds ago.
+
+        None stands for the interval at which saving takes 5 % of the time.
+        """
         every = 20 * self._saving_took if every is None else every
         return time.perf_counter() - self._saved_at >= every
 
@@ -62,7 +65,7 @@ class Checkpoints:
         different = [key for key in now if before.get(key, now) != now[key]]
         if not different:
             return state
-        key = min(different, key=lambda key: key == "data")  # another seed or limit gives other data too: name these
+        key = min(different, key=lambda key: key == "data")  # another seed changes the data too: name the seed
         if not now.keys() <= before.keys():
             difference = "of another version:"
         elif key == "data":
@@ -80,7 +83,7 @@ class Checkpoints:
         """
 
         def write(path: Path) -> None:
-            with path.open("wb") as stream:  # with a path torch's writer hides why a disk refuses
+            with path.open("wb") as stream:  # given a path, torch hides the system's error
                 torch.save({**state, "settings": json.dumps(self.settings)}, stream)
 
         started = time.perf_counter()
@@ -88,7 +91,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / STATE, write)
         except (OSError, RuntimeError) as error:
-            # torch's writer hides the system's error behind a RuntimeError.
+            # torch may raise a RuntimeError during the handling of the system's error.
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
@@ -102,15 +105,15 @@ class Checkpoints:
 
 @dataclass
 class Progress:
-    """How far a training has come. Validation judges an epoch by its value; a lower value is better.
+    """How far a training has come. The value of an epoch is its result in validation; lower is better.
 
     Attributes:
         phase, epoch: the present phase and epoch, from 1; each phase counts its own epochs.
         step: the number of finished batches of the present epoch.
         phase_best: the best value of the phase.
-        waited: the number of epochs since then.
+        waited: the number of epochs since that best value.
         best_epoch, best_value: the best epoch of all phases (from 1; 0 before there is one) and its value.
-        seconds: the time that the present epoch took before the training was broken off.
+        seconds: the time that the present epoch took before the training was interrupted.
         rate: the learning rate at the start of the present epoch.
         rows, times: the history and the timing of the finished epochs.
     """
@@ -142,8 +145,8 @@ class TrainingState:
         self.progress = Progress()
         self.epoch_outputs: dict[str, Tensor] = {}
         self._best_weights: dict[str, Tensor] = {}  # on the CPU; empty before the first epoch is done
-        self._started = time.perf_counter()  # when this process began the present epoch, or went on with it
-        self._resumed: dict[str, object] | None = None  # the loaded state, until its phase goes on
+        self._started = time.perf_counter()  # when this process began or resumed the present epoch
+        self._resumed: dict[str, object] | None = None  # the loaded state, until `resume_phase` has used it
 
     def resume(self) -> bool:
         """Load the state that was saved last; return whether there is one."""
@@ -160,17 +163,17 @@ class TrainingState:
         return state is not None
 
     def resume_phase(self, optimisation: Optimisation) -> None:
-        """Load the optimiser, the outputs of the epoch and the random numbers of a phase that was broken off."""
+        """Load the optimiser, the outputs of the epoch and the random numbers of an interrupted phase."""
         state, self._resumed = self._resumed, None
         if state is None:
             return
         if state["optimisation"] is not None:
             optimisation.load_state_dict(state["optimisation"])
         for key, values in state["outputs"].items():
-            # The main process has the rows of all processes so far.
+            # The main process has the saved rows of all processes, so the rows of the other processes are 0.
             rows = values.to(self.processes.device)
             self.epoch_outputs[key] = rows if self.processes.is_main else rows.zero_()
-        # Clones: torch reads a generator's state from the start of the whole tensor, wherever the row is.
+        # Clones: torch would read the state from the start of the whole tensor, not from this row.
         random = {key: rows[self.processes.share.index].clone() for key, rows in state["random"].items()}
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
@@ -179,7 +182,7 @@ class TrainingState:
     def save(self, optimisation: Optimisation | None) -> None:
         """Save everything that is needed to go on; `optimisation` is None between two phases."""
         if self._resumed is not None:
-            return  # the loaded state is still right: its phase has not gone on yet
+            return  # nothing has been trained since the state was loaded
         processes = self.processes
         random = {"cpu": torch.get_rng_state()}  # dropout draws from it
         if processes.device.type == "cuda":
@@ -198,7 +201,7 @@ class TrainingState:
 
     @property
     def _seconds(self) -> float:
-        """The seconds of the present epoch so far, with those before a break."""
+        """The seconds of the present epoch so far, with those before an interruption."""
         return self.progress.seconds + time.perf_counter() - self._started
 
     def restore_best(self) -> None:
@@ -219,14 +222,9 @@ class TrainingState:
         progress.waited = 0 if value < progress.phase_best else progress.waited + 1
         progress.phase_best = min(value, progress.phase_best)
 
-    def start_next_phase(self) -> None:
-        """Go on to the first epoch of the next phase."""
-        progress = self.progress
-        progress.phase, progress.epoch, progress.phase_best, progress.waited = progress.phase + 1, 1, math.inf, 0
-
 
 class StopRequests:
-    """Ctrl-C and SIGTERM as requests to stop after the present batch; a later Ctrl-C interrupts at once."""
+    """Turns Ctrl-C and SIGTERM into requests to stop after the present batch. A later Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.asked, self._asked_at = False, 0.0
@@ -234,7 +232,7 @@ class StopRequests:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Take these signals as requests inside the block; restore their old handlers at its end."""
-        is_main_thread = threading.current_thread() is threading.main_thread()  # Python sets handlers there only
+        is_main_thread = threading.current_thread() is threading.main_thread()  # Python sets signal handlers in it only
         signals = (signal.SIGINT, signal.SIGTERM) if is_main_thread else ()
         # Keep signals ignored that were ignored before (nohup, background jobs).
         listened = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]

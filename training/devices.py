@@ -6,9 +6,6 @@ A rule decides it, not a measurement. Therefore the same seed gives the same wei
 import torch
 from torch import Tensor
 
-# Most devices compute convolutions faster in this memory order.
-CHANNELS_LAST = torch.channels_last
-
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return "bf16" or "fp32" for the precision of a study; "auto" is bf16 where the device has units for it.
@@ -33,8 +30,11 @@ def autocast_options(precision: str, device: torch.device) -> dict[str, object]:
 
 
 def in_order(images: Tensor) -> Tensor:
-    """Return (B, C, H, W) images in channels-last memory order; other tensors (features) as they are."""
-    return images.contiguous(memory_format=CHANNELS_LAST) if images.ndim == 4 else images
+    """Return (B, C, H, W) images in channels-last memory order, in which most devices compute convolutions faster.
+
+    Features (B, D) stay as they are.
+    """
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def described(precision: str, device: torch.device) -> str:

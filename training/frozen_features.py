@@ -2,7 +2,7 @@
 
 A frozen trunk gives the same features for an image in every epoch. Without augmentation an image has one view, with
 flips alone it has two. Then each view goes through the trunk once, and every epoch trains the head on the features.
-The weights are those that training on the images would give.
+The trained weights are the same as after a training on images.
 """
 
 import math
@@ -25,7 +25,7 @@ from training.processes import put_rows
 
 
 class FlippedFeatures(Augmentation):
-    """Flips for features (B, 2, D) of images as they are and mirrored: it picks the view that is drawn."""
+    """Chooses between the features (B, 2, D) of unchanged and mirrored images, as a flip of the images would."""
 
     def __call__(self, features: Tensor, draws: Draws) -> Tensor:
         """Return (B, 1, D)."""
@@ -43,7 +43,7 @@ def feature_batches(
 ) -> Iterator[dict[str, Batches]]:
     """Yield batches of features (B, D) in place of images, in the same order and the same views.
 
-    The features are in temporary files, not in memory: those of a VGG-19 take 100 kB for each view.
+    The features are in temporary files, not in memory: in a VGG-19 they take 100 kB for each view.
 
     Args:
         setup: its network is frozen except the head (`set_training_mode`).
@@ -51,7 +51,7 @@ def feature_batches(
         folder: where the temporary files are; None for the system's folder.
         before_batch: called before each batch of images.
     """
-    setup.network.eval()  # the head is computed too, and its dropout would draw random numbers
+    setup.network.eval()  # in training mode the head's dropout would draw random numbers
     with TemporaryDirectory(dir=folder, prefix="features-") as scratch:
         of_features = {}
         for split in ("train", "val"):
@@ -78,7 +78,7 @@ def _features(setup: Setup, images: Batches, file: Path, before_batch: Callable[
             rows, share = {}, processes.share.slice(size)
             views = [batch.images, batch.images.flip(-1)][:number]
             computed = [trunk_features(setup.network, images.prepare(view)).float() for view in views]
-            put_rows(rows, "features", size, share, torch.stack(computed, dim=1))
+            put_rows(rows, size, share, features=torch.stack(computed, dim=1))
             whole = processes.summed(rows["features"]).cpu()
             if features is None:
                 shape = (len(plain.dataset), *whole.shape[1:])

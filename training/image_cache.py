@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from utils import Preprocessing, flush
 
-VERSION = 2  # of the files' content: raise it when that or `Preprocessing.read` changes
-SHOWN = 20  # an error names at most so many unreadable images
-CHUNK = 256  # so many images are decoded between two writes
+VERSION = 2  # of the file format: raise it when the format or `Preprocessing.read` changes
+SHOWN = 20  # an error names at most this many unreadable images
+CHUNK = 256  # this many images are decoded between two writes
 
 
 class CacheFailed(OSError):
@@ -29,7 +29,7 @@ class CacheFailed(OSError):
 
 
 class ImageFile:
-    """The resized X-rays of one split, in a memory-mapped file: the system drops its pages when it needs room.
+    """The resized X-rays of one split, in a memory-mapped file: the system frees its pages when memory is short.
 
     Args:
         file: the file with the images of all splits.
@@ -41,7 +41,7 @@ class ImageFile:
         self.file = file
         places = {path: place for place, path in enumerate(all_paths)}
         self._places = np.array([places[path] for path in paths], dtype=np.int64)
-        # Opened at once: another process may put a newer file in its place.
+        # Opened here and kept open: another process may replace the file by a newer one.
         self._array = np.load(file, mmap_mode="r")
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -49,7 +49,8 @@ class ImageFile:
         places = self._places[np.asarray(rows)]
         pixels, checksums = self._array["pixels"][places], self._array["checksum"][places]
         if hasattr(mmap, "MADV_DONTNEED"):
-            # The process would keep the pages that it has read (up to 2 MB around each image): a large file fills it.
+            # Otherwise the process keeps all pages that it has read (up to 2 MB around each image), and a large file
+            # fills its memory.
             self._array.base.madvise(mmap.MADV_DONTNEED)
         if [zlib.crc32(image) for image in pixels] != checksums.tolist():
             raise ValueError(f"{self.file} is damaged, perhaps by a crash: delete it and start again")
@@ -61,9 +62,9 @@ def cached(
 ) -> dict[str, ImageFile]:
     """Return the resized images of each split, from one file in `folder` for all splits.
 
-    The file is used again for the same images and preprocessing. It replaces an older one where the size, a time or
-    the real path of an image has changed. Other images and other preprocessings have files of their own. The file
-    appears when it is complete. If two processes want it at the same time, one makes it and the other waits.
+    The next call with the same images and preprocessing uses the file again. If the size, a time or the real path of
+    an image has changed, a new file replaces it. Other images and other preprocessings have their own files. The file
+    appears when it is complete. If two processes need it at the same time, one makes it and the other waits.
 
     Args:
         paths: the image files of each split.
@@ -156,7 +157,7 @@ def _write(file: Path, names: Sequence[str], preprocessing: Preprocessing, *, ti
         flush(unfinished)
         if unreadable:
             shown = "; ".join(unreadable[:SHOWN] + ["…"] * (len(unreadable) > SHOWN))
-            count = f" ({len(unreadable)} such images: remove them or put them right)"
+            count = f" ({len(unreadable)} such images: remove or repair them)"
             raise ValueError(shown + count * (len(unreadable) > 1))
         os.replace(unfinished, file)
     finally:

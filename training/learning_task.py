@@ -20,7 +20,7 @@ class LearningTask:
         outputs: the number of outputs that the network needs.
         objective: the loss and the score.
         loss_weights: weights of the training loss, (C,) or (2, C) as the objective takes them, or None.
-        uninformed_loss: the validation loss of a network that gives every image the same answer, the class
+        uninformed_loss: the validation loss of a network that gives every image the same answer: the class
             frequencies.
     """
 
@@ -40,29 +40,26 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
     multilabel, number = table.multilabel, len(table.classes)
     targets, objective, weights = table.targets("train"), SINGLE_LABEL, None
     if multilabel:
-        # The score leaves out a finding with NaN: one that all or none of the training images have.
+        # A finding that all or none of the training images have gets NaN, so the score leaves it out.
         unlearnt = torch.from_numpy(np.isin(table.classes, table.one_sided("train")))
         objective = replace(
             MULTI_LABEL, score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
         )
     if training.balance == "loss":
         weights = label_weights(targets) if multilabel else class_weights(targets, number)
-    # Balancing makes all classes equally frequent.
+    # Balanced classes are equally frequent.
     shares = torch.full((number,), 0.5 if multilabel else 1 / number, dtype=torch.double)
     if training.balance == "none":
         shares = torch.tensor(targets if multilabel else np.eye(number)[targets]).double().mean(dim=0)
-    return LearningTask(
-        outputs=number if multilabel or training.head == "softmax" else 1,
-        objective=objective,
-        loss_weights=weights,
-        uninformed_loss=uninformed_loss(objective, shares, torch.tensor(table.targets("val")), weights),
-    )
+    uninformed = uninformed_loss(objective, shares, torch.tensor(table.targets("val")), weights)
+    return LearningTask(number if multilabel or training.head == "softmax" else 1, objective, weights, uninformed)
 
 
 def _refuse_unfit(training: Training, table: XrayTable) -> None:
     """Raise ValueError for unfit settings or a class without a training image; warn of one without a validation image.
 
-    With several labels only the lack of all findings is refused: `XrayTable.one_sided` names single ones.
+    With several labels, a table is refused only if no finding can be learnt. `XrayTable.one_sided` lists the findings
+    that cannot.
     """
     number, unfit = len(table.classes), None
     if table.multilabel:

@@ -14,14 +14,14 @@ from networks import set_training_mode
 from studies.settings import Phase, Training
 from training.batches import Batches
 from training.checkpoints import Checkpoints, StopRequests, TrainingState
-from training.devices import CHANNELS_LAST, autocast_options, in_order
+from training.devices import autocast_options, in_order
 from training.frozen_features import can_be_cached, feature_batches
 from training.objectives import SINGLE_LABEL, Objective
 from training.optimisation import Optimisation, Setup
 from training.processes import Processes, put_rows, synchronise_batch_norms
 from utils import resolve_device
 
-# Several processes agree every so many batches on whether to stop or to save. On GPUs that costs waiting.
+# After this many batches, several processes agree whether to stop or to save. On GPUs they have to wait for that.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}
 
 
@@ -79,7 +79,7 @@ def fine_tune(
         device: "auto", "cpu", "cuda" or "mps".
         title: the name of the network in printed lines.
         on_epoch: called in the main process after each epoch, with the history so far.
-        checkpoints: where the state is saved, and temporary files of features too; None saves no state.
+        checkpoints: where the state and temporary files of features are saved; None saves no state.
         alone: whether this process trains by itself although others were launched with it.
 
     Raises:
@@ -88,7 +88,7 @@ def fine_tune(
         KeyboardInterrupt: Ctrl-C or SIGTERM came before the last epoch was done; the state is saved.
     """
     processes = Processes(resolve_device(device), alone=alone)
-    network.to(processes.device, memory_format=CHANNELS_LAST)
+    network.to(processes.device, memory_format=torch.channels_last)
     weights = None if loss_weights is None else loss_weights.to(processes.device)
     setup = Setup(network, training, objective, weights, processes, title)
     loop = _Loop(setup, TrainingState(network, processes, checkpoints), on_epoch)
@@ -154,25 +154,25 @@ class _Loop:
 
     def _run_epoch(self, batches: Mapping[str, Batches]) -> None:
         """Train and validate for an epoch, record it, and go on to the next one."""
-        state, patience = self.state, self.setup.training.patience
+        progress, patience = self.state.progress, self.setup.training.patience
         try:
             train = self._train(batches["train"])
             val = self._validate(batches["val"])
         except (ValueError, OSError):  # such as an image that cannot be read
-            if not self.processes.several:  # several would have to agree
+            if not self.processes.several:  # several processes would have to agree, but only one may have the error
                 self._save_or_stop(every=0)
             raise
         self._record(train, val)
-        waited = state.progress.waited
+        waited = progress.waited
         if waited >= patience:
             self.processes.say(f"{self.setup.title}: stopped, no better on validation for {waited} epochs")
-        if waited >= patience or state.progress.epoch == self._phase.epochs:
-            state.start_next_phase()
+        if waited >= patience or progress.epoch == self._phase.epochs:
+            progress.phase, progress.epoch, progress.phase_best, progress.waited = progress.phase + 1, 1, math.inf, 0
             self.optimisation = None
         else:
-            state.progress.epoch += 1
+            progress.epoch += 1
         if self.processes.is_main:
-            self.on_epoch(pd.DataFrame(state.progress.rows))
+            self.on_epoch(pd.DataFrame(progress.rows))
         self._save_or_stop(every=None)
 
     def _train(self, batches: Batches) -> dict[str, float]:
@@ -188,14 +188,13 @@ class _Loop:
         bar = processes.bar(epoch, self._name, len(sizes), initial=progress.step)
         for batch in bar:
             step, (outputs, loss) = progress.step, self.optimisation.step(batch)
-            put_rows(state.epoch_outputs, "outputs", sum(sizes), batch.rows, outputs)
-            put_rows(state.epoch_outputs, "targets", sum(sizes), batch.rows, batch.targets)
+            put_rows(state.epoch_outputs, sum(sizes), batch.rows, outputs=outputs, targets=batch.targets)
             sum_of_losses = loss[None] * sizes[step] / share.of
-            put_rows(state.epoch_outputs, "losses", len(sizes), slice(step, step + 1), sum_of_losses)
+            put_rows(state.epoch_outputs, len(sizes), slice(step, step + 1), losses=sum_of_losses)
             progress.step += 1
             if not bar.disable:
                 bar.set_postfix_str(f"loss {loss:.3f}")
-            if device.type == "cpu":  # on a GPU the program would wait for it
+            if device.type == "cpu":  # on a GPU this check would make the program wait
                 self._refuse_infinite()
             if not processes.several or progress.step % AGREE_EVERY[device.type] == 0:
                 self._save_or_stop(every=60 * self.setup.training.checkpoint_minutes)
@@ -223,7 +222,7 @@ class _Loop:
         row |= {"train_loss": train["loss"], f"train_{score}": train["score"]}
         row |= {"val_loss": val["loss"], f"val_{score}": val["score"]}
         value = -val["score"] if self.setup.training.select == "auc" else val["loss"]
-        value = math.inf if math.isnan(value) else value  # no label has an area under the curve
+        value = math.inf if math.isnan(value) else value  # NaN: no label has an area under the curve
         self.optimisation.end_epoch(value)
         self.state.record(row, value, train["speed"])
         self.processes.say(
@@ -276,12 +275,12 @@ def _outputs(
     Each process computes its share in eval mode, and all get the result.
     """
     module.eval()
-    tensors, number = {}, len(batches.dataset)
+    tensors: dict[str, Tensor] = {}
     with torch.inference_mode(), torch.autocast(**autocast):
         for batch in batches.epoch(device=processes.device, share=processes.share):
             before_batch()
-            put_rows(tensors, "outputs", number, batch.rows, module(in_order(batch.images)).float())
-            put_rows(tensors, "targets", number, batch.rows, batch.targets)
+            outputs = module(in_order(batch.images)).float()
+            put_rows(tensors, len(batches.dataset), batch.rows, outputs=outputs, targets=batch.targets)
         return processes.summed(tensors["outputs"]).cpu(), processes.summed(tensors["targets"]).cpu()
 
 

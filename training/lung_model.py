@@ -29,9 +29,9 @@ XRAY_VIEWS = Augmentation(
     horizontal_flip=True, rotation=15, translation=0.08, scale=(0.8, 1.25), brightness=0.3, contrast=0.3
 )
 MASK_VIEWS = replace(XRAY_VIEWS, brightness=0.0, contrast=0.0)
-VALIDATION_SHARE = 8  # One pair in eight is not trained on but chooses the epoch.
-# Seeds of studies are below 2**32. numpy mixes the upper 32 bits of a larger seed at the place where a smaller seed has
-# the patient's number, so these bits must be larger than any patient's number too.
+VALIDATION_SHARE = 8  # one pair in eight is not trained on: it serves to choose the epoch
+# A phantom depends on [seed, patient]. numpy splits this list into numbers of 32 bits. The seed of a study is one such
+# number. These seeds are two numbers: the second one stands where a study has the patient, and is larger than any.
 PHANTOM_SEEDS = 2**63
 # The training of `default_segmenter`, which takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
@@ -100,7 +100,7 @@ def fit(
     """Return a segmenter, trained from the weights of `start`, with the weights of its best epoch.
 
     The best epoch has the lowest loss on an eighth of the pairs, which are not trained on. All pairs are held in
-    memory. The same arguments give the same weights on a CPU. Of several launched processes only this one trains.
+    memory. The same arguments give the same weights on a CPU. If several processes were launched, only this one trains.
 
     Args:
         start: the segmenter to go on from; it stays as it is.
@@ -134,7 +134,7 @@ def fit(
 def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list[Pair]:
     """Write about `count` phantoms into the new folder `root`, equally many of each class, and return their pairs.
 
-    A study's phantom has none of these patients, whatever the study's seed.
+    No phantom of a study has one of these patients, whatever the study's seed.
     """
     each = dict.fromkeys(CLASSES, -(-count // len(CLASSES)))
     write_phantom(root, images_per_class=each, size=image_size, seed=PHANTOM_SEEDS + seed)
@@ -155,8 +155,8 @@ def phantom_segmenter(
 def default_segmenter(folder: Path) -> LungSegmenter:
     """Load the segmenter in `folder`, or train a small one on phantoms (half a minute) and save it there.
 
-    One is trained where the folder holds none, and where the one in it was trained on phantoms that may be a study's
-    patients. A message says so. Another message says that a segmenter was trained on phantoms alone.
+    A segmenter is trained if the folder holds none, or if its segmenter was trained on phantoms that may be patients of
+    a study. A message says so. Another message says if a segmenter was trained on phantoms alone.
     """
     segmenter = segmentation.load_segmenter(folder) if (folder / "model.safetensors").is_file() else None
     # Older versions drew the phantoms with the seeds of studies.

@@ -16,7 +16,7 @@ def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None =
     """Return the mean cross-entropy, for one class per image.
 
     Args:
-        outputs: (N, C) logits; or (N, 1) logits z, whose loss is the binary cross-entropy: a softmax of (-z/2, z/2).
+        outputs: (N, C) logits; or (N, 1) logits z, which stand for (-z/2, z/2): this is the binary cross-entropy.
         targets: (N,) class indices.
         weights: (C,) weights of the classes.
     """
@@ -78,8 +78,8 @@ class Objective:
         size: the divisor of that mean, of (targets, weights). It weighs the loss of each process's share of a batch.
         score: the score of (outputs, targets), shown beside the loss.
         score_name: its name in the history.
-        weighted_validation: whether the validation loss has the weights too. Several rare labels need them: without
-            weights their loss is several times as large. One class per image has the usual cross-entropy.
+        weighted_validation: whether the validation loss is weighted too. Several labels need it: without weights, the
+            loss of rare labels is several times as large. One class per image has the usual cross-entropy.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -94,7 +94,7 @@ MULTI_LABEL = Objective(multi_label_loss, image_count, macro_auc, "auc", weighte
 
 
 def uninformed_loss(objective: Objective, shares: Tensor, targets: Tensor, weights: Tensor | None) -> float:
-    """Return the validation loss of a network whose answer for every image is how frequent the classes are.
+    """Return the validation loss of a network that answers every image with the frequencies of the classes.
 
     Args:
         objective: what the network is trained for.

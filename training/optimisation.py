@@ -75,7 +75,7 @@ class Optimisation:
         return outputs.detach().float(), loss.detach()
 
     def end_epoch(self, value: float) -> None:
-        """Tell the schedule how validation judges the epoch; a lower `value` is better."""
+        """Tell the schedule the result of the epoch in validation; a lower `value` is better."""
         if isinstance(self._schedule, ReduceLROnPlateau):
             self._schedule.step(value)
 

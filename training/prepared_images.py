@@ -1,6 +1,6 @@
 """A study's images, ready to be trained on: lungs masked, decoded once, in batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +11,10 @@ from lungs.masking import LungMasking
 from networks import architecture
 from studies.settings import Study
 from training.augmentation import Augmentation
-from training.batches import Batches, make_batches
+from training.batches import Batches, XrayDataset
 from training.image_cache import CacheFailed, cached
 from training.lung_model import default_segmenter
-from utils import Preprocessing
+from utils import Preprocessing, balanced_weights
 
 MANY_FAILURES = 0.2  # A warning is printed if no lungs are found in a larger share of the images.
 
@@ -24,7 +24,8 @@ class PreparedImages:
     """A study's images, ready to be trained on.
 
     Attributes:
-        batches: as `make_batches` returns them.
+        batches: those of "train", "train_plain", "val" and "test". "train" is shuffled and augmented. "train_plain" has
+            the same images. It, "val" and "test" keep the order of their images and show them as at inference.
         decoded: whether each image was decoded once, before the training, and not in every epoch.
         without_lungs: path (below the data root) and reason of each image whose lungs were not found, or None in a
             study of whole images.
@@ -61,39 +62,39 @@ def prepared_images(
     Raises:
         ValueError: an image cannot be read, or lungs are found in no image.
     """
-    training, images = study.training_of(network), None
-    paths = {split: table.subset(split)["path"] for split in SPLITS}
+    training, images, weights = study.training_of(network), None, None
     without_lungs = None if preprocessing.lungs is None else _without_lungs(table, preprocessing.lungs)
+    paths = {split: table.subset(split)["path"] for split in SPLITS}
     if training.cache_images:
         title = architecture(network).title
         try:
             images = cached(paths, preprocessing, runs / "image_cache", title=title)
         except CacheFailed as error:
             print(f"{title}: {error}; images are decoded anew in every epoch, which is slower")
-    batches = make_batches(
-        {split: (paths[split], table.targets(split)) for split in SPLITS},
-        preprocessing,
-        num_classes=len(table.classes),
-        batch_size=training.batch_size,
-        augment=Augmentation(**study.augmentation.model_dump()),
-        oversample=training.balance == "oversample",
-        seed=study.seed,
-        images=images,
-    )
+    batches = {}
+    for split in SPLITS:
+        file = images and images[split]  # None: the files are read again in every epoch
+        dataset = XrayDataset(paths[split], table.targets(split), preprocessing, images=file)
+        batches[split] = Batches(dataset, training.batch_size, prepare=preprocessing.normalise)
+    if training.balance == "oversample":
+        weights = balanced_weights(table.targets("train"), len(table.classes))
+    augment = Augmentation(**study.augmentation.model_dump())
+    batches["train_plain"] = batches["train"]
+    batches["train"] = replace(batches["train"], seed=study.seed, weights=weights, augment=augment)
     return PreparedImages(batches, images is not None, without_lungs)
 
 
 def _without_lungs(table: XrayTable, masking: LungMasking) -> pd.DataFrame:
     """Compute all lung masks; return path and reason of each image whose lungs were not found."""
-    failed = masking.failures_table(table.frame["path"])
+    failed = masking.failures(table.frame["path"])
     if len(failed) == len(table):
         raise ValueError(
             f"the lung model in {masking.folder.parent.parent} finds no plausible lungs in any image: train a better "
             "one with python lung_segmentation.py fit --pairs DIR -o FOLDER"
         )
-    if len(failed):
+    if failed:
         warning = "WARNING: " if len(failed) > MANY_FAILURES * len(table) else ""
-        reasons = failed["reason"].str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
+        reasons = pd.Series(failed).str.replace(r"[\d.]+ ?%", "n %", regex=True).value_counts()
         frequent = ", ".join(f"{reason}: {count}" for reason, count in reasons.head(3).items())
         print(f"{warning}lungs not found in {len(failed)} of {len(table)} images, which are used whole ({frequent})")
-    return failed.assign(path=relative_paths(failed["path"], table.root))
+    return pd.DataFrame({"path": relative_paths(failed, table.root), "reason": list(failed.values())})

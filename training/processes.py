@@ -17,11 +17,11 @@ from training.batches import WHOLE, Share
 def accelerator_on(device: torch.device) -> PartialState:
     """Return accelerate's state of this process: its device, its number, and how many processes there are.
 
-    Each of several processes has the GPU that its launcher gave it, or the CPU where `device` is the CPU.
+    If several processes were launched, each has the GPU that the launcher gave it, or the CPU if `device` is the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-        # The first state would fix the device for the whole program; a notebook may want another one later.
+        # Otherwise the first state fixes the device for the whole program; a notebook may want another one later.
         PartialState._reset_state()
     # The main process may decode 100,000 images while the others wait: longer than the default of ten minutes.
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
@@ -54,21 +54,21 @@ def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) 
             raise ValueError(f"the processes differ in {key} ({', '.join(different)}): start all of them alike")
 
 
-def put_rows(tensors: dict[str, Tensor], name: str, number: int, places: slice, rows: Tensor) -> None:
-    """Write this process's rows to their places in a tensor that starts as zeros.
+def put_rows(tensors: dict[str, Tensor], number: int, places: slice, **values: Tensor) -> None:
+    """Write this process's rows to their places in tensors that start as zeros.
 
-    The sum of the tensors of all processes then has the rows of all.
+    The sum of such a tensor over all processes then has the rows of all processes.
 
     Args:
-        tensors: the tensors by name; one that is missing is made.
-        name: the tensor.
-        number: how many rows it has.
+        tensors: the tensors by name; a missing one is made.
+        number: the number of rows of a tensor.
         places: b places, b ≥ 0.
-        rows: (b, …).
+        values: (b, …) rows for each tensor.
     """
-    if name not in tensors:
-        tensors[name] = rows.new_zeros(number, *rows.shape[1:])
-    tensors[name][places] = rows
+    for name, rows in values.items():
+        if name not in tensors:
+            tensors[name] = rows.new_zeros(number, *rows.shape[1:])
+        tensors[name][places] = rows
 
 
 class Processes:
@@ -82,7 +82,7 @@ class Processes:
     """
 
     def __init__(self, device: torch.device, *, alone: bool = False) -> None:
-        """Find the processes. `alone` leaves out all but this one, so the other ones need not take part."""
+        """Find the processes. With `alone`, this process works by itself, and the others need not take part."""
         self.device, self.is_main, self.share = device, True, WHOLE
         if not alone:
             state = accelerator_on(device)

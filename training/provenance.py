@@ -109,5 +109,4 @@ def changed_images(table: XrayTable, provenance: Provenance) -> list[str]:
     """Return a text for each image that has changed since the training began: its path and what happened to it."""
     paths = table.frame["path"]
     rows = zip(paths, provenance.content, content_digests(paths), strict=True)
-    changed = {path: now for path, before, now in rows if before != now}
-    return [f"{path} {'has other content' if now else 'is gone'}" for path, now in changed.items()]
+    return [f"{path} {'has other content' if now else 'is gone'}" for path, before, now in rows if before != now]

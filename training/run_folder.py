@@ -159,8 +159,8 @@ def finished_digest(folder: Path) -> str | None:
 def replaced_results(folder: Path) -> Iterator[Path]:
     """Yield an empty folder for the results of a training; put them into the run folder when the block has succeeded.
 
-    A kill at any moment leaves the older results, or the newer ones, or newer ones that `training_folder` puts in
-    place. Files in the run folder that no training writes are kept.
+    After a kill at any moment, the run folder holds the older results or the newer ones, or `training_folder` puts the
+    newer ones in place. Files in the run folder that no training writes are kept.
     """
     working = folder / RESUME
     staged = working / INCOMPLETE
@@ -179,8 +179,8 @@ def replaced_results(folder: Path) -> Iterator[Path]:
 def _put_in_place(folder: Path) -> None:
     """Replace the results in a run folder by the complete ones in `resume/`, if there are any; delete `resume/`.
 
-    The older results are deleted first. Then the new weights are moved, then the other files, `model.json` last. A
-    call that was killed is repeated: older results may still be there as long as the new weights are not moved.
+    The older results are deleted first. Then the new weights are moved, then the other files, `model.json` last. If
+    a call is killed, the next one continues: it deletes older results only while the new weights are not yet moved.
     """
     working = folder / RESUME
     complete = working / COMPLETE

@@ -276,8 +276,8 @@ def test_augmentation_moves_image_and_mask_together(unseen):
         assert dice(lungs, mask > 127.5) < 0.999
 
 
-def test_masks_to_train_on_are_their_own_images_thresholded(pairs):
-    """A mask given as its own X-ray is moved, flipped and batched like its mask."""
+def test_an_xray_and_its_mask_have_the_same_views_in_a_batch(pairs):
+    """If the mask serves as the X-ray too, the two stay alike in every batch."""
     same = [Pair(pair.mask, pair.mask, pair.group) for pair in pairs[:6]]
     batches = lung_model.PairBatches(lung_model.decoded(same, 64), 4, seed=0, augment=lung_model.PairViews())
     for batch in batches.epoch(1):
@@ -471,8 +471,8 @@ LungMasking(load_segmenter(pathlib.Path({str(folder)!r})))(numpy.zeros((64, 64),
 heavy = {{"pandas", "sklearn", "matplotlib", "scipy", "pydantic", "seaborn", "accelerate"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.slow
@@ -524,10 +524,10 @@ def test_xray_without_lungs_comes_back_whole_and_is_listed(segmenter, unseen, tm
     files = [tmp_path / "nothing.png", tmp_path / "chest.png"]
     for file, xray in zip(files, (nothing, unseen.images[0]), strict=True):
         cv2.imwrite(str(file), xray)
-    failures = masking.failures_table(files)
+    failures = masking.failures(files)
     reason = masking.mask_of(nothing).reason
     assert reason is not None
-    assert failures.to_dict("records") == [{"path": str(files[0]), "reason": reason}]
+    assert failures == {str(files[0]): reason}
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -539,7 +539,7 @@ def test_each_image_is_predicted_once_whatever_its_path(untrained, unseen, tmp_p
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, xray in zip(files, unseen.images, strict=False):
         cv2.imwrite(str(file), xray)
-    masking.failures_table(files)
+    masking.failures(files)
     assert len(predicted) == 5
     masks = [masking.mask_of(xray).mask for xray in unseen.images[:7]]
     assert len(predicted) == 7
@@ -587,7 +587,7 @@ import pathlib
 from lungs.masking import LungMasking
 from lungs.segmentation import find_pairs, load_segmenter
 masking = LungMasking(load_segmenter(pathlib.Path({str(folder)!r})), pathlib.Path({str(tmp_path)!r}))
-masking.failures_table([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]])
+masking.failures([pair.image for pair in find_pairs(pathlib.Path({str(root)!r}))[:12]])
 """
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -676,7 +676,7 @@ def test_masks_are_written_again_over_masks_and_an_edited_one_is_kept(folder, xr
 def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
     given, masks = xrays / "b.png", tmp_path / "masks"
     masks.mkdir()
-    if place == "beside":  # of the X-ray a.jpg, and it is another one
+    if place == "beside":  # a.png, the mask's name for a.jpg, is another X-ray
         given, masks = xrays / "a.jpg", xrays
         (xrays / "c.png").rename(xrays / "a.png")
     elif place == "itself":
@@ -684,7 +684,7 @@ def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
         masks = tmp_path / "other name"
     elif place == "hard link":
         os.link(xrays / "c.png", masks / "b.png")
-    elif place == "mask":  # given as if it were an X-ray
+    elif place == "mask":  # a mask is given as an X-ray
         predict(folder, xrays / "masks", given)
         given, masks = xrays / "masks" / "b.png", xrays / "masks"
         capsys.readouterr()

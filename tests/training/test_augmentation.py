@@ -49,7 +49,7 @@ def test_rotation_scale_and_shift_equal_torchvisions_affine(angle, shift_x, shif
         functional.affine(shown, angle, [shift_x * SIZE, shift_y * SIZE], scale, [0, 0], interpolation=BILINEAR, fill=0)
         for shown in (image.float(), torch.ones(image.shape))
     )
-    inside = covered == 1  # torchvision darkens twice what lies partly outside
+    inside = covered == 1  # torchvision darkens the pixels at the border twice
     assert inside.float().mean() > 0.5
     torch.testing.assert_close(ours[inside], expected[inside], atol=0.01, rtol=0)
     assert ours[covered == 0].eq(0).all()
@@ -67,7 +67,7 @@ def test_crops_equal_torchvisions_resized_crop():
         torch.testing.assert_close(ours[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
-def test_crop_affine_and_flip_in_one_equal_torchvisions_steps_in_this_order():
+def test_one_interpolation_equals_torchvisions_crop_affine_and_flip_in_this_order():
     image = smooth(1)
     window = {"left": [12 / SIZE], "top": [18 / SIZE], "width": [72 / SIZE], "height": [66 / SIZE]}
     moved = {"angle": [12.0], "shift_x": [0.0625], "shift_y": [-0.03125], "scale": [1.2]}
@@ -76,7 +76,7 @@ def test_crop_affine_and_flip_in_one_equal_torchvisions_steps_in_this_order():
     steps = functional.affine(steps, 12, [6, -3], 1.2, [0, 0], interpolation=BILINEAR, fill=0)
     steps = functional.horizontal_flip(steps)
     interior = (..., slice(20, -20), slice(20, -20))
-    torch.testing.assert_close(ours[interior], steps[interior], atol=2.0, rtol=0)  # they interpolate twice
+    torch.testing.assert_close(ours[interior], steps[interior], atol=2.0, rtol=0)  # the steps interpolate twice
     assert (ours - steps.flip(-1))[interior].abs().mean() > 20
 
 

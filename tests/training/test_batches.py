@@ -1,13 +1,18 @@
 """Batches: the seed and the epoch decide their order and their views, and shares miss no image."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import TINY_STUDY
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from datasets import XrayTable
+from studies.loading import load_study
 from training.augmentation import Augmentation
-from training.batches import Batches, Share, XrayDataset, make_batches
+from training.batches import Batches, Share, XrayDataset
+from training.prepared_images import prepared_images
 from utils import Preprocessing, balanced_weights
 
 
@@ -59,7 +64,7 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left():
 @pytest.mark.parametrize(("processes", "batches"), [(1, 4), (2, 4), (3, 4), (4, 3)])
 def test_processes_share_each_batch_and_every_image_has_one_process(processes, batches):
     shares = [list(numbers(15, seed=1).epoch(1, share=Share(index, processes))) for index in range(processes)]
-    whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three leaves one of four without
+    whole = list(numbers(15, seed=1).epoch(1))[:batches]  # a last batch of three images is too small for four processes
     assert {len(share) for share in shares} == {len(whole)}
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
@@ -80,20 +85,18 @@ def test_views_depend_on_seed_epoch_and_batch_and_not_on_the_process():
 
 def test_only_training_images_are_augmented_and_resampled(tmp_path):
     paths = write_greys(tmp_path, 17)
-    rows = {
-        "train": (paths[:13], [0] * 10 + [1] * 3),
-        "val": (paths[13:15], [0, 1]),
-        "test": (paths[15:], np.array([1, 0])),
-    }
-    batches = make_batches(
-        rows,
-        Preprocessing(16, (0, 0, 0), (1, 1, 1)),
-        num_classes=2,
-        batch_size=4,
-        augment=Augmentation(brightness=0.5),
-        oversample=True,
-        seed=0,
+    splits = ["train"] * 13 + ["val"] * 2 + ["test"] * 2
+    labels = [0] * 10 + [1] * 3 + [0, 1] + [1, 0]
+    frame = pd.DataFrame({"path": paths, "patient": paths, "split": splits, "label": labels})
+    table = XrayTable(frame, ("grey", "white"), tmp_path, has_patient_ids=False)
+    study_file = tmp_path / "study.toml"
+    study_file.write_text(
+        TINY_STUDY.replace("horizontal_flip = true", "brightness = 0.5").replace(
+            "batch_size = 8", 'batch_size = 4\nbalance = "oversample"'
+        )
     )
+    preprocessing = Preprocessing(16, (0, 0, 0), (1, 1, 1))
+    batches = prepared_images(load_study(study_file), table, "resnet18", preprocessing, tmp_path).batches
     assert batches["train"].sizes() == [4, 4, 4]  # a last batch of one image is left out
     means = {
         name: torch.cat([batch.images.mean((1, 2, 3)) for batch in each.epoch(1)]) * 255

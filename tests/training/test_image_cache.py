@@ -106,7 +106,7 @@ def test_changing_a_batch_does_not_change_the_file(splits, tmp_path):
 
 
 def spoil(path, *, later=0):
-    """Fill a file with zeros, so that it is no image; its size stays, its time is `later` by so many nanoseconds."""
+    """Fill a file with zeros, so that it is no image; keep its size, and its time except for `later` nanoseconds."""
     stat = os.stat(path)
     Path(path).write_bytes(bytes(stat.st_size))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))

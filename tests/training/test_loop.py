@@ -54,9 +54,9 @@ SEPARABLE = ([-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0], [0, 0, 0, 0, 1, 1, 1,
 def test_a_separable_problem_is_learnt():
     torch.manual_seed(0)
     model = Linear()
-    done = run(model, {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}, epochs=60, patience=60)
-    assert done.history["val_accuracy"].iloc[-1] == 1
-    assert done.history["val_loss"].iloc[-1] < 0.5 * done.history["val_loss"].iloc[0]
+    result = run(model, {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}, epochs=60, patience=60)
+    assert result.history["val_accuracy"].iloc[-1] == 1
+    assert result.history["val_loss"].iloc[-1] < 0.5 * result.history["val_loss"].iloc[0]
     assert (predict_logits(model, loader(*SEPARABLE)).argmax(1) == torch.tensor(SEPARABLE[1])).all()
 
 
@@ -66,25 +66,25 @@ def test_training_stops_and_keeps_the_weights_of_the_lowest_validation_loss():
     model = Linear()
     opposite = (SEPARABLE[0], [1 - label for label in SEPARABLE[1]])
     loaders = {"train": loader(*SEPARABLE), "val": loader(*opposite)}
-    done = run(model, loaders, epochs=50, patience=3)
-    assert len(done.history) == done.best_epoch + 3 < 50
-    assert done.best_epoch == int(done.history["val_loss"].idxmin()) + 1
+    result = run(model, loaders, epochs=50, patience=3)
+    assert len(result.history) == result.best_epoch + 3 < 50
+    assert result.best_epoch == int(result.history["val_loss"].idxmin()) + 1
     logits = predict_logits(model, loader(*opposite))
     best_loss = nn.functional.cross_entropy(logits, torch.tensor(opposite[1])).item()
-    assert best_loss == pytest.approx(done.history["val_loss"].min(), rel=1e-5)
+    assert best_loss == pytest.approx(result.history["val_loss"].min(), rel=1e-5)
     assert not model.training
 
 
 def test_history_has_a_row_for_each_epoch_and_fixed_columns():
     lengths = []
-    done = run(
+    result = run(
         Linear(),
         {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)},
         epochs=3,
         on_epoch=lambda history: lengths.append(len(history)),
     )
     assert lengths == [1, 2, 3]
-    assert done.history.columns.tolist() == [
+    assert result.history.columns.tolist() == [
         "epoch",
         "phase",
         "learning_rate",
@@ -93,8 +93,8 @@ def test_history_has_a_row_for_each_epoch_and_fixed_columns():
         "val_loss",
         "val_accuracy",
     ]
-    assert done.timing.columns.tolist() == ["epoch", "seconds", "images_per_second"]
-    assert done.timing["seconds"].gt(0).all()
+    assert result.timing.columns.tolist() == ["epoch", "seconds", "images_per_second"]
+    assert result.timing["seconds"].gt(0).all()
 
 
 def test_one_cycle_rises_and_falls_and_constant_stays():
@@ -130,10 +130,10 @@ def test_a_loss_that_is_not_finite_raises_an_error():
 
 def test_bf16_training_learns_too():
     torch.manual_seed(0)
-    done = run(
+    result = run(
         Linear(), {"train": loader(*SEPARABLE), "val": loader(*SEPARABLE)}, epochs=40, patience=40, precision="bf16"
     )
-    assert done.history["val_accuracy"].iloc[-1] == 1
+    assert result.history["val_accuracy"].iloc[-1] == 1
 
 
 def test_a_plateau_divides_the_learning_rate_by_ten_when_the_validation_loss_stops_falling():
@@ -141,9 +141,9 @@ def test_a_plateau_divides_the_learning_rate_by_ten_when_the_validation_loss_sto
     torch.manual_seed(0)
     opposite = (SEPARABLE[0], [1 - label for label in SEPARABLE[1]])
     loaders = {"train": loader(*SEPARABLE), "val": loader(*opposite)}
-    done = run(Linear(), loaders, epochs=7, patience=7, schedule="plateau", plateau_patience=2)
-    assert done.best_epoch == 1
-    np.testing.assert_allclose(done.history["learning_rate"], [0.05, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+    result = run(Linear(), loaders, epochs=7, patience=7, schedule="plateau", plateau_patience=2)
+    assert result.best_epoch == 1
+    np.testing.assert_allclose(result.history["learning_rate"], [0.05, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
 
 
 def test_the_loss_of_one_logit_is_the_binary_cross_entropy():
@@ -175,8 +175,8 @@ def test_several_labels_are_learnt_and_the_best_epoch_has_the_highest_auc():
     images = grey[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
     loaders = dict.fromkeys(("train", "val"), Batches(TensorDataset(images, targets), 4))
     model = Linear()
-    done = run(model, loaders, objective=MULTI_LABEL, select="auc", epochs=30, patience=30)
-    assert done.history["val_auc"].iloc[done.best_epoch - 1] == done.history["val_auc"].max() == 1
+    result = run(model, loaders, objective=MULTI_LABEL, select="auc", epochs=30, patience=30)
+    assert result.history["val_auc"].iloc[result.best_epoch - 1] == result.history["val_auc"].max() == 1
     scores = predict_logits(model, loaders["val"])
     assert [roc_auc_score(targets[:, c], scores[:, c]) for c in (0, 1)] == [1, 1]
 
@@ -218,8 +218,8 @@ def test_training_on_cached_features_gives_the_weights_of_training_on_images(nam
         model = build_network(name, 2, hidden_units=hidden, dropout=0.5)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         settings = {"trainable": "head", "epochs": 2, "learning_rate": 1e-2, "cache_features": cached}
-        done = run(model, loaders, **settings)
-        results.append((model.state_dict(), done.history[["train_loss", "val_loss"]].to_numpy()))
+        result = run(model, loaders, **settings)
+        results.append((model.state_dict(), result.history[["train_loss", "val_loss"]].to_numpy()))
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
         assert changed == {key for key in before if key.startswith(f"{model.head_name}.")}
     (once, curve), (usual, expected) = results
@@ -236,7 +236,7 @@ def test_frozen_batch_normalisation_keeps_its_statistics_in_both_phases():
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
     start = model.conv1.weight.detach().clone()
-    moved = []  # of every epoch: at the end the best weights come back, which may be early ones
+    moved = []  # by epoch; the weights at the end may be those of an early epoch
 
     def compare(history):
         same = all(torch.equal(m.running_mean, before[n][0]) for n, m in norms.items())
@@ -244,9 +244,9 @@ def test_frozen_batch_normalisation_keeps_its_statistics_in_both_phases():
         moved.append((not same, not torch.equal(model.conv1.weight, start)))
 
     phases = [{"trainable": t, "epochs": 2, "learning_rate": 1e-3} for t in ("head", "all")]
-    done = run(model, loaders, phases=phases, frozen_batch_norm=True, patience=9, on_epoch=compare)
-    assert done.history["phase"].tolist() == [1, 1, 2, 2]
-    assert done.history["epoch"].tolist() == [1, 2, 3, 4]
+    result = run(model, loaders, phases=phases, frozen_batch_norm=True, patience=9, on_epoch=compare)
+    assert result.history["phase"].tolist() == [1, 1, 2, 2]
+    assert result.history["epoch"].tolist() == [1, 2, 3, 4]
     assert moved == [(False, False), (False, False), (False, True), (False, True)]
     moved.clear()
     run(model, loaders, trainable="all", epochs=1, on_epoch=compare)  # without the setting statistics move
@@ -269,8 +269,8 @@ def test_computing_features_counts_as_training_time(monkeypatch):
     loaders = xray_batches()
     loaders["train"].dataset = SlowXrays(24)
     model = build_network("lenet5", 2, hidden_units=())
-    done = run(model, loaders, trainable="head", epochs=2)
-    np.testing.assert_allclose(done.timing["seconds"], [24, 0], atol=1e-3)
+    result = run(model, loaders, trainable="head", epochs=2)
+    np.testing.assert_allclose(result.timing["seconds"], [24, 0], atol=1e-3)
 
 
 def test_the_validation_loss_of_several_labels_has_the_weights_of_training():
@@ -307,6 +307,6 @@ def test_a_phase_starts_from_the_best_weights_of_the_one_before():
     opposite = (SEPARABLE[0], [1 - label for label in SEPARABLE[1]])
     loaders = {"train": loader(*SEPARABLE), "val": loader(*opposite)}
     phases = [{"epochs": 4, "learning_rate": 0.5}, {"epochs": 1, "learning_rate": 1e-9}]
-    done = run(Linear(), loaders, phases=phases, patience=9)
-    assert done.history["val_loss"].iloc[4] == pytest.approx(done.history["val_loss"].iloc[0], abs=1e-6)
-    assert done.history["val_loss"].iloc[3] > done.history["val_loss"].iloc[0] + 0.1
+    result = run(Linear(), loaders, phases=phases, patience=9)
+    assert result.history["val_loss"].iloc[4] == pytest.approx(result.history["val_loss"].iloc[0], abs=1e-6)
+    assert result.history["val_loss"].iloc[3] > result.history["val_loss"].iloc[0] + 0.1

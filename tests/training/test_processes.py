@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # each process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
-KILL = 6  # the state is saved after each of an epoch's four batches, perhaps also at its end: this is the second epoch
+KILL = 6  # the state is saved after each of an epoch's four batches, perhaps also at its end: save 6 is in epoch 2
 LAUNCHER = [
     "-m",
     "accelerate.commands.launch",

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow
 
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
-# The state is saved after each of an epoch's three batches, perhaps also at its end. Each run goes on from the last
-# state and is killed within this save of its own: in the first epoch, the second, and the third or fourth.
+# The state is saved after each of an epoch's three batches, perhaps also at its end. Each run continues from the last
+# state and is killed during the save of this number: in the first epoch, the second, and the third or fourth.
 KILLS = (2, 5, 6)
 LONGER = TINY_STUDY.replace("epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0").replace(
     "learning_rate = 1e-3", "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]"
@@ -125,14 +125,14 @@ def train(folder, trouble=nothing, val_trouble=nothing, augment=VARIED, on_epoch
     }
     checkpoints = None if folder is None else Checkpoints(folder, {"rate": str(settings)})
     options = {"training": training, "device": "cpu", "title": "T", "checkpoints": checkpoints}
-    done = fine_tune(model, batches, on_epoch=on_epoch, **options)
-    return model.state_dict(), done
+    result = fine_tune(model, batches, on_epoch=on_epoch, **options)
+    return model.state_dict(), result
 
 
 def assert_same(first, second):
-    (weights, done), (other_weights, other_done) = first, second
-    assert done.history.equals(other_done.history)
-    assert done.best_epoch == other_done.best_epoch
+    (weights, result), (other_weights, other_result) = first, second
+    assert result.history.equals(other_result.history)
+    assert result.best_epoch == other_result.best_epoch
     assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
 
 
@@ -170,7 +170,7 @@ def test_an_unreadable_validation_image_does_not_lose_the_epoch(whole_training, 
         train(tmp_path, val_trouble=at(3, ValueError("broken image")))
     batches = []
     again = train(tmp_path, trouble=batches.append)
-    assert len(batches) == 3 * 4  # the epochs of the second phase: those of the first are done
+    assert len(batches) == 3 * 4  # the epochs of the second phase; those of the first are finished
     assert_same(again, whole_training)
 
 
@@ -454,7 +454,7 @@ def two_networks(phantom_root, tmp_path):
 
 
 def written(folder):
-    """Return which file the card of a run folder is: another training writes another file."""
+    """Return what identifies the card's file in a run folder: a new training writes a new file."""
     status = (folder / "model.json").stat()
     return status.st_ino, status.st_mtime_ns
 
