@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from datasets.kaggle import download_command
 from datasets.table import XrayTable, image_files, image_frame, refuse_empty, refuse_unknown, subfolder
 
 # Class -> the kinds of its images; a file's name tells the kind.
@@ -22,10 +23,7 @@ FOLDER_NAMES = {
 # Split folder of the source -> split of the table.
 OFFICIAL_SPLITS = {"train": "train", "val": "train", "test": "test"}
 TOP_FOLDER = "chest_xray"
-DOWNLOAD = (
-    'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
-    "'paultimothymooney/chest-xray-pneumonia', output_dir='data')\""
-)
+DOWNLOAD = download_command("paultimothymooney/chest-xray-pneumonia")
 
 
 def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:

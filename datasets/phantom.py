@@ -135,8 +135,8 @@ def write_phantom(
     counts = {name: images_per_class.get(name, 0) for name in CLASSES}
     if min(counts.values()) < 0:
         raise ValueError(f"Numbers of images cannot be negative: {counts}")
-    drawing = {"size": size, "seed": seed, "shortcut_class": shortcut_class}
-    drawing["shortcut_probability"] = float(shortcut_probability)
+    shortcut = {"shortcut_class": shortcut_class, "shortcut_probability": float(shortcut_probability)}
+    drawing = {"size": size, "seed": seed, **shortcut}
     draw_phantoms([], **drawing)  # refuses wrong settings before a folder is made
     settings = {"what": WHAT, "generator_version": GENERATOR_VERSION, "images_per_class": counts, **drawing}
     settings["shortcut_elsewhere"] = 0.0  # part of the settings of generator version 1

@@ -162,8 +162,7 @@ def _read_source(source: Data) -> XrayTable:
 def _split(table: XrayTable, study: Study, share: float) -> XrayTable:
     """Return the table limited to a `share` (0 to 1) of its images, and split."""
     split, seed = study.split, study.split_seed
-    if share < 1:
-        table = table.limited(max(1, round(share * len(table))), seed=seed)
+    table = table.limited(max(1, round(share * len(table))), seed=seed)
     val, test = (size if size < 1 else max(1, round(share * size)) for size in (split.val, split.test))
     if split.fold is not None:
         table = split_into_folds(table, folds=split.folds, fold=split.fold, test=test, seed=seed)

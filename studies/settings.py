@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -119,11 +119,9 @@ class Preprocessing(Settings):
     - `lung_model`: folder below `runs/` with a lung segmentation model. Everything outside the lungs becomes black, see
       `lungs.masking.LungMasking`. If the folder is missing, a model is trained on the phantom.
 
-    Images are always normalised with the `mean` and `std` of ImageNet; these two are not settings.
+    Images are always normalised with `IMAGENET_MEAN` and `IMAGENET_STD`; these two are not settings.
     """
 
-    mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
-    std: ClassVar[tuple[float, float, float]] = IMAGENET_STD
     image_size: ImageSize = 224
     lung_model: FolderPath | None = None
 
@@ -336,10 +334,10 @@ class Study(Settings):
         _set_for_all_networks(fields, {key: value for key, value in training.items() if value is not None})
         fields["seed"] = self.seed if seed is None else seed
         if limit is not None:
-            # The scores of faithfulness take hundreds of passes an image: too long for a quick look.
-            faithful, steps = min(self.maps.faithful, max(2, limit // 20)), min(self.maps.steps, 4)
             fields["limit"] = limit
-            fields["maps"] |= {"faithful": faithful, "steps": steps}
+            # The scores of faithfulness take hundreds of passes an image: too long for a trial.
+            fields["maps"]["faithful"] = min(self.maps.faithful, max(2, limit // 20))
+            fields["maps"]["steps"] = min(self.maps.steps, 4)
             _rename(fields, f"-limit{limit}")
         if fold is not None:
             fields["split"]["fold"] = fold

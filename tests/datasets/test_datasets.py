@@ -214,7 +214,7 @@ def test_a_patient_with_very_many_images_does_not_fill_a_small_split():
         table = invented_table(patients + others, labels + [1] * 100)
         table = split_by_patient(table, val=0.1, test=0.1, seed=seed)
         assert set(table.frame.loc[table.frame["patient"] == "big", "split"]) == {"train"}
-        assert table.patient_counts().loc["class 0", ["val", "test"]].tolist() == [10, 10]
+        assert table.counts("patient").loc["class 0", ["val", "test"]].tolist() == [10, 10]
 
 
 def test_split_depends_on_the_seed_and_not_on_the_order_of_rows():

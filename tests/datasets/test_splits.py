@@ -80,7 +80,7 @@ def test_counts_have_a_row_for_each_finding_and_one_for_no_finding():
     assert table.counts().index.tolist() == [*FINDINGS, "No finding"]
     assert table.counts().to_numpy().tolist() == [[2, 0], [1, 0], [0, 1], [1, 1]]
     assert table.counts().columns.tolist() == ["train", "test"]
-    assert table.patient_counts().to_numpy().tolist() == [[1, 0], [1, 0], [0, 1], [1, 1]]
+    assert table.counts("patient").to_numpy().tolist() == [[1, 0], [1, 0], [0, 1], [1, 1]]
     assert several(texts).counts().columns.tolist() == ["not split"]
 
 
