@@ -62,7 +62,7 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
     missing, others = paths.isna().sum(), int((findings.any(axis=1) & ~chosen.any(axis=1)).sum())
     remarks = {
         f"{missing} of {len(paths)} listed images have no file and are left out": missing,
-        f"{others} images have other findings only and count as without any": others,
+        f"{others} images have other findings only and count as images without a finding": others,
     }
     notes = tuple(remark for remark, number in remarks.items() if number)
     return XrayTable(frame, wanted, root, has_patient_ids=True, multilabel=True, boxes=boxes, notes=notes)

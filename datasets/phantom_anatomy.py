@@ -208,7 +208,7 @@ def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, m
 
 
 def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> tuple[np.ndarray, ...]:
-    """Patient `number` (from 0) with a disease of LESIONS, and with a shortcut marker by a chance of 0-1.
+    """Draw patient `number` (from 0) with a disease of LESIONS. `shortcut_chance` is the probability of a marker.
 
     Returns:
         The image (uint8, 0 = black = little attenuation) and the masks (bool) of lungs, lesions and shortcut, each

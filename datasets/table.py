@@ -72,8 +72,7 @@ class XrayTable:
     `boxes` has the columns `path`, `label` (index into `classes`), `x`, `y` (upper left corner), `width`, `height`
     (fractions of the image). `notes` tell the user what the reader left out, and why.
 
-    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits: results would
-    be worthless.
+    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits.
     """
 
     frame: pd.DataFrame
@@ -100,7 +99,7 @@ class XrayTable:
 
     def _refuse_unfit_classes(self) -> None:
         if len(self.classes) < 2:
-            raise ValueError(f"{self.root} has one class only, {self.classes[0]!r}: there is nothing to tell apart")
+            raise ValueError(f"{self.root} has one class only, {self.classes[0]!r}: at least two are needed")
         reserved = {"path", "patient", "target", *((*COLUMNS, NO_FINDING) if self.multilabel else ())}
         if reserved & set(self.classes) or len(set(self.classes)) < len(self.classes):
             names = ", ".join(sorted(reserved))
@@ -195,7 +194,7 @@ class XrayTable:
 def _shares(counts: pd.Series, number: int) -> pd.Series:
     """Return whole numbers in proportion to `counts` with the sum `number`, by the method of largest remainders.
 
-    Each is at least 1 if `number` is large enough.
+    Each share is at least 1 if `number` is at least the number of shares.
     """
     least = int(number >= len(counts))
     exact = counts * number / counts.sum()
@@ -210,9 +209,9 @@ def _shares(counts: pd.Series, number: int) -> pd.Series:
 def first_patients(images: pd.Series, target: int) -> list[str]:
     """Return the first patients, in the given order, whose `images` together come nearest to `target`.
 
-    The last patient is taken if at least half of its images fit. To skip patients that do not fit would prefer those
-    with few images. Only patients with at least twice `target` images are skipped, because one fills a split alone.
-    If all patients are like that, the one with the fewest images is taken, so that no split is empty.
+    The last patient is taken if at least half of its images fit. Skipping patients that do not fit would favour
+    patients with few images. Only patients with at least twice `target` images are skipped, because one of them would
+    fill a split alone. If all patients have so many images, the one with the fewest is taken: no split may be empty.
     """
     possible = images[images < 2 * target]
     middles = possible.cumsum() - possible / 2
@@ -305,7 +304,7 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     - The root is the folder that the sources' roots share.
 
     Raises ValueError if only some sources are multi-label, or if multi-label sources have different findings: a source
-    that does not look for a finding cannot rule it out.
+    that does not record a finding does not rule it out.
     """
     multilabel = [name for name, table in tables.items() if table.multilabel]
     if multilabel and len(multilabel) < len(tables):
@@ -317,8 +316,8 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
         sources = [source for source, table in tables.items() if name in table.classes]
         if len(sources) < len(tables):
             if multilabel:
-                raise ValueError(f"not all sources look for {name}: choose findings that all have")
-            notes.append(f"{name} comes from {', '.join(sources)} only: the source alone gives it away")
+                raise ValueError(f"not all sources record {name}: choose findings that all have")
+            notes.append(f"{name} comes from {', '.join(sources)} only: a network can tell it by the source")
     parts = {source: with_classes(table, classes) for source, table in tables.items()}
     frames = [part.frame.assign(patient=f"{source}/" + part.frame["patient"]) for source, part in parts.items()]
     frame = pd.concat(frames, ignore_index=True)

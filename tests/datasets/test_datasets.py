@@ -160,7 +160,7 @@ def test_patient_pattern_groups_the_images_of_a_patient(tmp_path):
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="one folder of PNG or JPEG files a class"):
+    with pytest.raises(FileNotFoundError, match="one folder of PNG or JPEG files for each class"):
         read_dataset("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         read_dataset("folder", tmp_path / "nowhere")
