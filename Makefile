@@ -1,5 +1,5 @@
-# Everything on a fresh machine with Python 3.11 or newer: `make demo` (some minutes) and `make test`.
-# A Python of another name: `make demo PYTHON=python3.12`.
+# On a fresh machine with Python 3.11 or newer: `make demo` (some minutes), then `make test`.
+# If Python has another name: `make demo PYTHON=python3.12`.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 1_data_exploration 2_finetune_models 3_evaluate_results
@@ -26,11 +26,11 @@ test: .venv/installed-dev
 	$(BIN)/$(STRIP) --verify *.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# While working on it: all tests that neither train nor start programs nor run notebooks, in under two minutes.
+# The tests that do not train networks, start programs or run notebooks: under two minutes.
 quicktest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-# How fast it is beside the usual way, and whether it survives kills: tables on the screen and in benchmarks/results/.
+# Measures the speed beside the usual way, and whether a training survives kills; tables go to benchmarks/results/ too.
 bench: .venv/installed
 	@for name in training frozen_features kills memory read_table "cam --no-libraries"; do \
 		set -- $$name; echo "== benchmarks/$$1.py $$2"; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \
@@ -38,7 +38,7 @@ bench: .venv/installed
 	@if [ -f runs/demo/resnet18/model.json ]; then $(BIN)/python benchmarks/overlay.py; \
 	else echo "overlay.py: left out, it needs the network of make demo"; fi
 
-# After `make demo`: take its outputs over into the notebooks that are committed.
+# After `make demo`: copies the executed notebooks over the committed ones.
 notebooks: .venv/installed-dev
 	@for name in $(NOTEBOOKS); do cp runs/demo/$$name.ipynb . && $(BIN)/$(STRIP) $$name.ipynb || exit 1; done
 

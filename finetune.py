@@ -26,7 +26,7 @@ from inference.starting_weights import kept_head, starting_weights
 from inference.trained_networks import ModelCard, save_network
 from lungs.segmentation import save_segmenter
 from studies.loading import PROJECT, load_study, load_table, positive_class
-from studies.settings import NetworkTraining, Study
+from studies.settings import IMAGENET_MEAN, IMAGENET_STD, NetworkTraining, Study
 from training.checkpoints import Checkpoints, on_cpu
 from training.devices import described
 from training.learning_task import LearningTask, learning_task
@@ -136,7 +136,7 @@ def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, devic
     refuse_differences(accelerator, process_settings(accelerator))
     with accelerator.main_process_first():  # the main process may have to train a lung model
         lungs = lung_masking_of(study, runs)
-    preprocessing = Preprocessing(training.image_size, study.preprocessing.mean, study.preprocessing.std, lungs)
+    preprocessing = Preprocessing(training.image_size, IMAGENET_MEAN, IMAGENET_STD, lungs)
     provenance = from_main(  # another process may see another state of the files
         accelerator, lambda: provenance_of(study, table, network, preprocessing.key, weights[0], accelerator)
     )
@@ -360,7 +360,7 @@ def _fine_tune_all(studies: Sequence[Study], table: XrayTable, options: argparse
     """
     print(f"{studies[0].title}: {len(table)} images", table.counts().to_string(), *table.notes, sep="\n")
     if table.has_patient_ids:
-        print(f"of {table.frame['patient'].nunique()} patients:\n{table.patient_counts().to_string()}")
+        print(f"of {table.frame['patient'].nunique()} patients:\n{table.counts('patient').to_string()}")
     pairs = [(study, network) for study in studies for network in study.networks]
     jobs = [_checked_job(study, table, network, options.runs, options.device) for study, network in pairs]
     for job in jobs:

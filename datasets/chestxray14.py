@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from datasets.kaggle import download_command
 from datasets.table import NO_FINDING, XrayTable, image_frame, no_boxes, rarest_findings, refuse_images, refuse_unknown
 
 # In the paper's order.
@@ -21,10 +22,7 @@ BOX_SIZE = 1024  # px: the boxes refer to images of this size, whatever the size
 OFFICIAL_LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 BOX_LIST = "BBox_List_2017.csv"
 NIH = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
-DOWNLOAD = (
-    'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
-    f"'nih-chest-xrays/data', output_dir='data/ChestX-ray14')\", or from {NIH}"
-)
+DOWNLOAD = f"{download_command('nih-chest-xrays/data', 'data/ChestX-ray14')}, or from {NIH}"
 
 
 def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split: bool = False) -> XrayTable:
@@ -64,7 +62,7 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
     missing, others = paths.isna().sum(), int((findings.any(axis=1) & ~chosen.any(axis=1)).sum())
     remarks = {
         f"{missing} of {len(paths)} listed images have no file and are left out": missing,
-        f"{others} images have other findings only and count as without any": others,
+        f"{others} images have other findings only and count as images without a finding": others,
     }
     notes = tuple(remark for remark, number in remarks.items() if number)
     return XrayTable(frame, wanted, root, has_patient_ids=True, multilabel=True, boxes=boxes, notes=notes)
@@ -126,7 +124,5 @@ def _read_boxes(root: Path, paths: pd.Series, classes: tuple[str, ...]) -> pd.Da
     refuse_images(unreadable, f"in {BOX_LIST} have a box that is not four numbers", "correct these lines")
     refuse_unknown(boxes["label"], FINDINGS, f"findings in {BOX_LIST}")
     boxes = boxes[boxes["image"].isin(paths.index) & boxes["label"].isin(classes)].reset_index(drop=True)
-    if boxes.empty:
-        return no_boxes()
     labels = boxes["label"].map(classes.index).astype("int64")
     return pd.DataFrame({"path": boxes["image"].map(paths), "label": labels}).join(boxes[sides] / BOX_SIZE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from datasets.kaggle import download_command
 from datasets.table import XrayTable, image_files, image_frame, no_boxes, refuse_unknown, subfolder
 
 # Class -> its folder; an older version of the database uses the class's name. Upper and lower case do not matter.
@@ -17,10 +18,7 @@ FOLDERS = {
     "Viral Pneumonia": "Viral Pneumonia",
 }
 TOP_FOLDERS = ("covid-19_radiography_dataset", "covid-19 radiography database")
-DOWNLOAD = (
-    'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
-    "'tawsifurrahman/covid19-radiography-database', output_dir='data')\""
-)
+DOWNLOAD = download_command("tawsifurrahman/covid19-radiography-database")
 
 
 def read_covid_radiography(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:

@@ -1,4 +1,4 @@
-"""A user's own data: one folder a class; folders `train/`, `val/` and `test/` above the classes are optional."""
+"""A user's own data: one folder for each class; folders `train/`, `val/` and `test/` above the classes are optional."""
 
 import re
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def read_folder(
     """
     root = root.absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: give the folder that holds one folder of images a class")
+        raise FileNotFoundError(f"no folder {root}: give a folder with one folder of images for each class")
     folders = {split: subfolder(root, names) for split, names in SPLIT_FOLDERS.items()}
     tops = {split: folder for split, folder in folders.items() if folder} or {None: root}
     names = tuple(classes) or _class_names(tops)
@@ -43,7 +43,7 @@ def read_folder(
         for path in image_files(top / name)
     ]
     if not rows:
-        raise FileNotFoundError(f"no images in {root}: it must hold one folder of PNG or JPEG files a class")
+        raise FileNotFoundError(f"no images in {root}: it needs one folder of PNG or JPEG files for each class")
     frame = image_frame(**pd.DataFrame(rows, columns=["path", "patient", "label", "split"], dtype=object))
     refuse_empty(names, frame["label"], root)
     return XrayTable(frame=frame, classes=names, root=root, has_patient_ids=patient_pattern is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from datasets.kaggle import download_command
 from datasets.table import XrayTable, image_files, image_frame, refuse_empty, refuse_unknown, subfolder
 
 # Class -> the kinds of its images; a file's name tells the kind.
@@ -21,18 +22,14 @@ FOLDER_NAMES = {
 }
 # Split folder of the source -> split of the table.
 OFFICIAL_SPLITS = {"train": "train", "val": "train", "test": "test"}
-TOP_FOLDER = "chest_xray"
-DOWNLOAD = (
-    'pip install kagglehub && python -c "import kagglehub; kagglehub.dataset_download('
-    "'paultimothymooney/chest-xray-pneumonia', output_dir='data')\""
-)
+DOWNLOAD = download_command("paultimothymooney/chest-xray-pneumonia")
 
 
 def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     """Return the table of the images in `{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    The splits are the source's, except that its 16 validation images count as train, because 16 are too few to choose
-    anything by. `split_by_patient` draws the validation images from train. The table's notes have the numbers.
+    The splits are the source's, except that its 16 validation images count as train, because 16 images are too few to
+    choose the best epoch. `split_by_patient` draws the validation images from train. The notes have the numbers.
 
     Args:
         root: the folder of the splits, or the folder that holds it as `chest_xray`.
@@ -48,7 +45,7 @@ def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     if len(labels) < sum(len(CLASS_KINDS[name]) for name in wanted):
         raise ValueError(f"some of the classes {', '.join(wanted)} share images: Pneumonia is Bacterial and Viral")
     root = root.absolute()
-    root = next((top for top in (root, root / TOP_FOLDER) if (top / "train").is_dir()), root)
+    root = next((top for top in (root, root / "chest_xray") if (top / "train").is_dir()), root)
     images = _read_images(root)
     if not {"train", "test"} <= set(images["folder"]):
         raise FileNotFoundError(f"no train and test images of Kermany et al. in {root}: get them with: {DOWNLOAD}")
@@ -82,9 +79,9 @@ def _notes(images: pd.DataFrame, chosen: pd.DataFrame, classes: tuple[str, ...])
     shared = int(numbers.duplicated().sum())
     left_out = len(images) - len(chosen)
     remarks = {
-        f"{validation} official validation images count as train: too few to choose anything by": validation,
+        f"{validation} official validation images count as train: too few to choose the best epoch": validation,
         f"{shared} patient numbers occur in both train and test and are read as different patients: the source "
-        "says that its test patients are others": shared,
+        "says that no test patient is in train": shared,
         f"{left_out} images that are not {' or '.join(classes)} are left out": left_out,
     }
     return tuple(remark for remark, number in remarks.items() if number)

@@ -23,7 +23,7 @@ from datasets.covid_radiography import FOLDERS
 from datasets.phantom_anatomy import draw_chest
 from datasets.table import BOX_COLUMNS, refuse_unknown
 
-GENERATOR_VERSION = 1  # to be raised when the same seed gives another picture
+GENERATOR_VERSION = 1  # raise it when the same seed gives another picture
 CLASSES = tuple(FOLDERS)
 SMALLEST_BOX = 0.0015  # share of the image's area; smaller parts of a mask get no box
 SMALLEST_SIZE = 32  # px
@@ -54,8 +54,8 @@ def draw_phantoms(
     """Return one radiograph for each of N labels.
 
     An image depends only on (seed, patient, label, size, shortcut), not on the images drawn with it. Anatomy,
-    exposure, noise and side marker depend only on (seed, patient): the same patient with the label Normal has the same
-    chest without the disease. The bytes are the same on one machine with the same versions of NumPy and OpenCV.
+    exposure, noise and side marker depend only on (seed, patient). So one patient has the same chest with every
+    disease and without. The bytes are the same on one machine with the same versions of NumPy and OpenCV.
 
     Args:
         labels: (N,) indices into CLASSES.
@@ -135,8 +135,8 @@ def write_phantom(
     counts = {name: images_per_class.get(name, 0) for name in CLASSES}
     if min(counts.values()) < 0:
         raise ValueError(f"Numbers of images cannot be negative: {counts}")
-    drawing = {"size": size, "seed": seed, "shortcut_class": shortcut_class}
-    drawing["shortcut_probability"] = float(shortcut_probability)
+    shortcut = {"shortcut_class": shortcut_class, "shortcut_probability": float(shortcut_probability)}
+    drawing = {"size": size, "seed": seed, **shortcut}
     draw_phantoms([], **drawing)  # refuses wrong settings before a folder is made
     settings = {"what": WHAT, "generator_version": GENERATOR_VERSION, "images_per_class": counts, **drawing}
     settings["shortcut_elsewhere"] = 0.0  # part of the settings of generator version 1
@@ -150,7 +150,7 @@ def write_phantom(
             csv.writer(file).writerows([BOX_COLUMNS, *boxes])
         (folder / "phantom.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if root.is_dir():
-            root.rmdir()  # empty; not every system can rename onto it
+            root.rmdir()  # it is empty here; not every system can rename a folder onto an empty one
         folder.rename(root)
 
 

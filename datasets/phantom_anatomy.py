@@ -120,9 +120,8 @@ def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
         clavicles.append(thorax(patient, np.array(s_curve) * (sign, 1)))
         blades.append(rounded(thorax(patient, np.array(blade) * (sign, 1))))
         joint = np.array([sign * (patient.cage + 0.06), patient.apex + 0.07])
-        bone += 1.8 * film.rod(joint, joint + patient.arm * (sign, 1), 0.03) + 1.6 * film.rod(
-            joint, joint * 1.01, 0.048
-        )
+        upper_arm = 1.8 * film.rod(joint, joint + patient.arm * (sign, 1), 0.03)
+        bone += upper_arm + 1.6 * film.rod(joint, joint * 1.01, 0.048)
     bone += 1.5 * film.stroke((clavicles, 0.030, 1.0), (clavicles, 0.014, 0.75))
     bone += 0.5 * film.soften(film.fill(*blades), 0.004) + 0.8 * film.stroke((blades, 0.008, 1.0))
 
@@ -137,9 +136,8 @@ def trachea(film: Film, patient: SimpleNamespace) -> np.ndarray:
     """(S, S) cm of air in the trachea and the main bronchi; the right bronchus is steeper."""
     top, carina = mediastinum(patient, [(-0.01, -0.3), (-0.03, 0.33)])
     right, left = mediastinum(patient, [(-0.20, 0.44), (0.22, 0.44)])
-    air = 2.2 * film.rod(top, carina, 0.022)
     bronchi = np.maximum(1.1 * film.rod(carina, right, 0.015), film.rod(carina, left, 0.013))
-    return np.maximum(air, bronchi)
+    return np.maximum(2.2 * film.rod(top, carina, 0.022), bronchi)
 
 
 def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
@@ -153,8 +151,7 @@ def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
     """(S, S) 0-1: the large vessels of both hila, shaped like a comma that gets thinner downwards."""
-    comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)])
-    comma = comma * (patient.cage, patient.lung_length)
+    comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)]) * (patient.cage, patient.lung_length)
     paths = np.stack([hilum(patient, sign) + comma * (sign, 1) for sign in (-1, 1)])
     layers = [(paths, 0.018, 0.5), (paths[:, :3], 0.026, 0.8), (paths[:, :2], 0.036, 1.0)]
     return film.soften(film.stroke(*layers), 0.007)
@@ -211,7 +208,7 @@ def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, m
 
 
 def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chance: float) -> tuple[np.ndarray, ...]:
-    """Patient `number` (from 0) with a disease of LESIONS, and with a shortcut marker by a chance of 0-1.
+    """Draw patient `number` (from 0) with a disease of LESIONS. `shortcut_chance` is the probability of a marker.
 
     Returns:
         The image (uint8, 0 = black = little attenuation) and the masks (bool) of lungs, lesions and shortcut, each

@@ -19,10 +19,11 @@ def split_by_patient(table: XrayTable, *, val: float, test: float, seed: int) ->
 
     Args:
         table: not split, or with some of the splits.
-        val: below 1 a fraction of each class's images, from 1 on a number of images a class. With one image a patient
-            the size is exact; else it differs by at most half a patient a class, see `table.first_patients`.
+        val: below 1 a fraction of each class's images, from 1 on a number of images in each class. If each patient has
+            one image, the size is exact; else it differs by at most half a patient in each class, see
+            `table.first_patients`.
         test: size of the test set, in the same unit as `val`.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ValueError: a class has too few patients to put one into every split.
@@ -92,7 +93,7 @@ def split_into_folds(table: XrayTable, *, folds: int, fold: int, test: float, se
         folds: number of parts.
         fold: number of the part for validation, from 1.
         test: size of the test set, as in `split_by_patient`.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: a class has fewer patients than there are folds.
@@ -133,8 +134,8 @@ def _parts(patients: pd.DataFrame, folds: int, rng: np.random.Generator) -> dict
 def thinned(table: XrayTable, *, keep: float, seed: int) -> XrayTable:
     """Return the multi-label table with only a share of the training images without a finding, drawn by `seed`.
 
-    `keep` is that share, above 0 and at most 1. Validation and test keep all their images, because results are judged
-    by them.
+    `keep` is that share, above 0 and at most 1. Validation and test keep all their images, so that scores stay
+    comparable.
     """
     if not table.multilabel:
         raise ValueError("only multi-label data has images without a finding: set keep_without_finding = 1")

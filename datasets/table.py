@@ -1,4 +1,4 @@
-"""`XrayTable`: every dataset becomes one; the rest of the project knows datasets only in this form."""
+"""`XrayTable`, the form in which the rest of the project sees every dataset."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,8 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "patient", "split", "label", "mask", "lesion")
 BOX_COLUMNS = ("path", "label", "x", "y", "width", "height")
 NO_FINDING = "No Finding"  # the target of an image without any finding, in files
-FINGERPRINT = "sha256:"  # fingerprints begin with it; older ones, without it, do not cover the images' content
-_known_digests: dict[tuple[str, int, int, int], str] = {}  # by path, size and times
+FINGERPRINT = "sha256:"  # the start of every fingerprint; older ones lack it and do not cover the images' content
+_known_digests: dict[tuple[str, int, int, int], str] = {}  # (path, size, two file times) -> digest
 
 
 def no_boxes() -> pd.DataFrame:
@@ -33,7 +34,7 @@ def image_frame(**columns: object) -> pd.DataFrame:
 
 
 def refuse_unknown(names: Iterable[str], choices: Iterable[str], kind: str) -> None:
-    """Raise ValueError if some `names` are not in `choices`; `kind` is the word for the names in the message."""
+    """Raise ValueError if some `names` are not in `choices`; the message calls the names `kind`."""
     unknown = sorted(set(names) - set(choices))
     if unknown:
         raise ValueError(f"unknown {kind} {unknown}: choose from {', '.join(choices)}")
@@ -71,8 +72,7 @@ class XrayTable:
     `boxes` has the columns `path`, `label` (index into `classes`), `x`, `y` (upper left corner), `width`, `height`
     (fractions of the image). `notes` tell the user what the reader left out, and why.
 
-    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits: results would
-    be worthless.
+    Raises ValueError if a label is out of range, a file is listed twice, or a patient is in two splits.
     """
 
     frame: pd.DataFrame
@@ -99,7 +99,7 @@ class XrayTable:
 
     def _refuse_unfit_classes(self) -> None:
         if len(self.classes) < 2:
-            raise ValueError(f"{self.root} has one class only, {self.classes[0]!r}: there is nothing to tell apart")
+            raise ValueError(f"{self.root} has one class only, {self.classes[0]!r}: at least two are needed")
         reserved = {"path", "patient", "target", *((*COLUMNS, NO_FINDING) if self.multilabel else ())}
         if reserved & set(self.classes) or len(set(self.classes)) < len(self.classes):
             names = ", ".join(sorted(reserved))
@@ -143,20 +143,12 @@ class XrayTable:
         shares = self.targets(split).mean(axis=0)
         return tuple(name for name, share in zip(self.classes, shares, strict=True) if share in (0, 1))
 
-    def counts(self) -> pd.DataFrame:
+    def counts(self, unit: Literal["path", "patient"] = "path") -> pd.DataFrame:
         """Return the number of images, a row a class, a column a split ("not split" for images without a split).
 
         In a multi-label table an image counts for each of its findings. A last row, "No finding", counts the images
-        without any.
+        without any. With `unit="patient"` patients are counted and not images.
         """
-        return self._counts_of("path")
-
-    def patient_counts(self) -> pd.DataFrame:
-        """Return the number of patients, a row a class, a column a split, as `counts` does for images."""
-        return self._counts_of("patient")
-
-    def _counts_of(self, unit: str) -> pd.DataFrame:
-        """Return how many different values the column `unit` has, a row a class, a column a split."""
         if self.multilabel:
             members = self.frame[list(self.classes)].astype("int64")
             members["No finding"] = 1 - members.max(axis=1)
@@ -184,11 +176,10 @@ class XrayTable:
         if number < len(strata) and not self.multilabel:
             raise ValueError(f"a limit of {number} images is too few for {len(strata)} classes and splits")
         sizes = _shares(strata, number)
-        drawn: list[str] = []
-        for stratum, group in patients.sample(frac=1, random_state=seed).groupby(["split", "label"]):
-            if sizes[stratum]:
-                drawn += first_patients(group["images"], sizes[stratum])
-        return self.of_images(self.frame["patient"].isin(drawn), note=f"limited to {{}} of {len(self)} images")
+        groups = patients.sample(frac=1, random_state=seed).groupby(["split", "label"])["images"]
+        drawn = [first_patients(images, sizes[stratum]) for stratum, images in groups if sizes[stratum]]
+        chosen = self.frame["patient"].isin([patient for stratum in drawn for patient in stratum])
+        return self.of_images(chosen, note=f"limited to {{}} of {len(self)} images")
 
     def of_images(self, chosen: pd.Series, *, note: str) -> "XrayTable":
         """Return a table of the images for which `chosen` (one bool an image) is True, with their boxes.
@@ -203,7 +194,7 @@ class XrayTable:
 def _shares(counts: pd.Series, number: int) -> pd.Series:
     """Return whole numbers in proportion to `counts` with the sum `number`, by the method of largest remainders.
 
-    Each is at least 1 if `number` is large enough.
+    Each share is at least 1 if `number` is at least the number of shares.
     """
     least = int(number >= len(counts))
     exact = counts * number / counts.sum()
@@ -218,9 +209,9 @@ def _shares(counts: pd.Series, number: int) -> pd.Series:
 def first_patients(images: pd.Series, target: int) -> list[str]:
     """Return the first patients, in the given order, whose `images` together come nearest to `target`.
 
-    The last patient is taken if at least half of its images fit. To skip patients that do not fit would prefer those
-    with few images. Only patients with at least twice `target` images are skipped, because one fills a split alone.
-    If all patients are like that, the one with the fewest images is taken, so that no split is empty.
+    The last patient is taken if at least half of its images fit. Skipping patients that do not fit would favour
+    patients with few images. Only patients with at least twice `target` images are skipped, because one of them would
+    fill a split alone. If all patients have so many images, the one with the fewest is taken: no split may be empty.
     """
     possible = images[images < 2 * target]
     middles = possible.cumsum() - possible / 2
@@ -243,8 +234,8 @@ def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.Dat
         order = counts["label"].map(rarity).where(counts["label"] != no_finding, len(frame))
     first = counts.assign(order=order).sort_values(["patient", "order", "label"]).drop_duplicates("patient")
     patients = counts.groupby("patient")["count"].sum().rename("images").to_frame()
-    patients["label"] = first.set_index("patient")["label"]
-    return patients.assign(split=frame.groupby("patient")["split"].first().fillna(""))
+    splits = frame.groupby("patient")["split"].first().fillna("")
+    return patients.assign(label=first.set_index("patient")["label"], split=splits)
 
 
 def rarest_findings(findings: pd.DataFrame) -> np.ndarray:
@@ -313,7 +304,7 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     - The root is the folder that the sources' roots share.
 
     Raises ValueError if only some sources are multi-label, or if multi-label sources have different findings: a source
-    that does not look for a finding cannot rule it out.
+    that does not record a finding does not rule it out.
     """
     multilabel = [name for name, table in tables.items() if table.multilabel]
     if multilabel and len(multilabel) < len(tables):
@@ -325,8 +316,8 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
         sources = [source for source, table in tables.items() if name in table.classes]
         if len(sources) < len(tables):
             if multilabel:
-                raise ValueError(f"not all sources look for {name}: choose findings that all have")
-            notes.append(f"{name} comes from {', '.join(sources)} only: the source alone gives it away")
+                raise ValueError(f"not all sources record {name}: choose findings that all have")
+            notes.append(f"{name} comes from {', '.join(sources)} only: a network can tell it by the source")
     parts = {source: with_classes(table, classes) for source, table in tables.items()}
     frames = [part.frame.assign(patient=f"{source}/" + part.frame["patient"]) for source, part in parts.items()]
     frame = pd.concat(frames, ignore_index=True)

@@ -18,7 +18,7 @@ from evaluation.intervals import bootstrap_mean
 from lungs.masking import LungMasking
 from lungs.segmentation import LungSegmenter, Pair, score_pairs
 from networks import architecture
-from studies.settings import Study
+from studies.settings import IMAGENET_MEAN, IMAGENET_STD, Study
 from utils import Preprocessing, class_counts, derived_generator, label_weights, read_xray
 
 Augment = Callable[..., Tensor]  # a `training.augmentation.Augmentation`
@@ -42,7 +42,7 @@ def patient_tables(table: XrayTable) -> list[pd.DataFrame | Markdown]:
         return []
     images = table.frame["patient"].value_counts()
     line = f"{len(images):,} patients, the largest with {images.iloc[0]} images; patients by class and split:"
-    return [Markdown(line), table.patient_counts()]
+    return [Markdown(line), table.counts("patient")]
 
 
 def sample_figure(table: XrayTable, *, seed: int) -> Figure:
@@ -97,7 +97,7 @@ def augmentation_figure(study: Study, augment: Augment, path: str, lungs: LungMa
     if augment.views == 1:
         return Markdown("*Networks see every training image as it is.*")
     size = max(study.training_of(name).image_size for name in study.networks)
-    preprocessing = Preprocessing(size, study.preprocessing.mean, study.preprocessing.std, lungs=lungs)
+    preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD, lungs=lungs)
     original = preprocessing.resize(read_xray(path))
     draws = augment.draw(9, derived_generator(study.seed, "shown views"))
     augmented = augment(original.expand(9, -1, -1, -1), draws)[:, 0].round().byte().numpy()

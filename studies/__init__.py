@@ -1,1 +1,1 @@
-"""What may stand in a study file, and how a file becomes a table of X-rays."""
+"""The settings of study files, and the way from a file to a table of X-rays."""

@@ -16,14 +16,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 STUDIES = PROJECT / "studies"
 # Names of folders below `runs/` for decoded images and for the results of limited studies, other seeds and folds.
 RESERVED_NAMES = re.compile(r"image_cache|.*-(limit|seed|fold)\d+")
-# Names of a healthy class, without spaces and punctuation; the other of two classes is then the positive one.
+# Names of a healthy class, without spaces and punctuation. If one of two classes matches, the other one is positive.
 HEALTHY = "normal|healthy|negative|controls?|clear|unremarkable|no(ne|findings?|disease|abnormality)?"
 
 
 def load_study(study: str | Path, *, data_root: str | Path | None = None, **overrides: Any) -> Study:
     """Return the study in a file.
 
-    A study with `extends = "ANOTHER"` has all settings of the other study that it does not give itself. Tables such as
+    A study with `extends = "ANOTHER"` takes the settings that it does not have from the other study. Tables such as
     `[training]` are merged key by key.
 
     Args:
@@ -131,9 +131,9 @@ def load_table(study: Study) -> XrayTable:
 
 
 def positive_class(study: Study, table: XrayTable) -> str | None:
-    """Return the positive class of two: the study's `positive`, else the class whose name does not match `HEALTHY`.
+    """Return the positive one of two classes: the study's `positive`, else the one that does not match `HEALTHY`.
 
-    With more than two classes or several findings an image there is none: the result is None. Raises ValueError if
+    The result is None if there are more than two classes, or several findings an image. Raises ValueError if
     `positive` is not one of two classes, or if it is not set and the names do not decide.
     """
     if table.multilabel or len(table.classes) != 2:
@@ -162,8 +162,7 @@ def _read_source(source: Data) -> XrayTable:
 def _split(table: XrayTable, study: Study, share: float) -> XrayTable:
     """Return the table limited to a `share` (0 to 1) of its images, and split."""
     split, seed = study.split, study.split_seed
-    if share < 1:
-        table = table.limited(max(1, round(share * len(table))), seed=seed)
+    table = table.limited(max(1, round(share * len(table))), seed=seed)
     val, test = (size if size < 1 else max(1, round(share * size)) for size in (split.val, split.test))
     if split.fold is not None:
         table = split_into_folds(table, folds=split.folds, fold=split.fold, test=test, seed=seed)

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -113,17 +113,15 @@ class Split(Settings):
 
 
 class Preprocessing(Settings):
-    """[preprocessing]: what is done to every image, both in training and at inference.
+    """[preprocessing]: what is done to every image in training and at inference.
 
     - `image_size`: side of the square images in pixels, at least 32; `[networks.NAME]` may have another.
     - `lung_model`: folder below `runs/` with a lung segmentation model. Everything outside the lungs becomes black, see
       `lungs.masking.LungMasking`. If the folder is missing, a model is trained on the phantom.
 
-    Images are always normalised with the `mean` and `std` of ImageNet; these two are not settings.
+    Images are always normalised with `IMAGENET_MEAN` and `IMAGENET_STD`; these two are not settings.
     """
 
-    mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
-    std: ClassVar[tuple[float, float, float]] = IMAGENET_STD
     image_size: ImageSize = 224
     lung_model: FolderPath | None = None
 
@@ -179,11 +177,11 @@ class Training(Phase):
     - `batch_size`: number of images in a batch.
     - `balance`: help for rare classes: "oversample" draws their images more often, "loss" gives them more weight; or
       "none".
-    - `head`: "softmax" has an output for each class, "sigmoid" one output for the positive of two classes.
+    - `head`: "softmax" has an output for each class, "sigmoid" has one output, for the positive class of two.
     - `hidden_units`: widths of a new head's hidden layers, may be empty, see `networks.build_network`; by default only
       the network's last linear layer is new.
     - `dropout`: dropout rate, 0 to below 1; default is the network's own.
-    - `frozen_batch_norm`: true normalises the backbone with the statistics of the starting weights, which stay.
+    - `frozen_batch_norm`: true normalises the backbone with the statistics of the starting weights; they do not change.
     - `cache_features`: true computes the output of a frozen backbone once for each image.
     - `threshold`: rule that chooses decision thresholds on validation: "none", "youden", "f1" or "accuracy".
     - `temporary_batch_norm`: true trains with batch normalisation and merges it into the convolutions at the end.
@@ -241,7 +239,7 @@ class Maps(Settings):
 
     - `methods`: methods to compare, names in `cams.methods.METHODS`.
     - `images`: largest number of test images whose maps are compared with lesions, boxes and lungs.
-    - `faithful`: number of these images for the scores of faithfulness, several hundred passes of the network each.
+    - `faithful`: number of these images for the scores of faithfulness; each takes hundreds of passes of the network.
     - `steps`: number of points on the curves of deletion and insertion.
     """
 
@@ -260,9 +258,9 @@ class Study(Settings):
     - `source`: publication or project that the study repeats.
     - `seed`: seed of initial weights, order of the images, augmentation and, by default, splits.
     - `limit`: approximate number of images to use; default is all.
-    - `positive`: the class to detect, of two; see `studies.loading.positive_class`.
+    - `positive`: the class to detect, if there are two; see `studies.loading.positive_class`.
     - `compare`: names of studies with the same test images; notebook 3 shows their results too.
-    - `extends`: name of a study; this study has all settings of the other one that it does not give itself.
+    - `extends`: name of a study, from which the settings are taken that this file does not have.
     - `data` or `datasets`: where the images are, one source or a list of sources.
     - `split`, `preprocessing`, `augmentation`, `training`, `maps`: see the class of each table.
     - `networks`: name of each network to train -> settings of `[training]` that differ for it.
@@ -320,7 +318,7 @@ class Study(Settings):
     ) -> "Study":
         """Return the study with some settings replaced; None leaves a setting as it is.
 
-        A limited study and a fold have their own names and result folders, so they never replace the results of the
+        A limited study and a fold have their own names and result folders. So they never replace the results of the
         whole study.
 
         Args:
@@ -336,10 +334,10 @@ class Study(Settings):
         _set_for_all_networks(fields, {key: value for key, value in training.items() if value is not None})
         fields["seed"] = self.seed if seed is None else seed
         if limit is not None:
-            # The scores of faithfulness take hundreds of passes an image: too long for a quick look.
-            faithful, steps = min(self.maps.faithful, max(2, limit // 20)), min(self.maps.steps, 4)
             fields["limit"] = limit
-            fields["maps"] |= {"faithful": faithful, "steps": steps}
+            # The scores of faithfulness take hundreds of passes an image: too long for a trial.
+            fields["maps"]["faithful"] = min(self.maps.faithful, max(2, limit // 20))
+            fields["maps"]["steps"] = min(self.maps.steps, 4)
             _rename(fields, f"-limit{limit}")
         if fold is not None:
             fields["split"]["fold"] = fold

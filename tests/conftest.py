@@ -1,4 +1,4 @@
-"""A small phantom on disk, and a network trained on it for an epoch, shared by the tests that need them."""
+"""A small phantom on disk and a network that is trained on it for two epochs, shared by the tests that need them."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = K
     """Write `chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}` below `root` with `per_kind` images of each kind.
 
     As in the source, some patients have two images, the test set numbers its patients from 1 again, names have several
-    forms, the few validation images are not viral, and the archive has left its own folders behind.
+    forms, no validation image is viral, and the archive has left its own folders behind.
     """
     top = root / "chest_xray"
     for split, number in per_kind.items():
@@ -101,9 +101,9 @@ def write_chestxray14(
 ) -> None:
     """Write `images` pictures with their labels and boxes into `root`, and with `lists` the official lists.
 
-    A third of the images has no finding; the others have one, or two that the phantom draws in the same way. Every
-    fourth patient has two images; another fourth of the patients is the official test set. Some rows of the table have
-    no file. `archives` puts the files into `images_001/images` and so on; `compressed` writes the table as `.gz`.
+    A third of the images has no finding. The others have one, or two that the phantom draws in the same way. One
+    patient in four has two images. Another quarter of the patients is the official test set. Some rows of the table
+    have no file. `archives` puts the files into `images_001/images` and so on; `compressed` writes the table as `.gz`.
     """
     root.mkdir(parents=True, exist_ok=True)
     names, findings, labels = _chestxray14_rows(images)

@@ -160,7 +160,7 @@ def test_patient_pattern_groups_the_images_of_a_patient(tmp_path):
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="one folder of PNG or JPEG files a class"):
+    with pytest.raises(FileNotFoundError, match="one folder of PNG or JPEG files for each class"):
         read_dataset("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         read_dataset("folder", tmp_path / "nowhere")
@@ -214,7 +214,7 @@ def test_a_patient_with_very_many_images_does_not_fill_a_small_split():
         table = invented_table(patients + others, labels + [1] * 100)
         table = split_by_patient(table, val=0.1, test=0.1, seed=seed)
         assert set(table.frame.loc[table.frame["patient"] == "big", "split"]) == {"train"}
-        assert table.patient_counts().loc["class 0", ["val", "test"]].tolist() == [10, 10]
+        assert table.counts("patient").loc["class 0", ["val", "test"]].tolist() == [10, 10]
 
 
 def test_split_depends_on_the_seed_and_not_on_the_order_of_rows():

@@ -57,7 +57,7 @@ def nih(chestxray14_root: Path) -> XrayTable:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, XrayTable]:
-    """Kermany's layout beside that of the COVID-19 Radiography Database, not on the same classes."""
+    """Small copies of Kermany's data and of the COVID-19 Radiography Database; only the latter has COVID-19."""
     root = tmp_path_factory.mktemp("sources")
     write_kermany(root, size=32, per_kind={"train": 6, "val": 1, "test": 3})
     write_covid_radiography(root, size=32, per_class=5)
@@ -80,7 +80,7 @@ def test_counts_have_a_row_for_each_finding_and_one_for_no_finding():
     assert table.counts().index.tolist() == [*FINDINGS, "No finding"]
     assert table.counts().to_numpy().tolist() == [[2, 0], [1, 0], [0, 1], [1, 1]]
     assert table.counts().columns.tolist() == ["train", "test"]
-    assert table.patient_counts().to_numpy().tolist() == [[1, 0], [1, 0], [0, 1], [1, 1]]
+    assert table.counts("patient").to_numpy().tolist() == [[1, 0], [1, 0], [0, 1], [1, 1]]
     assert several(texts).counts().columns.tolist() == ["not split"]
 
 
@@ -392,7 +392,7 @@ def test_merged_sources_have_all_classes_and_separate_patients(sources):
     assert set(table.frame["patient"].str.split("/").str[0]) == {"kermany", "covid"}
     assert not table.has_patient_ids  # one of the two sources has none
     assert table.relative_paths().str.split("/").str[0].nunique() == 2
-    assert "COVID-19 comes from covid only: the source alone gives it away" in table.notes
+    assert "COVID-19 comes from covid only: a network can tell it by the source" in table.notes
     assert any(note.startswith("kermany: ") for note in table.notes)
 
 
@@ -424,7 +424,7 @@ def test_merged_multilabel_sources_need_the_same_findings_in_any_order(nih, tmp_
     for source in (nih, other):
         for path, text in zip(source.frame["path"], target_names(source), strict=True):
             assert set(names[path].split("|")) == set(text.split("|"))
-    with pytest.raises(ValueError, match="not all sources look for Atelectasis"):
+    with pytest.raises(ValueError, match="not all sources record Atelectasis"):
         merged({"nih": nih, "other": read_dataset("chestxray14", tmp_path / "other", classes=["Mass", "Edema"])})
     with pytest.raises(ValueError, match="nih has several findings an image"):
         merged({"nih": nih, "one": single([0, 1])})

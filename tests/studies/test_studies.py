@@ -100,7 +100,7 @@ def test_a_file_name_reserved_for_other_results_is_refused(tmp_path, name):
         load_study(write(tmp_path, name, MINIMAL))
 
 
-@pytest.mark.parametrize("name", ["covid-19", "a.b", "my study (2)", "lunge_größe", "seed3", "quick"])
+@pytest.mark.parametrize("name", ["covid-19", "a.b", "my study (2)", "lunge_größe", "seed3"])
 def test_an_ordinary_file_name_is_the_name_of_the_study(tmp_path, name):
     assert load_study(write(tmp_path, name, MINIMAL)).name == name
 
@@ -119,12 +119,12 @@ def test_a_lung_model_may_lie_in_a_folder_below_runs(tmp_path):
     assert load_study(write(tmp_path, "mine", text)).preprocessing.lung_model == "models/lungs 2"
 
 
-def test_limited_study_never_replaces_the_real_one(tiny_study):
+def test_a_limited_study_never_replaces_the_whole_one(tiny_study):
     assert tiny_study.overridden(limit=20).name == "tiny-limit20"
     assert tiny_study.overridden(epochs=3).name == "tiny"
 
 
-def test_a_study_is_loaded_for_a_quick_look_with_few_images_and_one_epoch(tiny_study, phantom_root):
+def test_limit_and_epochs_may_be_given_when_a_study_is_loaded(tiny_study, phantom_root):
     study = load_study(phantom_root.parent / "tiny.toml", limit=20, epochs=1)
     assert (study.name, study.limit, study.training_of("resnet18").epochs) == ("tiny-limit20", 20, 1)
     assert load_study(phantom_root.parent / "tiny.toml", limit=None, epochs=None) == tiny_study
