@@ -7,13 +7,14 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from training.prepared_images import PreparedImages, lung_masking_of, prepared_i
 from training.processes import accelerator_on, from_main, refuse_differences
 from training.provenance import Provenance, changed_images, origin, process_settings, provenance_of
 from training.run_folder import RESUME, finished_digest, log_epoch, replaced_results, training_folder, write_tables
-from utils import Preprocessing, resolve_device, seed_everything
+from utils import Preprocessing, resolve_device
 
 RUNS = PROJECT / "runs"
 # If the validation loss stays above this share of the uninformed loss, the network has learnt nothing.
@@ -162,7 +163,7 @@ def _prepared(job: Job) -> PreparedImages:
 
 
 def _built(job: Job) -> nn.Module:
-    seed_everything(job.study.seed)
+    set_seed(job.study.seed)  # Python, NumPy, and torch on all devices
     training, outputs = job.training, job.task.outputs
     head_order, head = kept_head(job.weights_card, job.table, outputs, training.hidden_units)
     options = training.model_dump(include={"dropout", "residual_gain", "hidden_units"})
@@ -221,9 +222,7 @@ def _trained(job: Job, model: nn.Module, images: PreparedImages) -> tuple[FineTu
 # --- record ---
 
 
-def _record(
-    job: Job, images: PreparedImages, model: nn.Module, course: FineTuned, logits: Mapping[str, Tensor]
-) -> None:
+def _record(job: Job, images: PreparedImages, model: nn.Module, course: FineTuned, logits: dict[str, Tensor]) -> None:
     """Write the results into the run folder. Warn if images have changed or the network has learnt nothing."""
     card, uninformed = _card(job, model, course, logits["val"]), job.task.uninformed_loss
     if changed := changed_images(job.table, job.provenance):

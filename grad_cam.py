@@ -20,6 +20,7 @@ from cams.receptive_fields import CellTracker, Grid
 from networks import class_logits
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
+Layers = str | Sequence[str] | None
 
 GRADIENT_BYTES = 2**26  # If the gradients of all classes need more memory, they are computed in parts.
 MASKED_IMAGES = 32  # Score-CAM's batch size
@@ -44,12 +45,7 @@ class GradCAM:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: str | Sequence[str] | None = None,
-        method: str = "gradcam",
-        *,
-        multilabel: bool = False,
+        self, model: nn.Module, layer: Layers = None, method: str = "gradcam", *, multilabel: bool = False
     ) -> None:
         """Choose the layers and the method.
 
@@ -186,7 +182,7 @@ class _ForwardPass(NamedTuple):
     logits: Tensor
 
 
-def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def _target_layers(model: nn.Module, layer: Layers) -> dict[str, nn.Module]:
     """Return the target modules by name."""
     default = getattr(model, "cam_layer", None)
     names = layer if layer is not None else default

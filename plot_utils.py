@@ -310,8 +310,7 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
     """
     spread = scores.groupby(level="network", sort=False).agg(["mean", "std"])
     rows = np.arange(len(spread))
-    line = {"color": BLUE, "linewidth": 2, "label": "mean of the seeds\n(± standard deviation)"}
-    ax.vlines(spread["mean"], rows - 0.4, rows, **line)
+    ax.vlines(spread["mean"], rows - 0.4, rows, color=BLUE, lw=2, label="mean of the seeds\n(± standard deviation)")
     for row, (name, (mean, std)) in enumerate(spread.iterrows()):
         # Each seed has its own height, so that equal scores do not hide one another.
         heights = row - 0.4 + 0.4 * (np.arange(len(scores[name])) + 0.5) / len(scores[name])

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import os
-import random
 import sys
 import time
 import zlib
@@ -181,8 +180,8 @@ def _end_of_jpeg(data: bytes) -> int:
     """Return the position of the end marker of the first image in a JPEG file."""
     place = 2
     while data[place + 1] != START_OF_SCAN:  # a thumbnail, which may come first, has markers too
-        padding = data[place + 1] == 0xFF
-        place += 1 if padding else 2 + int.from_bytes(data[place + 2 : place + 4])
+        is_padding = data[place + 1] == 0xFF
+        place += 1 if is_padding else 2 + int.from_bytes(data[place + 2 : place + 4])
     end = data.find(END_OF_JPEG, place)
     if end < 0:
         raise ValueError("its end is missing")
@@ -288,13 +287,6 @@ def label_weights(targets: np.ndarray) -> Tensor:
     """
     share = torch.tensor(np.asarray(targets, dtype=np.float64)).mean(dim=0)
     return (torch.stack([share, 1 - share]) * (share * (1 - share) > 0)).float()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries may still use NumPy's global generator
-    torch.manual_seed(seed)
 
 
 def derived_seed(seed: int, use: str, *numbers: int) -> int:
