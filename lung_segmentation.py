@@ -104,7 +104,7 @@ def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def is_own_mask(file: Path) -> bool:
-    """Return whether a file is a mask of this command, which `MASK_SOFTWARE` shows. A link is not."""
+    """Return whether a file contains `MASK_SOFTWARE`, so that it is a mask of this command, and is not a link."""
     return file.is_file() and not file.is_symlink() and MASK_SOFTWARE.encode() in file.read_bytes()[:200]
 
 

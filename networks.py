@@ -30,8 +30,8 @@ class Architecture:
 
     Attributes:
         title: the name in tables and figures.
-        source: torchvision's name of the model, which then has ImageNet weights too; or a function without arguments
-            that returns the network with random weights. It must take (N, 3, H, W) images of 32 px and more.
+        source: the name of a torchvision model, which also has ImageNet weights; or a function without arguments that
+            returns a network with random weights. The network must take (N, 3, H, W) images of 32 px and more.
         head: name of the last linear layer, which a new one replaces.
         cam_layer: name of the last spatial layer, behind its activation function if it has one.
         classifier: name of the part that a new head with hidden layers replaces.
@@ -77,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """Return the registered architecture of that name. Raises ValueError, which lists all, for an unknown one."""
+    """Return the registered architecture with this name. Raises ValueError, which lists all, for an unknown one."""
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -151,12 +151,12 @@ def _options(arguments: argparse.Namespace) -> MapOptions:
     if not 0 <= arguments.alpha <= 1:
         raise ValueError(f"--alpha {arguments.alpha:g} is not between 0 and 1")
     if arguments.boxes is not None and not 0 < arguments.boxes <= 1:
-        raise ValueError(f"--boxes {arguments.boxes:g} is not above 0 and at most 1")
+        raise ValueError(f"--boxes {arguments.boxes:g} must be above 0 and at most 1")
     if arguments.colormap not in COLORMAPS:
         raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
     method = arguments.method.lower()
     if cam_method(method).needs == "activation" and arguments.label is not None:
-        raise ValueError(f"a map of {METHODS[method].title} is of no class: leave out -l, or take another --method")
+        raise ValueError(f"{METHODS[method].title} makes no map of a class: leave out -l, or take another --method")
     layer = tuple(dict.fromkeys(arguments.layer)) if arguments.layer else None
     return MapOptions(method, layer, arguments.alpha, arguments.colormap, arguments.boxes, arguments.bar)
 
@@ -200,7 +200,7 @@ def _announce(work: Work, *, as_json: bool) -> None:
     """Print, before the first image, which files are skipped and which images are already done."""
     table, lines = work.table, []
     if work.share.of > 1:
-        lines.append(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
+        lines.append(f"process {work.share.index + 1} of {work.share.of} answers {work.number} images")
     for line in work.skipped if work.share.index == 0 else ():
         _complain(line)
     if table is not None and table.set_aside is not None:

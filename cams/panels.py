@@ -34,7 +34,7 @@ class CamPanel(NamedTuple):
     Attributes:
         map: (H, W) in 0..1.
         predicted: the name of the class.
-        probability: its probability; NaN where the network does not report it.
+        probability: its probability; NaN if the network does not report it.
         correct: whether the prediction is right; None if the class is not predicted, or not reported.
         image: (H, W) background, such as the X-ray with only the lungs visible; None for the image of the row.
     """
@@ -106,7 +106,7 @@ def draw_lung_segmentations(
         images: (H, W) X-rays.
         masks: their (H, W) lung masks, drawn as outlines.
         reasons: for each mask, why it is not believed (written in red), or None.
-        seen: what the networks see, (H, W) each; None where the study does not mask X-rays.
+        seen: what the networks see, (H, W) each; None if the study does not mask X-rays.
     """
     axes = fig.subplots(1 if seen is None else 2, len(images), squeeze=False)
     for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=False):
@@ -150,7 +150,7 @@ def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
 def draw_cam_grid(fig: FigureBase, groups: Mapping[str, Sequence[CamRow]]) -> FigureBase:
     """Draw a row of overlays for each group ("false positive", or a finding). Each X-ray has one map.
 
-    Above each overlay stands the predicted class with its probability, green with ✓ or red with ✗, and what is true. An
+    Above each overlay stands the predicted class with its probability, green with ✓ or red with ✗, and the truth. An
     empty group says "none in the test images". Outlines: the lesion is white, the lung dashed blue, a box yellow.
     """
     axes = fig.subplots(len(groups), max(1, *map(len, groups.values())), squeeze=False)

@@ -296,7 +296,7 @@ def test_alpha_out_of_range_is_refused(capsys, xray, four_class_run):
 @pytest.mark.parametrize("share", ["0", "-0.5", "1.01", "nan"])
 def test_share_for_boxes_out_of_range_is_refused(capsys, xray, four_class_run, share):
     status, _, err = call(capsys, "-i", xray, "-m", four_class_run, "--boxes", share)
-    assert (status, err) == (2, f"overlay_cam.py: --boxes {share} is not above 0 and at most 1\n")
+    assert (status, err) == (2, f"overlay_cam.py: --boxes {share} must be above 0 and at most 1\n")
 
 
 def untrained(seed, classes, *, outputs=None, **fields):

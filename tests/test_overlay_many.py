@@ -647,8 +647,8 @@ def test_two_processes_answer_each_image_once(capsys, many_xrays, shared_run, un
     rows = rows_of(tmp_path / "out")[1]
     assert sorted(row for row in rows if not row[-1]) == sorted(undisturbed[1])
     assert [row[0] for row in rows if row[-1]] == [str(broken)]
-    assert first_out.splitlines()[0] == "process 1 of 2: 21 images are its share"
-    assert second_out.splitlines()[0] == "process 2 of 2: 20 images are its share"
+    assert first_out.splitlines()[0] == "process 1 of 2 answers 21 images"
+    assert second_out.splitlines()[0] == "process 2 of 2 answers 20 images"
     assert [out.count("Grad-CAM for") for out in (first_out, second_out)] == [20, 20]
     assert ["broken.png" in err for err in (first_err, second_err)] == [True, False]
 
