@@ -37,7 +37,7 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 def hires_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w = G at each place: HiResCAM (Draelos & Carin 2020, arXiv:2011.08891).
 
-    It equals Grad-CAM only if average pooling and one linear layer follow the layer.
+    It equals Grad-CAM if and only if average pooling and one linear layer follow the layer.
     """
     return gradient
 
