@@ -48,7 +48,7 @@ def fit(arguments: argparse.Namespace) -> int:
         short = lung_model.PHANTOM_TRAINING.model_copy(update={"image_size": arguments.image_size})
         segmenter = lung_model.phantom_segmenter(segmenter, arguments.phantom, short, **run)
     if pairs:
-        print(f"{len(train)} pairs for training and choosing the epoch, {len(test)} held out", flush=True)
+        print(f"{len(train)} pairs to train on and to choose the epoch, {len(test)} held out", flush=True)
         segmenter = scored(lung_model.fit(segmenter, train, training, **run), test, seed=seed)
     segmentation.save_segmenter(arguments.output, segmenter)
     print(f"saved {arguments.output}")
@@ -89,8 +89,8 @@ def predict(arguments: argparse.Namespace) -> int:
 def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """Return the X-ray of each mask file.
 
-    Raises ValueError if two masks would have the same file. A mask may replace only a mask of this command, and no
-    given X-ray; otherwise ValueError is raised too.
+    Raises ValueError if two masks would have the same file, if a mask would replace a given X-ray, or if it would
+    replace a file that this command did not write.
     """
     xrays: dict[Path, Path] = {}
     inputs = {os.stat(path)[1:3] for path in images if os.path.exists(path)}  # inode and device

@@ -435,8 +435,8 @@ def test_findings_without_examples_are_named_and_not_reported(findings, tmp_path
     table = replace(table, frame=frame)
     folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert "no training image has Edema" in warnings[0]
-    assert "no validation image has Mass" in warnings[1]
+    assert "not reported: Edema" in warnings[0]
+    assert "never predicted: Mass" in warnings[1]
     network, card, _ = load_network(folder)
     assert card.unreported == ("Edema",)
     assert card.undecided == ("Mass",)
