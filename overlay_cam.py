@@ -204,9 +204,7 @@ def _announce(work: Work, *, as_json: bool) -> None:
     for line in work.skipped if work.share.index == 0 else ():
         _complain(line)
     if table is not None and table.set_aside is not None:
-        lines.append(
-            f"{table.path} is begun anew: its settings differ; the old table is kept as {table.set_aside.name}"
-        )
+        lines.append(f"{table.path} is begun anew: settings differ; the old table is kept as {table.set_aside.name}")
     if done := work.number - len(work.jobs):
         lines.append(f"skips {done} of {work.number} images: they are in {table.path}")
     if len(work.question.members) > 1 and not as_json:
