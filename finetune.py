@@ -7,13 +7,14 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -35,10 +36,10 @@ from training.prepared_images import PreparedImages, lung_masking_of, prepared_i
 from training.processes import accelerator_on, from_main, refuse_differences
 from training.provenance import Provenance, changed_images, origin, process_settings, provenance_of
 from training.run_folder import RESUME, finished_digest, log_epoch, replaced_results, training_folder, write_tables
-from utils import Preprocessing, resolve_device, seed_everything
+from utils import Preprocessing, resolve_device
 
 RUNS = PROJECT / "runs"
-# A network has learnt nothing if its validation loss never falls below this share of the uninformed loss.
+# If the validation loss stays above this share of the uninformed loss, the network has learnt nothing.
 LEARNT = 0.99
 
 
@@ -50,9 +51,9 @@ class Job:
         network: the name of the architecture.
         runs: the folder of all run folders.
         folder: the run folder.
-        training: the settings of this network, with the precision that it is computed in.
+        training: the settings of this network; `precision` is the one in use.
         weights_file, weights_card: as `starting_weights` returns them.
-        preprocessing: what every image goes through; `preprocessing.lungs` masks the lungs if the study asks for it.
+        preprocessing: the steps from an X-ray to the input; `preprocessing.lungs` is None if the study does not mask.
     """
 
     study: Study
@@ -84,10 +85,10 @@ def fine_tune_study(
 ) -> Path:
     """Fine-tune one network of a study and return its run folder, `runs/<study>/<network>`.
 
-    The results appear, or replace older ones, when they are complete. Until then the state is in `resume/` in that
-    folder: the next call continues a training that was interrupted. Complete results of the same settings and images
-    are kept. The same study, data and machine give the same weights, on a CPU byte for byte, also after an
-    interruption.
+    Results are written when they are complete, and only then replace older results. Until then the state is in the
+    subfolder `resume/`, from which the next call continues an interrupted training. A training with the same settings
+    and images that is complete is not repeated. The same study, data and machine give the same weights, on a CPU byte
+    for byte, also after an interruption.
 
     Args:
         study: the study.
@@ -98,8 +99,8 @@ def fine_tune_study(
         restart: whether to train from the beginning, even if the training is finished or was interrupted.
 
     Raises:
-        ValueError: `resume/` is of other settings, another process is training into the folder, or a class has no
-            training image.
+        ValueError: `resume/` holds a training with other settings, another process is training into the folder, or a
+            class has no training image.
         KeyboardInterrupt: the training was asked to stop. If its last epoch was done, its results are written.
     """
     return _fine_tune_job(_checked_job(study, table, network, runs, device), restart=restart)
@@ -154,7 +155,7 @@ def _prepared(job: Job) -> PreparedImages:
         images = prepared_images(job.study, job.table, job.network, job.preprocessing, job.runs)
     changed = from_main(job.accelerator, lambda: changed_images(job.table, job.provenance))
     if images.decoded and changed:
-        raise ValueError(f"the images in {job.table.root} have changed while they were decoded: train again")
+        raise ValueError(f"the images in {job.table.root} changed while they were decoded: train again")
     return images
 
 
@@ -162,7 +163,7 @@ def _prepared(job: Job) -> PreparedImages:
 
 
 def _built(job: Job) -> nn.Module:
-    seed_everything(job.study.seed)
+    set_seed(job.study.seed)  # Python, NumPy, and torch on all devices
     training, outputs = job.training, job.task.outputs
     head_order, head = kept_head(job.weights_card, job.table, outputs, training.hidden_units)
     options = training.model_dump(include={"dropout", "residual_gain", "hidden_units"})
@@ -175,11 +176,11 @@ def _built(job: Job) -> nn.Module:
 
 
 def _announce(job: Job, parameters: int, head: str) -> None:
-    """Print what will be trained and how, with warnings."""
+    """Print the settings of the training, and warnings."""
     table, training = job.table, job.training
     positive, unlearnt = positive_class(job.study, table), table.one_sided("train")
     reason = "the study says so" if job.study.positive else "the other class has a name for healthy people"
-    undecided = ", ".join(name for name in table.one_sided("val") if name not in unlearnt)
+    undecided = [name for name in table.one_sided("val") if training.threshold != "none" and name not in unlearnt]
     only_head = any(phase.trainable == "head" for phase in training.all_phases)
     lines = [  # a line that does not apply is empty
         f"{parameters:,} parameters for {len(table.classes)} classes, weights {training.weights}, "
@@ -187,11 +188,9 @@ def _announce(job: Job, parameters: int, head: str) -> None:
         job.weights_file and f"head: {head}",
         f"computed in {described(job.study.training_of(job.network).precision, job.accelerator.device)}",
         training.weights == "none" and only_head and "the frozen layers keep random weights: only good for a trial",
-        positive and f"the positive class is {positive!r}: {reason}",
-        unlearnt and f"WARNING: no training image has {', '.join(unlearnt)}, or all have: not learnt, not reported",
-        undecided
-        and training.threshold != "none"
-        and f"WARNING: no validation image has {undecided}, or all have: no threshold can be chosen, never predicted",
+        positive and f"the positive class is {positive!r}, because {reason}",
+        unlearnt and f"WARNING: not learnt, not reported: {', '.join(unlearnt)} (all training images have it, or none)",
+        undecided and f"WARNING: never predicted: {', '.join(undecided)} (all validation images have it, or none)",
     ]
     print("\n".join(f"{job.title}: {line}" for line in lines if line))
 
@@ -223,10 +222,8 @@ def _trained(job: Job, model: nn.Module, images: PreparedImages) -> tuple[FineTu
 # --- record ---
 
 
-def _record(
-    job: Job, images: PreparedImages, model: nn.Module, course: FineTuned, logits: Mapping[str, Tensor]
-) -> None:
-    """Write the results into the run folder; warn of changed images and of a network that has learnt nothing."""
+def _record(job: Job, images: PreparedImages, model: nn.Module, course: FineTuned, logits: dict[str, Tensor]) -> None:
+    """Write the results into the run folder. Warn if images have changed or the network has learnt nothing."""
     card, uninformed = _card(job, model, course, logits["val"]), job.task.uninformed_loss
     if changed := changed_images(job.table, job.provenance):
         print(
@@ -234,7 +231,7 @@ def _record(
             f"the first: {changed[0]}. Put them back, or train again"
         )
         if not images.decoded:
-            # The network may have seen both versions, so these results must never count as finished.
+            # The network may have seen both versions, so the next call must train again.
             fingerprint = f"{card.origin['data_fingerprint']}, changed in training"
             card = replace(card, origin={**card.origin, "settings": None, "data_fingerprint": fingerprint})
     if (lowest := course.history["val_loss"].min()) > LEARNT * uninformed:
@@ -253,7 +250,7 @@ def _record(
 
 
 def _card(job: Job, model: nn.Module, course: FineTuned, logits: Tensor) -> ModelCard:
-    """Return the model card, with the temperature and the thresholds that validation chooses."""
+    """Return the model card. Its temperature and thresholds are chosen on the validation images."""
     table, training, preprocessing = job.table, job.training, job.preprocessing
     targets = table.targets("val")
     best = course.history.iloc[course.best_epoch - 1].filter(like="val_").astype(float)
@@ -296,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             starting_weights(studies[0], network, options.runs)
         accelerator = accelerator_on(resolve_device(options.device))
         with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else io.StringIO()):
-            with accelerator.main_process_first():  # a phantom is drawn once
+            with accelerator.main_process_first():  # it draws the phantom; the others read it
                 table = load_table(studies[0])
             _fine_tune_all(studies, table, options)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
@@ -320,19 +317,15 @@ def _parser() -> argparse.ArgumentParser:
         help="what to start from; RUN is a run folder or STUDY/NETWORK, its head is kept if the classes are the same "
         "(default: the study's)",
     )
-    parser.add_argument("--epochs", metavar="N", type=int, help="of each phase")
+    parser.add_argument("--epochs", metavar="N", type=int, help="epochs of each phase")
     parser.add_argument("--image-size", metavar="N", type=int, help="side of the square image, pixels")
     parser.add_argument("--batch-size", metavar="N", type=int)
-    parser.add_argument("--limit", metavar="N", type=int, help="only N images, stratified, for a trial")
-    parser.add_argument("--fold", metavar="K", type=int, help="part K of a study with `folds` validates")
+    parser.add_argument("--limit", metavar="N", type=int, help="for a trial: use only N images, stratified")
+    parser.add_argument("--fold", metavar="K", type=int, help="use part K for validation, in a study with `folds`")
     parser.add_argument("--seed", metavar="N", type=int)
-    parser.add_argument(
-        "--seeds", metavar="A,B", help="train once with each seed, on one split, to see what chance does"
-    )
+    parser.add_argument("--seeds", metavar="A,B", help="train once with each seed, on the same split")
     parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument(
-        "--restart", action="store_true", help="train from the beginning: do not resume or keep results"
-    )
+    parser.add_argument("--restart", action="store_true", help="train from the beginning, replace finished results")
     return parser
 
 
@@ -356,7 +349,7 @@ def _studies(options: argparse.Namespace) -> list[Study]:
 def _fine_tune_all(studies: Sequence[Study], table: XrayTable, options: argparse.Namespace) -> None:
     """Describe the data, then fine-tune every network of every study.
 
-    Before the first training, an unfinished training with other settings is refused.
+    If one of the trainings was interrupted with other settings, ValueError is raised before the first one starts.
     """
     print(f"{studies[0].title}: {len(table)} images", table.counts().to_string(), *table.notes, sep="\n")
     if table.has_patient_ids:

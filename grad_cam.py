@@ -1,4 +1,4 @@
-"""Class activation maps of any network, for little more than the price of a forward pass.
+"""Class activation maps of any network, at little more than the cost of a forward pass.
 
 The formulas of the methods are in `cams.methods`. This module provides the activations and gradients that they need, as
 Grad-CAM does (Selvaraju et al. 2017, ICCV, arXiv:1610.02391).
@@ -20,6 +20,7 @@ from cams.receptive_fields import CellTracker, Grid
 from networks import class_logits
 
 Classes = Literal["top", "all"] | int | Tensor | np.ndarray | list[int] | tuple[int, ...]
+Layers = str | Sequence[str] | None
 
 GRADIENT_BYTES = 2**26  # If the gradients of all classes need more memory, they are computed in parts.
 MASKED_IMAGES = 32  # Score-CAM's batch size
@@ -32,11 +33,11 @@ class GradCAM:
             maps = cam(images, "top")
 
     - Cost: the layers up to the target run without a graph. The graph starts at the target's output, and one batched
-      call gives the gradients of all classes there.
-    - In-place operations after the target change a copy. The activation that the map is made of stays as it is.
+      call computes the gradients of all classes there.
+    - In-place operations after the target change a copy of its output, so the map is made of the original values.
     - Parameters may be frozen, and their `.grad` is not touched. Under `no_grad`, `inference_mode` and autocast the
       maps are the same. A compiled network runs uncompiled here.
-    - Inside `with` the network is in eval mode. After it each module is in the mode that it had before.
+    - Inside `with` the network is in eval mode. Afterwards each module has its previous mode again.
     - Only one thread may use the network inside `with`, because the hooks see every forward pass.
 
     The score of a class is its logit. A network with a single output z has two classes with the logits -z/2 and z/2
@@ -44,12 +45,7 @@ class GradCAM:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: str | Sequence[str] | None = None,
-        method: str = "gradcam",
-        *,
-        multilabel: bool = False,
+        self, model: nn.Module, layer: Layers = None, method: str = "gradcam", *, multilabel: bool = False
     ) -> None:
         """Choose the layers and the method.
 
@@ -84,17 +80,17 @@ class GradCAM:
         """Return the maps of a batch of images.
 
         Args:
-            images: (N, 3, H, W), normalised as the network expects it.
-            classes: "top" (the class with the highest logit), "all", one index for every image, (N,) an index for
+            images: (N, 3, H, W), normalised for the network.
+            classes: "top" (the class with the highest logit), "all", one index for all images, (N,) one index for
                 each image, or (N, K) indices.
 
         Raises:
-            ValueError: a wrong shape, an index out of range, or a network whose output is not finite.
+            ValueError: a shape is wrong, an index is out of range, or the network's output is not finite.
         """
         return self.by_method([self.method], images, classes)[self.method]
 
     def by_method(self, methods: Sequence[str], images: Tensor, classes: Classes = "top") -> dict[str, CamMaps]:
-        """Return the maps of several methods, by name, from one forward pass; arguments as for a call."""
+        """Return the maps of several methods, by name, from one forward pass. Arguments as in `__call__`."""
         formulas = {name: cam_method(name) for name in methods}
         self._check_use(images)
         try:
@@ -103,7 +99,7 @@ class GradCAM:
                 chosen = _class_indices(classes, run.logits.detach())
                 raw_maps = {name: self._raw_maps(formula, run, chosen) for name, formula in formulas.items()}
         finally:
-            # Autocast keeps the weights that it casts. A later training step would use these, which have no graph.
+            # Autocast caches the weights that it casts, here without a graph. A later training step must not use them.
             torch.clear_autocast_cache()
         if not all(raw.isfinite().all() for layers in raw_maps.values() for raw in layers):
             raise ValueError("the network's gradients are not finite: are its weights damaged?")
@@ -122,7 +118,7 @@ class GradCAM:
             raise RuntimeError("the network was put into train mode inside `with`: leave it in eval mode there")
 
     def _forward(self, images: Tensor) -> "_ForwardPass":
-        """Run the network once, with a graph from the first target on."""
+        """Run the network once. The graph starts at the first target."""
         activations: dict[str, Tensor] = {}
         with CellTracker(self.model, *images.shape[2:]) as tracker:  # Later passes run without hooks.
             for name, layer in self.layers.items():
@@ -130,7 +126,7 @@ class GradCAM:
                 tracker.enter_context(layer.register_forward_hook(hook))
             output = self.model(images)
         if unused := [name for name in self.layers if name not in activations]:
-            raise ValueError(f"layer {unused[0]!r} takes no part in this network's forward pass")
+            raise ValueError(f"layer {unused[0]!r} is not used in this network's forward pass")
         _check_output(images, activations, output)
         logits = self._logits(output)
         torch.set_grad_enabled(False)  # The graph is complete.
@@ -142,7 +138,7 @@ class GradCAM:
         return output if self.multilabel else class_logits(output)
 
     def _raw_maps(self, formula: Method, run: "_ForwardPass", chosen: Tensor) -> list[Tensor]:
-        """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
+        """Return (N, K, h, w) maps of each layer, before the ReLU, for (N, K) chosen classes."""
         activations = [activation.detach().float() for activation in run.activations.values()]
         if formula.needs == "gradient":
             return _maps_from_gradients(formula, run, activations, chosen)
@@ -176,7 +172,7 @@ class _ForwardPass(NamedTuple):
     Attributes:
         images: (N, 3, H, W).
         activations: layer -> (N, channels, h, w).
-        grids: the places of each layer's cells in the image.
+        grids: where each layer's cells lie in the image.
         logits: (N, C).
     """
 
@@ -186,7 +182,7 @@ class _ForwardPass(NamedTuple):
     logits: Tensor
 
 
-def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def _target_layers(model: nn.Module, layer: Layers) -> dict[str, nn.Module]:
     """Return the target modules by name."""
     default = getattr(model, "cam_layer", None)
     names = layer if layer is not None else default
@@ -205,36 +201,36 @@ def _target_layers(model: nn.Module, layer: str | Sequence[str] | None) -> dict[
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Return a context in which modules that `module.compile()` has compiled run uncompiled.
 
-    Compiled code does not call hooks that were registered after its compilation.
+    Compiled code ignores hooks that are registered later.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def _start_graph(name: str, activations: dict[str, Tensor], layer: nn.Module, _: object, output: object) -> Tensor:
-    """Record a target's output, start the graph there, and return a copy: a forward hook with two bound arguments."""
+    """Forward hook: record a target's output, start the graph there, and return a copy."""
     if not isinstance(output, Tensor) or output.ndim != 4:
         raise ValueError(f"layer {name!r} gives no (N, K, h, w) activation: choose a convolution or ReLU")
     if name in activations:
         raise ValueError(f"layer {name!r} runs more than once a forward pass: choose another one")
-    # The first target's output is the leaf of the graph. A later target already belongs to this graph.
+    # The first target's output becomes the leaf of the graph. Later targets already belong to the graph.
     activation = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
     activations[name] = activation
     torch.set_grad_enabled(True)  # from here to the logits
-    return activation.clone()  # In-place operations that follow change this copy only.
+    return activation.clone()  # Later in-place operations change only this copy.
 
 
 def _check_output(images: Tensor, activations: dict[str, Tensor], output: object) -> None:
-    """Raise ValueError for a network that cannot be explained image by image and class by class."""
+    """Raise ValueError if the network does not give each image its own activations and logits."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in one that does")
+        raise ValueError(f"the network returns {kind} and not (N, C) logits: wrap it in a module that does")
     for name, activation in activations.items():
         if not len(activation) == len(images) == len(output):
             sizes = f"{len(images)} images are {len(activation)} at layer {name!r} and {len(output)} in the output"
             raise ValueError(f"{sizes}: a network that cuts or merges images has no map of a single image")
         (height, width), (first, second, third) = images.shape[2:], activation.shape[1:]
-        # The first two axes have the image's proportions and the last two have not: the shape is (N, h, w, K).
+        # If the first two axes have the image's proportions and the last two do not, the shape is (N, h, w, K).
         if first * width == second * height and second * width != third * height:
             remedy = "choose a later layer, whose channels come second (in torchvision's Swin: 'permute')"
             raise ValueError(f"layer {name!r} gives {tuple(activation.shape)}, channels last: {remedy}")
@@ -243,7 +239,7 @@ def _check_output(images: Tensor, activations: dict[str, Tensor], output: object
 
 
 def _maps_from_gradients(formula: Method, run: _ForwardPass, activations: list[Tensor], chosen: Tensor) -> list[Tensor]:
-    """Return (N, K, h, w) maps from each layer, before the rectifier, for (N, K) chosen classes."""
+    """Return (N, K, h, w) maps of each layer, before the ReLU, for (N, K) chosen classes."""
     one_hot = functional.one_hot(chosen, run.logits.shape[1]).to(run.logits.dtype)
     classes_at_once = max(1, GRADIENT_BYTES // sum(a.nbytes for a in run.activations.values()))
     parts = []
@@ -256,7 +252,7 @@ def _maps_from_gradients(formula: Method, run: _ForwardPass, activations: list[T
 def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
     """Return (K, N, channels, h, w) gradients at each layer for (K, N, C) cotangents of the logits.
 
-    In eval mode the images of a batch do not influence each other, so an image's gradient is that of its own logit.
+    In eval mode the images of a batch do not influence each other, so each image gets the gradient of its own logit.
     """
     points = list(run.activations.values())
     differentiate = partial(torch.autograd.grad, run.logits, points, retain_graph=True, allow_unused=True)
@@ -265,7 +261,7 @@ def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
         try:
             gradients = differentiate(cotangents, is_grads_batched=True)
         except (RuntimeError, NotImplementedError):
-            # The backward pass of some operation cannot be batched: one call for each class.
+            # Some operation does not support batched gradients, so each class needs its own call.
             by_class = [differentiate(cotangent) for cotangent in cotangents]
             gradients = [None if layer[0] is None else torch.stack(layer) for layer in zip(*by_class, strict=True)]
     if any(gradient is None for gradient in gradients):
@@ -276,14 +272,14 @@ def _gradients(run: _ForwardPass, cotangents: Tensor) -> list[Tensor]:
 
 
 def _class_indices(classes: Classes, logits: Tensor) -> Tensor:
-    """Return the (N, K) indices of `classes` for (N, C) logits."""
+    """Return `classes` as (N, K) indices, for (N, C) logits."""
     number, num_classes = logits.shape
     if isinstance(classes, str):
         if classes not in ("top", "all"):
             raise ValueError(f"classes must be 'top', 'all', an index, (N,) or (N, K) indices, not {classes!r}")
         all_indices = torch.arange(num_classes, device=logits.device).expand(number, num_classes)
         return all_indices if classes == "all" else logits.argmax(dim=1, keepdim=True)
-    # np.array copies, because torch warns about read-only arrays, such as a table's column.
+    # np.array makes a copy, because torch warns about read-only arrays, such as columns of a table.
     indices = classes if isinstance(classes, Tensor) else torch.as_tensor(np.array(classes))
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"class indices must be whole numbers, not {indices.dtype}")

@@ -22,14 +22,14 @@ from lungs import segmentation
 from lungs.segmentation import LungSegmenter, Pair
 from utils import read_xray, resolve_device, write_whole
 
-MASK_SOFTWARE = "xraycam lung mask"  # the PNG field "Software" of a mask: no other file is replaced
+MASK_SOFTWARE = "xraycam lung mask"  # the PNG text "Software" of each mask; only files with it are replaced
 SETTINGS = {"epochs": 40, "image_size": 256, "batch_size": 8, "learning_rate": 1e-3}
 
 
 def fit(arguments: argparse.Namespace) -> int:
-    """Train a lung model, score it on the pairs that are held out, and save it."""
+    """Train a lung model, score it on held-out pairs and save it."""
     from studies.settings import NetworkTraining
-    from training import lung_model  # imports accelerate and pandas, which `predict` does not need
+    from training import lung_model  # slow to import, and `predict` does not need it
 
     seed, run = arguments.seed, {"seed": arguments.seed, "device": str(resolve_device(arguments.device))}
     training = NetworkTraining(**{name: getattr(arguments, name) for name in SETTINGS})
@@ -44,7 +44,7 @@ def fit(arguments: argparse.Namespace) -> int:
         raise ValueError("nothing to train on: give --pairs DIR, --phantom N, or both")
     segmentation.refuse_other_models(arguments.output)
     if arguments.phantom:
-        print(f"first on {arguments.phantom} phantoms", flush=True)
+        print(f"training on {arguments.phantom} phantoms first", flush=True)
         short = lung_model.PHANTOM_TRAINING.model_copy(update={"image_size": arguments.image_size})
         segmenter = lung_model.phantom_segmenter(segmenter, arguments.phantom, short, **run)
     if pairs:
@@ -56,7 +56,7 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def scored(segmenter: LungSegmenter, test: Sequence[Pair], *, seed: int) -> LungSegmenter:
-    """Print Dice and IoU on held-out pairs, with intervals; return the segmenter with these as its validation."""
+    """Print Dice and IoU on held-out pairs, with intervals. Return the segmenter with both scores in `validation`."""
     from evaluation.intervals import bootstrap_mean
 
     scores = segmentation.score_pairs(segmenter, test)
@@ -68,7 +68,7 @@ def scored(segmenter: LungSegmenter, test: Sequence[Pair], *, seed: int) -> Lung
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Write a mask for each X-ray. For an X-ray that cannot be read, write a line to stderr and go on."""
+    """Write a mask for each X-ray. If an X-ray cannot be read, print a line on stderr and go on."""
     outputs = mask_files(arguments.images, arguments.output)
     segmenter, failed = segmentation.load_segmenter(arguments.model), 0
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def predict(arguments: argparse.Namespace) -> int:
 def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """Return the X-ray of each mask file.
 
-    Raises ValueError where two masks would have one file, or where a mask would replace a given X-ray or any file that
-    this command did not write.
+    Raises ValueError if two masks would have the same file, if a mask would replace a given X-ray, or if it would
+    replace a file that this command did not write.
     """
     xrays: dict[Path, Path] = {}
     inputs = {os.stat(path)[1:3] for path in images if os.path.exists(path)}  # inode and device
@@ -104,12 +104,12 @@ def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def is_own_mask(file: Path) -> bool:
-    """Return whether a file is a mask that this command wrote (it names its software) and no link."""
+    """Return whether a file contains `MASK_SOFTWARE`, so that it is a mask of this command, and is not a link."""
     return file.is_file() and not file.is_symlink() and MASK_SOFTWARE.encode() in file.read_bytes()[:200]
 
 
 def write_mask(file: Path, mask: np.ndarray) -> None:
-    """Write a mask as a PNG of 0 and 255 that names its software. Raises OSError, which names the file."""
+    """Write a mask as a PNG of 0 and 255 with `MASK_SOFTWARE` in it. Raises OSError with the name of the file."""
     about = PngInfo()
     about.add_text("Software", MASK_SOFTWARE)
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
@@ -124,10 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     fitting = commands.add_parser("fit", help="train on X-rays with lung masks")
     fitting.set_defaults(run=fit)
-    fitting.add_argument("--pairs", metavar="DIR", nargs="+", type=Path, default=[], help="images/, masks/")
+    fitting.add_argument("--pairs", metavar="DIR", nargs="+", type=Path, default=[], help="with images/ and masks/")
     first = fitting.add_mutually_exclusive_group()
     first.add_argument("--phantom", metavar="N", type=int, default=0, help="train on N phantoms first")
-    first.add_argument("--start", metavar="FOLDER|none", default="none", help="go on from this lung model")
+    first.add_argument("--start", metavar="FOLDER|none", default="none", help="go on training this lung model")
     fitting.add_argument("--test", metavar="N", type=int, help="pairs held out (default: a fifth)")
     fitting.add_argument("--encoder", metavar="NAME", default="resnet18")
     fitting.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, … (default: auto)")

@@ -20,18 +20,18 @@ from architectures.small_networks import lenet5, named_sequence, resnet_v2, smal
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one kind of network is built, and the names of its parts.
+    """The function that builds one kind of network, and the names of its parts.
 
     To add an architecture, add one entry to `ARCHITECTURES`. Studies, heads, freezing, Grad-CAM, saving and loading
-    need nothing else:
+    need nothing more:
 
         "regnet": Architecture("RegNet", "regnet_y_400mf", "fc", "trunk_output", classifier="fc"),
         "mine": Architecture("Mine", MyNetwork, head="classifier.last", cam_layer="features.relu"),
 
     Attributes:
         title: the name in tables and figures.
-        source: torchvision's name of the model, which then has ImageNet weights too; or a function without arguments
-            that returns the network with random weights. It must take (N, 3, H, W) images of 32 px and more.
+        source: the name of a torchvision model, which also has ImageNet weights; or a function without arguments that
+            returns a network with random weights. The network must take (N, 3, H, W) images of 32 px and more.
         head: name of the last linear layer, which a new one replaces.
         cam_layer: name of the last spatial layer, behind its activation function if it has one.
         classifier: name of the part that a new head with hidden layers replaces.
@@ -50,8 +50,8 @@ class Architecture:
         network = self.source() if callable(self.source) else models.get_model(self.source, weights=None)
         if not isinstance(network, models.DenseNet):
             return network
-        # DenseNet's forward() applies the last ReLU itself, in place, where no hook can follow it. In a sequence of
-        # the same layers the ReLU is a module. The names in the state dict stay the same.
+        # DenseNet applies its last ReLU in forward(), where a hook cannot reach it. Here the ReLU is a module. The
+        # layers and the names in the state dict stay the same.
         features, pool = network.features, nn.AdaptiveAvgPool2d(1)
         features.add_module("relu5", nn.ReLU(inplace=True))
         return named_sequence(features=features, pool=pool, flatten=nn.Flatten(), classifier=network.classifier)
@@ -67,7 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "densenet169": Architecture("DenseNet-169", "densenet169", "classifier", "features.relu5"),
     "densenet201": Architecture("DenseNet-201", "densenet201", "classifier", "features.relu5"),
     "efficientnet_b0": Architecture("EfficientNet-B0", "efficientnet_b0", "classifier.1", "features.8"),
-    # A new head keeps the normalisation and the flattening that ConvNeXt's classifier begins with.
+    # ConvNeXt's classifier begins with normalisation and flattening, which a new head must keep.
     "convnext_tiny": Architecture("ConvNeXt-T", "convnext_tiny", "classifier.2", "features.7", "classifier.2"),
     "mobilenet_v3": Architecture("MobileNetV3-Large", "mobilenet_v3_large", "classifier.3", "features.16"),
     "lenet5": Architecture("LeNet-5", lenet5, "classifier.fc3", "features.relu2"),
@@ -77,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """Return the registered architecture of that name. Raises ValueError, which lists all, for an unknown one."""
+    """Return the registered architecture with this name. Raises ValueError, which lists all, for an unknown one."""
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -95,7 +95,7 @@ def build_network(
     residual_gain: float = 1.0,
     hidden_units: Sequence[int] | None = None,
 ) -> nn.Module:
-    """Return a network in train mode. Its attributes `cam_layer` and `head_name` name these parts.
+    """Return a network in train mode. Its attributes `cam_layer` and `head_name` are names of its modules.
 
     Args:
         name: a name in `ARCHITECTURES`.
@@ -103,20 +103,20 @@ def build_network(
         weights: "none" (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1, from its
             cache or the internet) or a file: .safetensors, or .pth with tensors only, of this architecture with any
             head.
-        head_order: None draws a new head. To keep the file's head, which must have the same form: for each class of
-            the new network its index among the file's classes. With a single output, which is for class 1 of two,
-            (1, 0) turns the sign.
+        head_order: None makes a new head. A sequence keeps the file's head, which must have the same layers: for each
+            class of the network, the index among the file's classes. A single output is the logit of class 1 of two;
+            (1, 0) changes its sign.
         dropout: the rate of the new head's dropout (with `hidden_units`), or of the network's own dropout layers.
         residual_gain: the initial scale of the last batch normalisation in each residual block of torchvision's
             ResNets. torchvision uses 1, Goyal et al. 2017 use 0 (arXiv:1706.02677, section 5.1). Below 1 the shortcuts
-            dominate at first and receptive fields start small. The maps of a network that learns from scratch then
-            lie on lesions and not between them.
+            dominate at first, so receptive fields start small. Without this, the maps of a network that is trained
+            from random weights can lie between lesions and not on them.
         hidden_units: None replaces the last linear layer. A sequence of widths, which may be empty, replaces the
             whole classifier: a linear layer and ReLU for each width, dropout, a last linear layer.
 
     Raises:
         FileNotFoundError: the weights are missing.
-        ValueError: the weights do not fit, or a setting does not. The message says what to do.
+        ValueError: the weights or a setting do not fit. The message says what to do.
     """
     kind = architecture(name)
     network = kind.build()
@@ -202,7 +202,7 @@ def set_training_mode(
 def trunk_features(network: nn.Module, images: Tensor) -> Tensor:
     """Return the (N, D) input of the network's head for (N, 3, H, W) images, in the network's present mode.
 
-    `head(trunk_features(x))` is `network(x)`, so a frozen trunk has to run only once.
+    `head(trunk_features(x))` equals `network(x)`. So the features of a frozen trunk can be computed once and kept.
     """
     return _input_of(network.get_submodule(network.head_name), network, images)
 
@@ -236,7 +236,7 @@ def _starting_weights(name: str, weights: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no readable weights: {str(error).splitlines()[0]}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict (names to tensors): save one with model.state_dict()")
+        raise ValueError(f"{path} is not a state dict (names to tensors): save one with model.state_dict()")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -256,7 +256,7 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except OSError as error:  # such as urllib's URLError
         remedy = f"put {file.name} from {published.url} into {folder}, or train with --weights none or --weights FILE"
-        raise FileNotFoundError(f"no ImageNet weights for {name} and no download ({error}): {remedy}") from None
+        raise FileNotFoundError(f"no ImageNet weights for {name} and the download failed ({error}): {remedy}") from None
     except Exception as error:
         raise ValueError(f"{file} is damaged, delete it: {str(error).splitlines()[0]}") from None
     # torchvision's DenseNet files have older module names: denselayer1.norm.1 is now denselayer1.norm1.
@@ -270,7 +270,7 @@ def _load_weights(
     wanted = {key: value.shape for key, value in network.state_dict().items()}
     if head_order is None:
         wanted = {key: shape for key, shape in wanted.items() if not key.startswith(f"{network.head_name}.")}
-    # The file may have another classifier than the network.
+    # Layers of the file's classifier that the network does not have are left out.
     state = {key: v for key, v in state.items() if key in wanted or not key.startswith(f"{kind.classifier}.")}
     shapes = {key: value.shape for key, value in state.items()}
     wrong = [key for key in wanted | shapes if wanted.get(key) != shapes.get(key)]

@@ -4,9 +4,9 @@ r"""Command line: X-rays in, probabilities and overlays of class activation maps
                           [--method NAME] [--layer NAME [NAME ...]] [--boxes [SHARE]] [--bar]
                           [--lungs FOLDER|none] [--alpha A] [--colormap NAME] [--device D] [--json]
 
-It prints each class with its probability. For each image it writes an overlay at the image's own size. Several runs
-are an ensemble; their mean is given. Where there is a lung model (the network's own, or the one in `lungs` beside
-the studies' folders), the text says how much of each map lies inside the lungs.
+It prints each class with its probability. For each image it writes an overlay at the image's own size. For several
+runs it gives the mean of their probabilities and maps. If there is a lung model (the network's own, or the one in
+`lungs` beside the studies' folders), it also prints how much of each map lies inside the lungs.
 
 For a folder, or for several images, `predictions.csv` in the output folder gets a row as soon as an image is done:
 
@@ -18,18 +18,18 @@ For a folder, or for several images, `predictions.csv` in the output folder gets
 - bytes, changed: the image's size and time of change
 - error: why the image failed; its row then has only this and the image
 
-The same command continues where it was stopped. It repeats images that failed, that have changed, or whose overlays
-have changed or are gone. With another model or other options for the maps a new table begins, and the old one is kept
-as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_processes N overlay_cam.py …` or
+The same command continues where it was stopped. It repeats an image that failed or has changed, and one whose overlays
+have changed or are missing. With another model or other options for the maps a new table begins, and the old one is
+kept as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_processes N overlay_cam.py …` or
 `torchrun --nproc-per-node N overlay_cam.py …`) write to one table: each does its share of the images, on its own GPU.
-Every other command is refused while one works on the table.
+While a command works on the table, other commands are refused.
 
-Every overlay carries a mark. A file without the mark is never replaced, except an overlay of the table that was
-emptied. A file with the mark is no X-ray and is skipped. A line on stderr names the skipped files of a folder.
+Every overlay contains a mark. A file without the mark is never replaced, except an empty file (0 bytes) with the name
+of an overlay in the table. A file with the mark is not an X-ray and is skipped. A line on stderr names skipped files.
 
 Exit status:
 
-- 0: all done. One of several processes ends with 0 even if images failed, because the launcher would stop the others.
+- 0: all done; one of several processes: also if images failed, because the launcher would stop the other processes
 - 1: some images failed; the others are done
 - 2: nothing could be done, or the disk is full
 - 130: stopped by Ctrl-C
@@ -58,12 +58,12 @@ from inference.trained_networks import ModelCard, ensemble_card, load_network, r
 from inference.xray_files import TABLE, Job, PredictionTable, images_in, model_settings, names_file, overlay_paths
 from utils import resolve_device
 
-# Errors that every later image would have too: no space, no quota, file size limit, nobody reads the output.
+# Errors that every later image would have too: disk full, quota, limit of file size, output pipe closed.
 HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE})
 
 
 class Work(NamedTuple):
-    """The task of this process."""
+    """The work of this process."""
 
     question: Question
     share: Share
@@ -74,9 +74,9 @@ class Work(NamedTuple):
 
 
 def share_of(environment: Mapping[str, str]) -> Share:
-    """Return the share that accelerate or torchrun gave this process; all images where neither started it.
+    """Return this process's share of the images. Without accelerate or torchrun it is all images.
 
-    Raises ValueError where RANK and WORLD_SIZE contradict each other.
+    Raises ValueError if RANK and WORLD_SIZE contradict each other.
     """
     share = Share(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
     if share.index >= share.of:
@@ -87,12 +87,11 @@ def share_of(environment: Mapping[str, str]) -> Share:
 def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
     """Return the classes whose maps `-l` asks for: "top", or the indices of reported classes.
 
-    An exact name has priority. Otherwise case, spaces and punctuation do not matter where only one class fits:
-    `covid_19` is `COVID-19`.
+    An exact name has priority. Otherwise case, spaces and punctuation are ignored: `covid_19` is `COVID-19`.
 
     Raises:
-        ValueError: The label is unknown, or a finding that is not reported: its map would show what the network
-            could not learn.
+        ValueError: The label fits no class or several, or it is a finding that the network could not learn and does
+            not report.
     """
     if label is None:
         return "top"
@@ -107,7 +106,7 @@ def chosen_labels(label: str | None, card: ModelCard) -> str | list[int]:
     reported = [index for index in indices if card.classes[index] not in card.unreported]
     if not reported:
         names = ", ".join(card.classes[index] for index in indices)
-        raise ValueError(f"no map of {names}: not reported, as all of the training images have it, or none")
+        raise ValueError(f"no map of {names}: not reported, because all training images have it, or none")
     return reported
 
 
@@ -116,7 +115,7 @@ def _slug(name: str) -> str:
 
 
 def suffixes(classes: str | list[int], card: ModelCard) -> list[str]:
-    """Return the endings of the names of the maps' files: "" for one map, else each map's class or its index."""
+    """Return the ending of each map's file name: "" for a single map, else its class or the index of its class."""
     if len(classes) == 1 or classes == "top":
         return [""]
     slugs = [_slug(name) for name in card.classes]
@@ -128,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Probabilities and class activation maps of chest X-rays. For research, not for diagnosis."
     )
-    image = f"X-rays, or folders of them; with several, the same command continues from {TABLE}"
-    model = "a run folder or STUDY/NETWORK; of several runs with the same classes, the mean"
-    boxes = "draw boxes around what is above this share of the map's maximum (without a number: 0.5)"
+    image = f"X-rays or folders; with several images, the same command continues after a stop (see {TABLE})"
+    model = "a run folder or STUDY/NETWORK; several runs with the same classes are averaged"
+    boxes = "draw boxes around regions above this share of the map's maximum (without a number: 0.5)"
     parser.add_argument("-i", "--image", metavar="IMAGE|FOLDER", type=Path, nargs="+", required=True, help=image)
     parser.add_argument("-m", "--model", metavar="RUN", nargs="+", required=True, help=model)
     parser.add_argument("-l", "--label", help="the class to explain, or all (default: the predicted one)")
@@ -143,21 +142,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, default=0.65, help="opacity at the map's peak (default: 0.65)")
     parser.add_argument("--colormap", metavar="NAME", default="plasma", help="plasma (default), turbo, jet, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print a JSON list, a record an image")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with a record for each image")
     return parser
 
 
 def _options(arguments: argparse.Namespace) -> MapOptions:
-    """Return the options for the maps. Raises ValueError, with the choices, where one makes no sense."""
+    """Return the options for the maps. Raises ValueError, with the choices, for a wrong one."""
     if not 0 <= arguments.alpha <= 1:
         raise ValueError(f"--alpha {arguments.alpha:g} is not between 0 and 1")
     if arguments.boxes is not None and not 0 < arguments.boxes <= 1:
-        raise ValueError(f"--boxes {arguments.boxes:g} is not above 0 and at most 1")
+        raise ValueError(f"--boxes {arguments.boxes:g} must be above 0 and at most 1")
     if arguments.colormap not in COLORMAPS:
         raise ValueError(f"unknown colour map {arguments.colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
     method = arguments.method.lower()
     if cam_method(method).needs == "activation" and arguments.label is not None:
-        raise ValueError(f"{METHODS[method].title} knows of no class: leave out -l, or take another --method")
+        raise ValueError(f"{METHODS[method].title} makes no map of a class: leave out -l, or take another --method")
     layer = tuple(dict.fromkeys(arguments.layer)) if arguments.layer else None
     return MapOptions(method, layer, arguments.alpha, arguments.colormap, arguments.boxes, arguments.bar)
 
@@ -166,7 +165,7 @@ def _prepare(arguments: argparse.Namespace) -> Work:
     """Check the arguments, load the models and open the table; return the work."""
     options, share = _options(arguments), share_of(os.environ)
     if arguments.json and share.of > 1:
-        raise ValueError(f"--json: several processes cannot print one list: leave it out, {TABLE} has it all")
+        raise ValueError(f"--json: several processes cannot print one list: leave it out, all results are in {TABLE}")
     device = resolve_device(arguments.device)
     if arguments.device == "auto" and device.type == "cuda":  # each process on a machine has a GPU of its own
         process = int(os.environ.get("LOCAL_RANK", share.index))
@@ -193,20 +192,19 @@ def _prepare(arguments: argparse.Namespace) -> Work:
 
 
 def _complain(message: object) -> None:
-    """Print a message on one line of stderr. File names and errors of torch may have several lines."""
+    """Print a message on one line of stderr. File names and messages of torch may contain line breaks."""
     print(f"overlay_cam.py: {' '.join(str(message).splitlines())}", file=sys.stderr)
 
 
 def _announce(work: Work, *, as_json: bool) -> None:
-    """Print what is skipped and what remains before the first image."""
+    """Print, before the first image, which files are skipped and which images are already done."""
     table, lines = work.table, []
     if work.share.of > 1:
-        lines.append(f"process {work.share.index + 1} of {work.share.of}: {work.number} images are its share")
+        lines.append(f"process {work.share.index + 1} of {work.share.of} answers {work.number} images")
     for line in work.skipped if work.share.index == 0 else ():
         _complain(line)
     if table is not None and table.set_aside is not None:
-        old = table.set_aside.name
-        lines.append(f"{table.path} is begun anew: its settings differ; the old table is kept as {old}")
+        lines.append(f"{table.path} is begun anew: settings differ; the old table is kept as {table.set_aside.name}")
     if done := work.number - len(work.jobs):
         lines.append(f"skips {done} of {work.number} images: they are in {table.path}")
     if len(work.question.members) > 1 and not as_json:
@@ -216,16 +214,16 @@ def _announce(work: Work, *, as_json: bool) -> None:
 
 
 def _attempt(work: Work, job: Job) -> dict[str, object]:
-    """Do a job and write its row; return its record, or "image" and "error" if it failed.
+    """Do a job, write its row and return its record, which is only "image" and "error" if the job failed.
 
-    Raises OSError where every later job would fail too.
+    Raises OSError for an error that every later job would meet too.
     """
-    source = job.source()  # before the image is read: an image that changes afterwards is repeated next time
+    source = job.source()  # read first: if the image changes afterwards, the next run repeats it
     try:
         if job.problem is not None:
             raise ValueError(job.problem)
         record = answer(work.question, job.image, job.overlays)
-    except (ValueError, OSError, RuntimeError) as error:  # torch raises RuntimeError where memory is short
+    except (ValueError, OSError, RuntimeError) as error:  # torch raises RuntimeError if memory runs out
         if work.table is not None and getattr(error, "errno", None) in HOPELESS:
             raise
         _complain(error)
@@ -282,5 +280,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be invalid UTF-8
     sys.exit(main())

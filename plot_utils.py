@@ -1,8 +1,8 @@
 """Charts: `plot_*(data, ax) -> ax` draws one panel, `draw_*(fig, data) -> fig` fills a Figure or SubFigure.
 
-Numbers in, Axes out: nothing is computed from predictions, shown, saved or set globally. Figures need
-`layout="constrained"`, which makes room for labels and legends, and a height that fits their content: 0.2 inch for each
-bar or dot. The caller sets the titles, because only the caller knows whether the data are synthetic.
+These functions only draw numbers that they are given. They compute no metrics, show and save nothing and change no
+global setting. Figures need `layout="constrained"`, which makes room for labels and legends, and 0.2 inch of height for
+each bar or dot. The caller sets the titles, because only the caller knows whether the data are synthetic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-MARKERS = "osD^vPX<"  # for prints without colours
+MARKERS = "osD^vPX<"  # for black-and-white prints
 LINES = ("-", "--", "-.", (0, (1, 1)))
-SMALL = 8.5  # points; the smallest print that is readable in a notebook 1000 px wide
+SMALL = 8.5  # points; the smallest readable text in a notebook 1000 px wide
 FEW = 5  # classes whose names fit side by side under a panel
 FEW_IMAGES = 10  # a bin with fewer images says little about calibration
 CHANCE = {"color": "0.5", "linestyle": ":", "linewidth": 1, "zorder": 1}
@@ -32,9 +32,9 @@ BLUE, RED = COLORS[0], COLORS[3]
 
 
 def palette(names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Return a colour for each name, by position: the same list of names has the same colours in every figure.
+    """Return a colour for each name, by position. The same list of names has the same colours in every figure.
 
-    From the eleventh name on, colours repeat; `styles` then gives them other lines and markers.
+    Colours repeat after ten names; `styles` adds lines and markers that differ.
     """
     return dict(zip(names, sns.color_palette(COLORS, len(names)), strict=True))
 
@@ -54,15 +54,15 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
 
 
 def plot_bars(table: pd.DataFrame, ax: Axes, *, number: str, title: str, equal_shares: bool = False) -> Axes:
-    """Draw a group of bars for each row of a table. Bars are horizontal, the first row on top, where the names of the
-    rows do not fit side by side.
+    """Draw a group of bars for each row of a table. If the names of the rows do not fit side by side, the bars are
+    horizontal, with the first row on top.
 
     Args:
         table: the values; a row for each group, a column for each colour.
         ax: Axes to fill.
         number: the format of the number at each bar.
         title: the title of the axis of values.
-        equal_shares: draw a dashed line where all rows of a table of percentages would be equal.
+        equal_shares: draw a dashed line at 100 % / number of rows, for a table of percentages.
     """
     horizontal = len(table) > FEW or sum(map(len, table.index)) > 70
     colors = palette(list(table.columns))
@@ -90,7 +90,7 @@ def plot_image_sizes(sizes: pd.DataFrame, ax: Axes) -> Axes:
     for name, style in styles(list(dict.fromkeys(sizes["class"]))).items():
         of_class = counts[name].rename("images").reset_index()
         areas = np.maximum(500 * of_class["images"] / counts.max(), 12)
-        # Classes with the same sizes all stay visible, because markers are hollow and differ in shape.
+        # Markers are hollow and differ in shape, so classes with the same sizes all stay visible.
         look = {"facecolor": (*style["color"], 0.12), "edgecolor": style["color"], "marker": style["marker"]}
         label = f"{name}: {of_class['images'].sum():,} images, {len(of_class):,} size{'s' * (len(of_class) > 1)}"
         ax.scatter(of_class["width"], of_class["height"], areas, **look, label=label)
@@ -132,7 +132,7 @@ def draw_learning_curves(
     fig: FigureBase, histories: Mapping[str, pd.DataFrame], *, best_epochs: Mapping[str, int]
 ) -> FigureBase:
     """Draw the loss (left) and a score (right) by epoch. Training is dashed, validation is solid. A star marks the kept
-    epoch, a thin vertical line a change of phase.
+    epoch. A thin vertical line marks a change of phase.
 
     Args:
         fig: Figure or SubFigure to fill.
@@ -172,8 +172,8 @@ def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str) 
     """Draw the score of each network with its interval (left) and the minutes of its training (right) as horizontal
     bars, in the order of the table.
 
-    `table` has the columns network, estimate, low, high and minutes. Scores are 0 to 1; where low and high are NaN,
-    there are no whiskers.
+    `table` has the columns network, estimate, low, high and minutes. Scores are 0 to 1. If low and high are NaN,
+    no whiskers are drawn.
     """
     left, right = fig.subplots(1, 2, sharey=True)
     bars = {"color": list(palette(list(table["network"])).values()), "height": 0.65}
@@ -184,7 +184,7 @@ def draw_score_and_minutes(fig: FigureBase, table: pd.DataFrame, *, score: str) 
         _name_rows(list(table["network"]), ax)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_axisbelow(True)
-    # The axis ends beyond 100 %, to make room for the number of a network that is always right.
+    # The axis ends beyond 100 %, because the number of a perfect network needs room.
     left.set(xlabel=f"{score} and its interval", xlim=(0, 1.2), xticks=np.linspace(0, 1, 6))
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     right.set(xlabel="minutes of training", xlim=(0, max(1e-3, 1.25 * table["minutes"].max())))
@@ -197,7 +197,7 @@ def _minutes(value: float) -> str:
 
 
 def plot_confusion(counts: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes:
-    """Draw (C, C) counts, row = true class, column = predicted class. The shade is the share of the true class; for up
+    """Draw (C, C) counts, row = true class, column = predicted class. The shade is the share of the true class. For up
     to eight classes, the share is also written below the count.
     """
     support = counts.sum(axis=1)
@@ -219,11 +219,11 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], ax: Axes) -> Axes
 
 
 def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
-    """Draw the ROC curve of each class and the diagonal of chance. The legend names the areas. For more than five
-    classes, it stands beside the axes.
+    """Draw the ROC curve of each class and the diagonal of chance. The legend has the areas. For more than five
+    classes it is beside the axes.
 
-    `curves` has, by class, the false positive rates, the true positive rates and the area. The area is NaN where the
-    images are all of the class, or none is.
+    `curves` has, by class, the false positive rates, the true positive rates and the area. The area is NaN if all
+    images or none are of the class.
     """
     many = len(curves) > FEW
     for name, style in styles(list(curves)).items():
@@ -244,8 +244,8 @@ def plot_auc_by_label(areas: pd.DataFrame, mean: pd.Series, ax: Axes) -> Axes:
     """Draw areas under the ROC curve as dots with whiskers, the largest on top. A dashed line marks chance; a solid
     line with a band marks the mean and its interval.
 
-    `areas` has a row for each label; it and `mean` have estimate, low and high. Labels without an area stand below,
-    without a dot.
+    `areas` has a row for each label; it and `mean` have estimate, low and high. Labels without an area are at the
+    bottom, without a dot.
     """
     areas = areas.sort_values("estimate", ascending=False, kind="stable")
     rows = np.arange(len(areas))
@@ -283,8 +283,8 @@ def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, n
 
 
 def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw dots with whiskers. `table` has the columns network, metric, estimate, low and high. Metrics stand from top
-    to bottom, and the networks within each metric, in the table's order.
+    """Draw dots with whiskers. `table` has the columns network, metric, estimate, low and high. Metrics, and
+    the networks within each metric, have the table's order from top to bottom.
     """
     metrics = table["metric"].unique().tolist()
     networks = styles(table["network"].unique())
@@ -302,16 +302,15 @@ def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot for each seed and their mean as a line. The interval of the first seed stands below them, so that the
-    spread over trainings can be compared with the spread over patients.
+    """Draw a dot for each seed and their mean as a line. The interval of the first seed is below them, to compare the
+    spread over trainings with the spread over patients.
 
-    `scores` has a score for each network and seed, the levels of its index. `intervals` has, by network, estimate, low
-    and high of the first seed.
+    The index of `scores` has the levels network and seed. `intervals` has, by network, estimate, low and high of the
+    first seed.
     """
     spread = scores.groupby(level="network", sort=False).agg(["mean", "std"])
     rows = np.arange(len(spread))
-    line = {"color": BLUE, "linewidth": 2, "label": "mean of the seeds\n(± standard deviation)"}
-    ax.vlines(spread["mean"], rows - 0.4, rows, **line)
+    ax.vlines(spread["mean"], rows - 0.4, rows, color=BLUE, lw=2, label="mean of the seeds\n(± standard deviation)")
     for row, (name, (mean, std)) in enumerate(spread.iterrows()):
         # Each seed has its own height, so that equal scores do not hide one another.
         heights = row - 0.4 + 0.4 * (np.arange(len(scores[name])) + 0.5) / len(scores[name])
@@ -327,7 +326,7 @@ def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
 
 def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     """Draw accuracy against confidence. The area of a marker shows the bin's share of the images. Bins of fewer than
-    `FEW_IMAGES` images are hollow, and the line leaves them out. Below the diagonal a network is over-confident.
+    `FEW_IMAGES` images are hollow and not part of the line. Below the diagonal a network is over-confident.
 
     `tables` has, by network, a row for each bin with the columns confidence, accuracy and count.
     """
@@ -354,7 +353,7 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
 
 
 def _interval_dots(table: pd.DataFrame, heights: np.ndarray, ax: Axes, **style: object) -> None:
-    """Draw `_whiskers`, and write each estimate beside its dot."""
+    """Draw the dots of `_whiskers`, with the estimate beside each dot."""
     _whiskers(table, heights, ax, **style)
     ends = np.fmax(table["estimate"], table["high"])
     for estimate, end, height in zip(table["estimate"], ends, heights, strict=True):
@@ -368,12 +367,12 @@ def _whiskers(table: pd.DataFrame, heights: np.ndarray, ax: Axes, **style: objec
 
 
 def _reach(table: pd.DataFrame) -> np.ndarray:
-    """Return (2, N) lengths of whiskers. A length is 0 where a percentile interval does not hold its estimate."""
+    """Return (2, N) lengths of whiskers. A length is 0 if the estimate lies outside its percentile interval."""
     return np.maximum([table["estimate"] - table["low"], table["high"] - table["estimate"]], 0)
 
 
 def _name_rows(names: Sequence[str], ax: Axes) -> None:
-    """Name the rows of a chart, the first on top, and leave room for numbers at both sides."""
+    """Name the rows of a chart, with the first on top. Leave room for numbers on both sides."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.7)
     ax.tick_params(axis="y", length=0)
@@ -387,5 +386,5 @@ def _note(text: str, point: tuple[float, float], ax: Axes) -> None:
 
 
 def legend_beside(ax: Axes, *, title: str | None = None) -> Legend:
-    """Add a legend to the right of the axes. There it covers no data."""
+    """Add a legend to the right of the axes, where it covers no data."""
     return ax.legend(title=title, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)

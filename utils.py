@@ -1,4 +1,4 @@
-"""From an image file to a batch: reading, transforms, sampling and loss weights, seeds, safe writing.
+"""Helpers from the image file to the batch: reading, transforms, weights of images and classes, seeds, safe writing.
 
 The command line must start quickly, so only NumPy, Pillow and torch are imported at the top.
 """
@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import os
-import random
 import sys
 import time
 import zlib
@@ -29,12 +28,12 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 # The numbers of bits that X-ray detectors and file converters use in a 16-bit file.
 STORED_BITS = (8, 10, 12, 14, 16)
 PIXELS_PER_OUTLIER = 1000  # one pixel in a thousand may lie outside the range that becomes 0 to 255
-NO_VALUE = 1e30  # larger than any measured value; programs write ±3.4e38 where a pixel has no value
+NO_VALUE = 1e30  # larger than any measured value; a pixel without a value is often stored as ±3.4e38
 
 # TIFF tags and their values.
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # Pillow respects it in 8-bit files only
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # Pillow inverts 8-bit files itself, but no others
 SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2
-STRIPS, TILES = (273, 279), (324, 325)  # of each: where its parts begin, and their lengths
+STRIPS, TILES = (273, 279), (324, 325)  # the offsets of the parts of the image, and their lengths
 # Number types that Pillow reads as int32 and as uint8. Key: Pillow's mode and the sample format.
 STORED_AS = {("I", UNSIGNED): np.uint32, ("L", SIGNED): np.int8}
 
@@ -56,9 +55,9 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     - EXIF orientation: applied
     - several pages: the first page; a line on stderr says so, once a file
 
-    Damage is refused where the file shows it: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data that
-    end before the last pixel. A file without checksums may have wrong pixels that cannot be detected. A run-length
-    BMP is refused: any damage shifts its pixels, and Pillow fills missing data.
+    Damage that can be detected is refused: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data that end
+    before the last pixel. In a file without checksums, wrong pixels cannot be detected. Every run-length BMP is
+    refused, because damage shifts all of its later pixels and Pillow fills in missing data.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -70,7 +69,7 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image")
     try:
-        # A file object, not the path: given a path, Pillow maps the file and scrambles a rotated TIFF.
+        # Pillow gets a file object, because it maps a file given as a path and then scrambles a rotated TIFF.
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             pages = getattr(image, "n_frames", 1)
             grey = _grey(image, file)
@@ -90,7 +89,7 @@ def _print_once(line: str) -> None:
 
 
 def _grey(image: Image.Image, file: BinaryIO) -> np.ndarray:
-    """Return an opened, not yet loaded image as (H, W) uint8; `file` is the open file that it is stored in."""
+    """Return an image that is opened but not loaded as (H, W) uint8; `file` is its open file."""
     tags = getattr(image, "tag_v2", {})
     stored = STORED_AS.get((image.mode, tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]))
     deep_colour = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
@@ -107,14 +106,14 @@ def _grey(image: Image.Image, file: BinaryIO) -> np.ndarray:
 
 
 def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
-    """Return (H, W) uint16 luma of an image with 16 bits a colour. Pillow keeps only 8 of them (in `image`)."""
+    """Return (H, W) uint16 luma of an image with 16 bits a colour. `image` has only 8 of them."""
     import cv2
 
     file.seek(0)
     # OpenCV applies the orientation too.
     values = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_ANYDEPTH)
     if values is None or values.dtype != np.uint16 or values.shape != image.size[::-1]:
-        raise ValueError("16 bits a colour, of a kind that is not read: save it as 16-bit greyscale")
+        raise ValueError("this kind of image with 16 bits a colour is not supported: save it as 16-bit greyscale")
     if image.mode == "RGBA":
         values = np.round(values * (np.asarray(image.getchannel("A")) / 255)).astype(np.uint16)
     return values
@@ -123,12 +122,12 @@ def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
 def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     """Return (H, W) uint8 of values of any number type.
 
-    - Integers of up to 16 bits: the range is the smallest of 8, 10, 12, 14 and 16 bits that holds all but one in a
-      thousand values. Without this rule a 12-bit image in a 16-bit file, or an image with a few hot pixels, would be
+    - Integers of up to 16 bits: the range has 8, 10, 12, 14 or 16 bits, the fewest that hold all but one in a thousand
+      values. Without this rule a 12-bit image in a 16-bit file, or an image with a few hot pixels, would be
       almost black. Values above the range become white. Signed integers count from their minimum.
-    - Integers of more bits, and floating point: from the smallest to the largest value; at either end one value in a
-      thousand may lie outside.
-    - Values that are not finite or beyond ±1e30: black; they do not count for the range.
+    - Larger integers and floating point: the range goes from the smallest to the largest value. At each end, one value
+      in a thousand may lie outside.
+    - Values that are not finite or exceed ±1e30 become black and do not affect the range.
 
     Args:
         values: (H, W) numbers.
@@ -154,13 +153,13 @@ def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
 
 
 def _check_whole(image: Image.Image, file: BinaryIO) -> None:
-    """Raise an error where an image that Pillow could load shows that its file is damaged."""
+    """Raise an error if the file of an image is damaged although Pillow could load it."""
     compression = image.info.get("compression")
     file.seek(0)
     if image.format == "PNG":
         Image.open(file, formats=["PNG"]).verify()
     elif image.format == "BMP" and compression in RUN_LENGTHS:
-        raise ValueError("a BMP of run lengths does not show damage: save it as PNG")
+        raise ValueError("damage in a BMP of run lengths cannot be detected: save it as PNG")
     elif image.format == "TIFF" and "deflate" in compression:
         for tags in (STRIPS, TILES):
             offsets, lengths = (image.tag_v2.get(tag, ()) for tag in tags)
@@ -168,8 +167,8 @@ def _check_whole(image: Image.Image, file: BinaryIO) -> None:
                 file.seek(offset)
                 zlib.decompress(file.read(length))
     elif image.format in ("JPEG", "MPO"):
-        # Bytes inserted before the end marker change nothing in a whole JPEG. Where data are missing, the decoder
-        # takes these bytes for pixels.
+        # Bytes before the end marker do not change the picture of a complete JPEG. If data are missing, the decoder
+        # reads these bytes as pixels, and the picture changes.
         data = file.read()
         end = _end_of_jpeg(data)
         with Image.open(io.BytesIO(data[:end] + FOREIGN_BYTES + data[end:]), formats=["JPEG"]) as longer:
@@ -180,9 +179,9 @@ def _check_whole(image: Image.Image, file: BinaryIO) -> None:
 def _end_of_jpeg(data: bytes) -> int:
     """Return the position of the end marker of the first image in a JPEG file."""
     place = 2
-    while data[place + 1] != START_OF_SCAN:  # a thumbnail before it may have markers of its own
-        padding = data[place + 1] == 0xFF
-        place += 1 if padding else 2 + int.from_bytes(data[place + 2 : place + 4])
+    while data[place + 1] != START_OF_SCAN:  # a thumbnail, which may come first, has markers too
+        is_padding = data[place + 1] == 0xFF
+        place += 1 if is_padding else 2 + int.from_bytes(data[place + 2 : place + 4])
     end = data.find(END_OF_JPEG, place)
     if end < 0:
         raise ValueError("its end is missing")
@@ -193,8 +192,8 @@ def _end_of_jpeg(data: bytes) -> int:
 class Preprocessing:
     """The steps from an X-ray to the network's input, the same in training and at inference.
 
-    1. `lungs`, where given, blackens all but the lungs.
-    2. The image is resized to a square: bilinear, anti-aliased. The aspect is not kept, as in published projects.
+    1. `lungs`, if given, blackens everything outside the lungs.
+    2. The image is resized to a square: bilinear, anti-aliased. The aspect ratio is not kept.
     3. The grey channel is repeated three times and normalised.
 
     Attributes:
@@ -211,7 +210,7 @@ class Preprocessing:
 
     @property
     def key(self) -> str:
-        """A text that differs whenever the resized images of the same files differ."""
+        """The settings that the resized images depend on, as text."""
         return f"{self.image_size} px, lungs {'whole' if self.lungs is None else self.lungs.key}"
 
     def read(self, path: str | os.PathLike[str]) -> Tensor:
@@ -219,7 +218,7 @@ class Preprocessing:
         return self.resize(read_xray(path))
 
     def resize(self, image: np.ndarray) -> Tensor:
-        """Return an (H, W) uint8 image as a (1, S, S) uint8 tensor, black outside the lungs where `lungs` is given."""
+        """Return an (H, W) uint8 image as a (1, S, S) uint8 tensor, with `lungs` applied."""
         from torchvision.transforms.v2 import functional
 
         if self.lungs is not None:
@@ -261,7 +260,7 @@ def class_counts(labels: Sequence[int], num_classes: int) -> Tensor:
     """Return the (C,) number of images of each class. Raises ValueError for a class without images."""
     counts = torch.bincount(torch.as_tensor(list(labels)), minlength=num_classes)
     if (counts == 0).any():
-        raise ValueError(f"no training image of class {int(counts.argmin())}: nothing to balance it with")
+        raise ValueError(f"no training image of class {int(counts.argmin())}: its weight would be infinite")
     return counts
 
 
@@ -279,22 +278,15 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 def label_weights(targets: np.ndarray) -> Tensor:
     """Return the (2, C) weights of a multi-label loss: row 0 for negatives, row 1 for positives.
 
-    A label's negatives have the weight of its share of positives, and its positives that of its share of negatives. So
-    both sides have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). A label that all or
-    no images have has the weight 0, in validation too.
+    A negative has the label's share of positives as its weight, and a positive the share of negatives. So positives
+    and negatives have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). If all images or
+    none have a label, its weight is 0, also in validation.
 
     Args:
         targets: (N, C) of 0 and 1.
     """
     share = torch.tensor(np.asarray(targets, dtype=np.float64)).mean(dim=0)
     return (torch.stack([share, 1 - share]) * (share * (1 - share) > 0)).float()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries may still use NumPy's global generator
-    torch.manual_seed(seed)
 
 
 def derived_seed(seed: int, use: str, *numbers: int) -> int:
@@ -317,9 +309,9 @@ def write_whole(file: Path, content: str | bytes | Callable[[Path], None]) -> No
 
     Args:
         file: The file to write. Its folder must exist.
-        content: Text, bytes, or a function that writes the file at the path that it is given.
+        content: Text, bytes, or a function that gets a path and writes the content there.
     """
-    # The name is random, because two processes may write one file at once. It is short, because the file's own name
+    # The name is random, because two processes may write the same file. It does not contain the file's own name, which
     # may already be as long as the file system allows.
     unfinished = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}.tmp")
     try:
@@ -351,7 +343,7 @@ def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk. Does nothing on Windows."""
+    """Wait until the content of a file, or the list of names of a folder, is on the disk. Does nothing on Windows."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -361,7 +353,7 @@ def flush(path: Path) -> None:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """Return the device of that name; "auto" is the first CUDA GPU, else Apple's GPU, else the CPU.
+    """Return the device with this name; "auto" is the first CUDA GPU, else Apple's GPU, else the CPU.
 
     Raises ValueError for a device that is unknown or absent.
     """

@@ -1,7 +1,7 @@
-"""Batch normalisation for a network that has none: added for training from random weights, folded in afterwards.
+"""Batch normalisation for a network that has none: added for training from random weights, then folded in.
 
-A VGG-16 with random weights hardly starts to learn without it, because its last layers are almost the same for all
-images.
+Without it a VGG-16 with random weights hardly starts to learn, because the output of its last layers is almost the same
+for all images.
 """
 
 from torch import nn
@@ -16,7 +16,7 @@ def add_batch_norm(network: nn.Module) -> None:
 
 
 def fold_batch_norm(network: nn.Module) -> None:
-    """Undo `add_batch_norm` and put the network into eval mode, where its outputs stay the same but for rounding.
+    """Undo `add_batch_norm` and put the network into eval mode. Its outputs in eval mode change only by rounding.
 
     A batch normalisation in eval mode is an affine map, so it can become part of its convolution.
     """

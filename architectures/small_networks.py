@@ -1,4 +1,4 @@
-"""Networks to train from random weights on a CPU: LeNet-5, a small network, pre-activation ResNets.
+"""Networks that can be trained from random weights on a CPU: LeNet-5, a small network, pre-activation ResNets.
 
 All take (N, 3, H, W) images of 32 px and more and return (N, outputs) logits.
 """
@@ -18,10 +18,10 @@ def named_sequence(**modules: nn.Module) -> nn.Sequential:
 def lenet5(outputs: int = 1000) -> nn.Sequential:
     """Return LeNet-5 (LeCun et al. 1998, Proc. IEEE 86, section II-B) in modern form.
 
-    Its layers and widths are the paper's: 6 maps of 5 × 5, pooling, 16 of 5 × 5, pooling, 120, 84, outputs. The
+    Layers and widths are those of the paper: 6 maps of 5 × 5, pooling, 16 of 5 × 5, pooling, 120, 84, outputs. The
     paper's scaled tanh, trainable sub-sampling, partial table of connections and radial basis functions are replaced
     by their modern forms: ReLU, maximum pooling, full connections and a linear layer. Pooling to 5 × 5 makes the
-    linear layers fit images of any size. At the paper's 32 px it changes nothing.
+    linear layers fit images of any size. At 32 px, the paper's size, it changes nothing.
     """
     return named_sequence(
         features=named_sequence(
@@ -64,7 +64,7 @@ def small_cnn(outputs: int = 1000) -> nn.Sequential:
 
 def _conv_block(before: int, after: int, *, pooled: bool) -> nn.Sequential:
     # The convolution has no bias, because the batch normalisation would remove it. Pooling comes before the
-    # normalisation, which then has a quarter of the pixels: a third more images a second (measured).
+    # normalisation, which then has a quarter of the pixels. This trains on a third more images a second (measured).
     pooling = {"pool": nn.MaxPool2d(2)} if pooled else {}
     return named_sequence(
         conv=nn.Conv2d(before, after, 3, padding=1, bias=False),
@@ -78,12 +78,12 @@ def resnet_v2(outputs: int = 1000, *, n: int = 6) -> nn.Sequential:
     """Return a pre-activation ResNet of depth 9n + 2 with bottlenecks, the CIFAR form of He et al. 2016 ("Identity
     mappings in deep residual networks", ECCV, arXiv:1603.05027).
 
-    It has three stages of `n` blocks with 64, 128 and 256 maps (a quarter of that inside the bottlenecks), then
+    It has three stages of `n` blocks with 64, 128 and 256 maps (a quarter of these inside the bottlenecks), then
     normalisation, ReLU, global average pooling and one linear layer. n = 6 is depth 56.
 
     The first convolution has stride 2, for X-rays of 100 to 224 px. The paper has stride 1, for images of 32 px. At
-    224 px stride 1 would cost four times the time and memory. With stride 2 the last stage has 28 × 28 cells there,
-    which are already finer than those of the ImageNet networks.
+    224 px stride 1 would take four times the time and memory. With stride 2 the last stage has 28 × 28 cells at
+    224 px, more than the ImageNet networks have.
     """
     blocks = {}
     before = 16

@@ -1,1 +1,1 @@
-"""The formulas of class activation maps, where a layer's cells lie, and how a map becomes a picture or boxes."""
+"""The formulas of class activation maps, the places of a layer's cells, and pictures and boxes of maps."""

@@ -1,4 +1,4 @@
-"""From a map to a picture and to boxes.
+"""Draw maps on X-rays and put boxes around their regions.
 
 Pictures are (H, W, 3) uint8 RGB. Boxes are (B, 4) rows of x, y (upper left corner), width and height as fractions of
 the image, as in `XrayTable.boxes`, so they fit the image at any resolution.
@@ -17,7 +17,7 @@ COLORMAPS = {
 def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap: str = "plasma") -> np.ndarray:
     """Return an X-ray with a map laid over it in colour: (H, W, 3) uint8 RGB.
 
-    The weight of a pixel's colour is alpha · map. So the X-ray is unchanged where the map is 0, and colour always
+    The weight of the colour at a pixel is alpha · map. So the X-ray is unchanged where the map is 0, and any colour
     means evidence.
 
     Args:
@@ -27,7 +27,7 @@ def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap
         colormap: a name in `COLORMAPS` (OpenCV's).
 
     Raises:
-        ValueError: the shapes differ, the map is not from 0 to 1, or an argument is of another type.
+        ValueError: the shapes differ, the map is not from 0 to 1, or the X-ray is not uint8.
     """
     if xray.dtype != np.uint8:
         raise ValueError(f"the X-ray must be uint8, 0 to 255, not {xray.dtype}")
@@ -35,8 +35,6 @@ def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap
         raise ValueError(f"X-ray {xray.shape} and map {map_.shape} differ: upsample the map to the X-ray")
     if not (map_.min() >= 0 and map_.max() <= 1):
         raise ValueError("the map must lie in 0–1: divide it by its maximum first")
-    if colormap not in COLORMAPS:
-        raise ValueError(f"unknown colour map {colormap!r}: choose from {', '.join(sorted(COLORMAPS))}")
     colours = cv2.applyColorMap(np.round(map_ * 255).astype(np.uint8), COLORMAPS[colormap])
     weight = (alpha * map_)[..., None]
     mixed = xray[..., None] * (1 - weight) + cv2.cvtColor(colours, cv2.COLOR_BGR2RGB) * weight
@@ -44,24 +42,21 @@ def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap
 
 
 def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
-    """Return (B, 4) boxes around the regions where an (H, W) map is at least `threshold` times its maximum.
+    """Return (B, 4) boxes around the regions of an (H, W) map with at least `threshold` (0 to 1) times its maximum.
 
-    A region is an 8-connected component; the region of most pixels comes first. A box covers the pixels of its region
-    completely. A map of zeros has no box: (0, 4).
+    A region is an 8-connected component; the one with the most pixels comes first. A box covers all pixels of its
+    region. A map of zeros has no box: (0, 4).
 
     Raises:
-        ValueError: the threshold is not in (0, 1], or the map is not finite or not (H, W).
+        ValueError: the map is not finite or not (H, W).
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold {threshold} must lie in (0, 1]: it is a share of the map's maximum")
     if map_.ndim != 2 or not np.isfinite(map_).all():
         raise ValueError(f"a map must be finite and (H, W), not {map_.shape}: pass one map at a time")
     top = float(map_.max())
     if top <= 0:
         return np.zeros((0, 4))
     above = (map_ >= threshold * top).astype(np.uint8)
-    _, _, regions, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
-    regions = regions[1:]  # The first component is the background.
+    regions = cv2.connectedComponentsWithStats(above, connectivity=8)[2][1:]  # The first one is the background.
     regions = regions[np.argsort(-regions[:, cv2.CC_STAT_AREA], kind="stable")]
     corners_and_sides = [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]
     height, width = map_.shape
@@ -88,7 +83,7 @@ def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
 
 
 def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
-    """Return the first pixel of a box along one axis and the one after its last; at least one is in the image."""
+    """Return the start and the end of a box along one axis, in pixels; it has at least one pixel in the image."""
     first = min(max(round(start * size), 0), size - 1)
     return first, min(max(round((start + extent) * size), first + 1), size)
 
@@ -102,8 +97,8 @@ def with_colour_bar(
 
     Args:
         picture: (H, W, 3) uint8; its pixels stay the same.
-        peak: maximum of the raw map, finite and not negative. The bar's numbers are 0, half the peak and the peak;
-            for a peak of 0 there is only the 0. None means 1.
+        peak: maximum of the raw map, finite and not negative; None means 1. The bar has the numbers 0, half the peak
+            and the peak, or only 0 if the peak is 0.
         alpha: as for `overlay`.
         colormap: as for `overlay`.
     """
@@ -133,7 +128,7 @@ def with_colour_bar(
 def _drawn_text(text: str, height: int) -> np.ndarray:
     """Return (h, w) uint8 white text on black, about `height` pixels high, cropped to its white pixels.
 
-    `cv2.getTextSize` is not used, because it is wrong for the fonts of both OpenCV 4 and OpenCV 5.
+    `cv2.getTextSize` is not used, because OpenCV 4 and 5 both return wrong sizes.
     """
     line = max(1, round(height / 10))
     scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height, line)

@@ -38,16 +38,16 @@ class CamMaps:
     logits: Tensor
 
     def __getitem__(self, images: slice | Sequence[int]) -> "CamMaps":
-        """Return the maps of some of the images, which a slice or their indices choose."""
+        """Return the maps of some of the images, given by a slice or by indices."""
         layers = tuple(LayerMaps(raw[images], grid) for raw, grid in self.layers)
         return CamMaps(layers, self.classes[images], self.logits[images])
 
     @property
     def raw(self) -> Tensor:
-        """(N, K, h, w) maps of the only layer. The heights of maps of one network and method can be compared.
+        """(N, K, h, w) maps of the only layer. Values of the same network and method can be compared.
 
         Raises:
-            ValueError: there are several layers, whose maps have no common scale.
+            ValueError: there are several layers; their maps have no common scale.
         """
         if len(self.layers) > 1:
             raise ValueError("maps of several layers have no raw scale in common: use upsampled(size)")
@@ -55,16 +55,16 @@ class CamMaps:
 
     @property
     def empty(self) -> Tensor:
-        """(N, K) bool: True where the map is all zeros, because nothing in the image speaks for the class."""
+        """(N, K) bool: True where the map is all zeros: nothing in the image is evidence for the class."""
         return torch.stack([layer.raw.amax(dim=(2, 3)) <= 0 for layer in self.layers]).all(dim=0)
 
     def upsampled(self, size: tuple[int, int]) -> Tensor:
         """Return (N, K, *size) maps from 0 to 1: bilinear, each divided by its own maximum.
 
         Nothing is subtracted, so 0 still means "no evidence"; an empty map stays 0. Each cell is drawn where its
-        receptive field is centred. Many programs spread the cells evenly over the image. The map of a ResNet then
-        lies half a cell too far to the right and down: 16 px at 224 px. Several layers are fused by the greatest of
-        their scaled maps at each place (LayerCAM, Jiang et al. 2021).
+        receptive field is centred. Many programs spread the cells evenly over the image, which moves the map of a
+        ResNet by half a cell to the right and down: 16 px at 224 px. For several layers the result is, at each pixel,
+        the maximum of their scaled maps (LayerCAM, Jiang et al. 2021).
         """
         return reduce(torch.maximum, (scaled(grid.upsampled(raw, size)) for raw, grid in self.layers))
 

@@ -23,8 +23,8 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w_k = Σ_ij α relu(G_k), α = G² / (2 G² + G³ Σ_ab A_k): Grad-CAM++ (Chattopadhay et al. 2018, WACV,
     arXiv:1710.11063), of the score exp(y).
 
-    Numerator and denominator are divided by G². So no epsilon is needed, which would be larger than the small
-    gradients of a layer before pooling. The method is made for activations that are not negative. For others the
+    Numerator and denominator are divided by G², so no epsilon is needed. An epsilon would be larger than the small
+    gradients of a layer before pooling. The method assumes activations that are not negative. With negative ones, the
     denominator can be negative, which would turn evidence for a class into evidence against it. The weight is then 0.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
@@ -37,7 +37,7 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 def hires_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w = G at each place: HiResCAM (Draelos & Carin 2020, arXiv:2011.08891).
 
-    It equals Grad-CAM if the layer is followed by average pooling and one linear layer, and only then.
+    It equals Grad-CAM if and only if average pooling and one linear layer follow the layer.
     """
     return gradient
 
@@ -50,8 +50,8 @@ def layer_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 def x_grad_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w_k = Σ_ij G_k A_k / Σ_ij A_k: XGrad-CAM (Fu et al. 2020, BMVC, arXiv:2008.02312).
 
-    It is 0 for a channel whose activations sum to 0. The method is made for activations that are not negative. For
-    others the sum can be near 0 and the weight extremely large.
+    The weight of a channel is 0 if its activations sum to 0. The method assumes activations that are not negative. With
+    negative ones, the sum can be near 0 and the weight extremely large.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
     weighted = (gradient * activation[:, None]).sum(dim=(-2, -1), keepdim=True)
@@ -62,8 +62,8 @@ def eigen_cam_maps(activation: Tensor) -> Tensor:
     """Return (N, h, w) maps A v, v the first right singular vector of the (h w, K) matrix A: Eigen-CAM (Muhammad &
     Yeasin 2020, IJCNN, arXiv:2008.00299).
 
-    The map shows where the layer is active and depends on no class. A singular vector has no sign: the sign is chosen
-    so that the map's sum is positive. As in the paper, A is not centred.
+    The map shows where the layer is active, for no class in particular. The sign of a singular vector is arbitrary;
+    here the sum of the map is positive. As in the paper, A is not centred.
     """
     matrix = activation.flatten(2)  # (N, K, h w)
     _, strengths, places = torch.linalg.svd(matrix, full_matrices=False)
@@ -82,11 +82,11 @@ def weighted_maps(activation: Tensor, weights: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A way to make maps.
+    """A method that makes maps.
 
     Attributes:
         title: the name in tables and figures.
-        needs: the source of the weights: gradients, the activation alone, or the scores of masked images.
+        needs: what the map is computed from: gradients, the activation alone, or the scores of masked images.
         weights: the weights as a function of A and G, for a method with gradients.
     """
 
@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
 
 
 def cam_method(name: str) -> Method:
-    """Return the method of that name. Raises ValueError, which lists all methods, for an unknown one."""
+    """Return the method with this name. Raises ValueError, which lists all methods, for an unknown one."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     return METHODS[name]

@@ -29,14 +29,14 @@ Images = Sequence[np.ndarray]  # each (H, W)
 
 
 class CamPanel(NamedTuple):
-    """A map of one X-ray for one class, and what is written over it.
+    """A map of one X-ray for one class, and the text above it.
 
     Attributes:
         map: (H, W) in 0..1.
-        predicted: the class that is written.
-        probability: its probability; NaN where the network does not report it.
-        correct: whether the prediction is right; None for a class that the network does not predict or report.
-        image: the (H, W) background: the X-ray with all but the lungs blackened; None: the image of the row.
+        predicted: the name of the class.
+        probability: its probability; NaN if the network does not report it.
+        correct: whether the prediction is right; None if the class is not predicted, or not reported.
+        image: (H, W) background, such as the X-ray with only the lungs visible; None for the image of the row.
     """
 
     map: np.ndarray
@@ -90,7 +90,7 @@ def draw_mean_images(fig: FigureBase, means: Mapping[str, np.ndarray]) -> Figure
 
 
 def draw_augmentations(fig: FigureBase, original: np.ndarray, augmented: Images) -> FigureBase:
-    """Draw the (H, W) original, framed, and its augmented versions after it, five images in a row."""
+    """Draw the (H, W) original in a frame, then its augmented versions, five images in a row."""
     axes = _grid(fig, {"original": original} | {f"augmented {i}": image for i, image in enumerate(augmented, start=1)})
     axes[0].spines[:].set(visible=True, color="0.2", linewidth=1.5)
     return fig
@@ -105,8 +105,8 @@ def draw_lung_segmentations(
         fig: Figure or SubFigure to fill.
         images: (H, W) X-rays.
         masks: their (H, W) lung masks, drawn as outlines.
-        reasons: why a mask is not believed, written in red; None for a believed mask.
-        seen: what the networks see, (H, W) each; None where the study does not mask X-rays.
+        reasons: for each mask, why it is not believed (written in red), or None.
+        seen: what the networks see, (H, W) each; None if the study does not mask X-rays.
     """
     axes = fig.subplots(1 if seen is None else 2, len(images), squeeze=False)
     for label, ax in zip(("lungs found", "what the network sees"), axes[:, 0], strict=False):
@@ -143,15 +143,15 @@ def draw_grad_cams(fig: FigureBase, rows: Sequence[CamRow]) -> FigureBase:
             _overlay(row, row.panels[name], ax)
             _label_on_top(*_prediction(row.panels[name]), ax)
     for title, ax in zip(["original", *columns], axes[0], strict=True):
-        ax.set_title(title.replace(", ", ",\n"), fontweight="bold")  # long names would overlap
+        ax.set_title(title.replace(", ", ",\n"), fontweight="bold")  # a long name gets two lines
     return _with_legends(fig, axes, rows)
 
 
 def draw_cam_grid(fig: FigureBase, groups: Mapping[str, Sequence[CamRow]]) -> FigureBase:
     """Draw a row of overlays for each group ("false positive", or a finding). Each X-ray has one map.
 
-    Above each overlay stands the predicted class with its probability, green with ✓ or red with ✗, and what is true. In
-    an empty group stands "none in the test images". Outlines: the lesion is white, the lung dashed blue, a box yellow.
+    Above each overlay stands the predicted class with its probability, green with ✓ or red with ✗, and the truth. An
+    empty group says "none in the test images". Outlines: the lesion is white, the lung dashed blue, a box yellow.
     """
     axes = fig.subplots(len(groups), max(1, *map(len, groups.values())), squeeze=False)
     for (name, rows), row_axes in zip(groups.items(), axes, strict=True):
@@ -171,13 +171,12 @@ def draw_cam_grid(fig: FigureBase, groups: Mapping[str, Sequence[CamRow]]) -> Fi
 
 
 def _overlay(row: CamRow, panel: CamPanel, ax: Axes) -> None:
-    """Draw a map over its image, with all outlines. An empty map says so."""
+    """Draw a map over its image, with all outlines. Write "no positive evidence" on an empty map."""
     _image(overlay(row.image if panel.image is None else panel.image, panel.map), ax)
     _outlines(row, ax)
     if not np.any(panel.map):
         box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}
-        look = {"ha": "center", "color": "white", "bbox": box, "fontsize": 9}
-        ax.text(0.5, 0.05, "no positive evidence", transform=ax.transAxes, **look)
+        ax.text(0.5, 0.05, "no positive evidence", ha="center", color="white", bbox=box, size=9, transform=ax.transAxes)
 
 
 def _prediction(panel: CamPanel) -> tuple[str, str]:
@@ -208,7 +207,7 @@ def _outlines(row: CamRow, ax: Axes) -> None:
 
 def _with_legends(fig: FigureBase, axes: np.ndarray, rows: Sequence[CamRow]) -> FigureBase:
     """Add the colour bar of the maps, and name the outlines that are drawn, if any."""
-    # The panels blend the colours with grey, so the bar does too.
+    # The colours are blended with grey, as in the panels.
     ramp = overlay(np.full((1, 256), 127, np.uint8), np.linspace(0, 1, 256)[None])[0] / 255
     label = "evidence (1 = the map's maximum)"
     fig.colorbar(ScalarMappable(cmap=ListedColormap(ramp)), ax=axes, label=label, shrink=0.9, aspect=40, pad=0.02)
@@ -247,7 +246,7 @@ def _row_label(text: str, ax: Axes) -> None:
 
 
 def _outline(mask: np.ndarray | None, ax: Axes, *, color: str, style: str) -> None:
-    """Draw the edge of an (H, W) mask. The edge is closed also where the mask meets the border of the image."""
+    """Draw the closed outline of an (H, W) mask, also along the border of the image."""
     if mask is None or not np.any(mask):
         return
     height, width = mask.shape

@@ -1,4 +1,4 @@
-"""The places in the image of the cells of a network's layer."""
+"""Where the cells of a network's layer lie in the image."""
 
 import contextlib
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class Axis(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The places of a layer's cells in the input: along its rows and along its columns."""
+    """Where a layer's cells lie along the rows and the columns of the input."""
 
     rows: Axis
     columns: Axis
@@ -55,7 +55,7 @@ class Grid(NamedTuple):
 
 
 class CellTracker(contextlib.ExitStack):
-    """Follows a forward pass and computes the centres of each layer's cells; a context manager around the pass.
+    """Context manager that follows a forward pass and computes the centres of each layer's cells.
 
     The arithmetic is that of receptive fields (Araujo, Norris & Sim, "Computing receptive fields of convolutional
     neural networks", Distill 2019). A layer with kernel k, stride s, padding p and dilation d turns the grid
@@ -69,11 +69,11 @@ class CellTracker(contextlib.ExitStack):
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
                 self.enter_context(layer.register_forward_hook(self._follow))
-        # For rows and for columns: the axis by its number of cells.
+        # One dictionary for the rows and one for the columns: number of cells -> axis.
         self._axes = tuple({length: Axis(0.0, 1.0, length)} for length in (height, width))
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return the grid of a layer with `height` by `width` cells; evenly spaced if its size is not known."""
+        """Return the grid of a layer with `height` by `width` cells; evenly spaced if no such layer ran."""
         axes = []
         for cells, axis_of in zip((height, width), self._axes, strict=True):
             length = next(iter(axis_of))  # of the input

@@ -41,7 +41,7 @@ def network(request):
 
 @pytest.fixture(scope="module")
 def images():
-    # Coarse and fine: maps of fine noise alone are nearly even, and min-max would enlarge their rounding.
+    # Coarse plus fine noise: maps of fine noise alone are nearly constant, and min-max scaling would enlarge rounding.
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randn(3, 3, 3, 3, generator=generator)
     coarse = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
@@ -55,12 +55,12 @@ def min_max(maps):
 
 
 def evenly_spread(maps):
-    """Return (N, K, SIZE, SIZE) maps, as the libraries enlarge them: the cells spread evenly over the image."""
+    """Return (N, K, SIZE, SIZE) maps, enlarged as in the libraries: the cells are spread evenly over the image."""
     return nn.functional.interpolate(maps, (SIZE, SIZE), mode="bilinear")
 
 
 def ours(network, images, method, classes=None):
-    """Return our maps, and the classes: of each image the one with the most evidence, so that none is empty."""
+    """Return our maps and their classes. Each class is the one with the most evidence, so that no map is empty."""
     with GradCAM(network, method=method) as cam:
         if classes is None:
             classes = cam(images, "all").raw.amax((2, 3)).argmax(1)
@@ -119,7 +119,7 @@ def test_maps_agree_with_captum(network, images):
 
 
 def activation_and_gradient(network, images, classes):
-    """Return (N, K, h, w) A and G at the network's layer, in double precision, the plain way."""
+    """Return (N, K, h, w) A and G at the network's layer, in double precision, from a plain backward pass."""
     double, recorded = copy.deepcopy(network).double(), {}
     hook = double.get_submodule(network.cam_layer).register_forward_hook(
         lambda module, inputs, output: recorded.update(a=output) or output.clone()
@@ -131,7 +131,7 @@ def activation_and_gradient(network, images, classes):
 
 
 def grad_cam_plus_plus(network, images, classes):
-    """Return Grad-CAM++ maps from its paper's formula alone."""
+    """Return Grad-CAM++ maps computed directly from the formula of the paper."""
     a, g = activation_and_gradient(network, images, classes)
     below = 2 * g**2 + g**3 * a.sum((2, 3), keepdim=True)
     alpha = torch.where(g != 0, g**2 / below, 0)
@@ -140,8 +140,8 @@ def grad_cam_plus_plus(network, images, classes):
 
 
 def test_grad_cam_plus_plus_follows_its_formula_without_an_epsilon(network, images):
-    # grad-cam adds 1e-6 to a denominator as small as the square of the gradient, which before pooling is about 1e-6
-    # too. The formula needs no epsilon.
+    # grad-cam adds 1e-6 to a denominator of the size of the squared gradient, which is about 1e-6 before pooling. The
+    # formula needs no epsilon.
     maps, classes = ours(network, images, "gradcam++")
     expected = min_max(grad_cam_plus_plus(network, images, classes))
     assert np.abs(min_max(maps.raw[:, 0]) - expected).max() < 1e-5
@@ -154,7 +154,7 @@ def test_grad_cam_plus_plus_follows_its_formula_without_an_epsilon(network, imag
 
 
 def test_grad_cam_plus_plus_of_torchcam_lacks_the_denominator(network, images):
-    # torchcam 0.5 divides a copy, which it then does not use. Its α is therefore G² alone.
+    # torchcam 0.5 divides a copy and then does not use it, so its α is G² alone.
     maps, classes = ours(network, images, "gradcam++")
     theirs = min_max(from_torchcam(network, images, torchcam.methods.GradCAMpp, classes))
     assert np.abs(min_max(maps.raw[:, 0]) - theirs).max() > 1e-3
@@ -178,7 +178,7 @@ def test_eigen_cam_is_the_first_singular_vector_uncentred(network, images):
 
 
 class NoPooling(nn.Module):
-    """A network whose layer has the input's resolution: no interpolation comes between libraries."""
+    """A network whose layer has the input's resolution: so libraries cannot differ in interpolation."""
 
     def __init__(self):
         super().__init__()

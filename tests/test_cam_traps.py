@@ -70,7 +70,7 @@ def plain_maps(model, layer, images, method="gradcam"):
 
 def torchvision_model(name):
     model = models.get_model(name, weights=None, num_classes=4).eval()
-    if name == "vgg11":  # its own head has 120 million weights to draw
+    if name == "vgg11":  # its own head has 120 million weights, which are slow to draw
         model.classifier = nn.Linear(512 * 7 * 7, 4)
     return model
 
@@ -78,7 +78,7 @@ def torchvision_model(name):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("densenet121", "features"),  # torchvision's forward() rectifies its output in place
+        ("densenet121", "features"),  # torchvision's forward() applies a ReLU to its output in place
         ("vgg11", "features.18"),  # a convolution in front of an in-place ReLU
         ("resnet18", "layer4.1.bn2"),  # += shortcut, then an in-place ReLU
         ("resnet18", "layer3"),  # before a whole block
@@ -129,7 +129,7 @@ def test_maps_are_those_of_the_plain_gradient_whatever_the_head(head, method):
     model = HEADS[head].eval()
     images = torch.randn(2, 3, 6, 5)
     expected = plain_maps(model, "trunk", images, method)
-    if head == "one output":  # z is half of the pair (-z/2, z/2)'s difference; Grad-CAM++ is not linear in it
+    if head == "one output":  # the logits are (-z/2, z/2), and Grad-CAM++ is not linear in z
         if method == "gradcam++":
             return
         expected = expected / 2
@@ -171,7 +171,7 @@ def test_autocast_gives_the_same_maps_in_float32_but_for_rounding(network, dtype
 
 
 def test_a_training_step_in_the_same_autocast_still_has_gradients(images):
-    # Autocast keeps the weights that it has cast. Weights cast in a pass without a graph have no gradient.
+    # Autocast caches the weights that it casts. Weights that were cast without a graph have no gradient.
     torch.manual_seed(0)
     model = build_network("small_cnn", 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -195,7 +195,7 @@ def test_compiled_networks_have_the_maps_of_the_network_that_was_compiled(in_pla
     else:
         compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        compiled(images)  # compiled before any hook is there
+        compiled(images)  # compiled before any hook is registered
     with GradCAM(compiled, method="layercam") as cam:
         torch.testing.assert_close(cam(images, "all").raw, expected)
     with GradCAM(compiled, "features.2.relu") as cam:
@@ -222,7 +222,7 @@ def test_memory_is_flat_over_200_calls(method):
 
 
 def peak_megabytes():
-    """Return the most memory that this process has had so far."""
+    """Return the largest memory use of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -258,7 +258,7 @@ def test_maps_of_a_batch_are_those_of_its_images_and_of_single_classes(method, n
 
 
 class NotBatched(torch.autograd.Function):
-    """Doubles; its backward pass looks into the gradient, which a batched call cannot."""
+    """Doubles its input. Its backward pass reads values of the gradient, which a batched call cannot do."""
 
     @staticmethod
     def forward(ctx, x):
@@ -337,7 +337,7 @@ def test_cells_without_padding_lie_at_the_same_places_for_0_and_valid():
 
 
 def test_eigen_cam_of_signed_activations_has_the_sign_of_its_sum():
-    # One channel: its sum is positive, its entry of the largest magnitude is negative.
+    # One channel: the sum is positive, but the entry with the largest magnitude is negative.
     activation = torch.ones(1, 1, 3, 3)
     activation[0, 0, 1, 1] = -6.0
     result = eigen_cam_maps(activation)
@@ -438,7 +438,7 @@ def test_several_layers_have_the_maps_of_each_alone_and_are_fused_by_the_maximum
 
 
 def test_three_methods_agree_before_pooling_and_a_linear_layer(resnet, images):
-    # The gradient is then the same in every place, so means and weighted means of it are equal (Draelos & Carin 2020).
+    # The gradient is then the same at every place, so its means and weighted means are equal (Draelos & Carin 2020).
     result = {}
     for method in ("gradcam", "hirescam", "xgradcam"):
         with GradCAM(resnet, method=method) as cam:
@@ -448,12 +448,12 @@ def test_three_methods_agree_before_pooling_and_a_linear_layer(resnet, images):
 
 
 def test_hires_cam_of_a_linear_head_adds_up_to_the_logit():
-    # Draelos & Carin 2020: behind one linear layer gradient times activation sums to the logit less its bias.
+    # Draelos & Carin 2020: before one linear layer, the sum of gradient times activation is the logit minus the bias.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 2, bias=False)).eval()
     with torch.no_grad():
         for layer in (model[0], model[2]):
-            layer.weight.abs_()  # so that nothing is negative and the rectifier takes nothing away
+            layer.weight.abs_()  # so that nothing is negative and the ReLU changes nothing
         model[0].bias.zero_()
     with GradCAM(model, "0", "hirescam") as cam:
         maps = cam(torch.rand(2, 3, 6, 6), "all")
@@ -461,7 +461,7 @@ def test_hires_cam_of_a_linear_head_adds_up_to_the_logit():
 
 
 def test_score_cam_weighs_channels_by_the_logits_of_masked_images():
-    # Two channels: the left half and the right half of the image. Class 0 counts what is left, class 1 what is right.
+    # The two channels are the left and the right half of the image. Class 0 sums the left one, class 1 the right one.
     class Halves(nn.Module):
         def __init__(self):
             super().__init__()

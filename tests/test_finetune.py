@@ -162,11 +162,11 @@ def test_every_setting_of_a_study_reaches_the_training(tiny_study, tmp_path, mon
     labels = torch.tensor(table.targets("train"))
     sampled = settings(balance="oversample", temporary_batch_norm=True, residual_gain=0.25, epochs=9)
     shares = [sampled["batches"]["train"].weights[labels == c].sum() for c in range(4)]
-    np.testing.assert_allclose(shares, 1)  # every class weighs the same
+    np.testing.assert_allclose(shares, 1)  # every class has the same weight in sum
     assert sampled["loss_weights"] is None
     assert sampled["training"].epochs == 9
     norms = [module for module in sampled["network"].modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(norms) == 40  # the 20 of a ResNet-18 and one more behind each of its 20 convolutions
+    assert len(norms) == 40  # a ResNet-18 has 20; one more follows each of its 20 convolutions
     assert (sampled["network"].layer4[1].bn2.weight == 0.25).all()
     assert sampled["batches"]["train"].augment.horizontal_flip
     assert sampled["batches"]["val"].augment is None
@@ -396,7 +396,7 @@ precision = "fp32"
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory):
-    """A study of 14 findings, several an image."""
+    """A study of 14 findings; an image may have several."""
     folder = tmp_path_factory.mktemp("findings")
     write_chestxray14(folder / "data", size=40)
     (folder / "mine.toml").write_text(MULTI_LABEL)
@@ -435,8 +435,8 @@ def test_findings_without_examples_are_named_and_not_reported(findings, tmp_path
     table = replace(table, frame=frame)
     folder = fine_tune_study(study, table, "lenet5", runs=tmp_path / "runs", device="cpu")
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert "no training image has Edema" in warnings[0]
-    assert "no validation image has Mass" in warnings[1]
+    assert "not reported: Edema" in warnings[0]
+    assert "never predicted: Mass" in warnings[1]
     network, card, _ = load_network(folder)
     assert card.unreported == ("Edema",)
     assert card.undecided == ("Mass",)

@@ -16,7 +16,7 @@ from inference.trained_networks import ModelCard, TrainedNetwork
 from networks import build_network
 
 SIZE = 96
-# A network of each way of building: pools, shortcuts, concatenation, squeeze-and-excitation, pre-activation.
+# One network for each design: pooling, shortcuts, concatenation, squeeze-and-excitation, pre-activation.
 FAMILIES = ("vgg16", "resnet18", "densenet121", "mobilenet_v3", "convnext_tiny", "resnet56v2")
 
 
@@ -145,7 +145,7 @@ def test_hooks_and_modes_are_restored_after_an_exception(resnet, images):
     resnet.train()
     try:
         with pytest.raises(RuntimeError), GradCAM(resnet) as cam:
-            cam(images[:, :2])  # two channels: the first convolution refuses
+            cam(images[:, :2])  # two channels, which the first convolution refuses
         assert hooks_of(resnet) == []
         assert resnet.training
         assert torch.is_grad_enabled()
@@ -169,7 +169,7 @@ def test_trunk_is_not_part_of_any_graph(resnet, images):
 
 
 class InPlace(nn.Module):
-    """A network whose rectifier overwrites the activation of the layer before it."""
+    """A network whose ReLU overwrites the activation of the layer before it."""
 
     def __init__(self, *, inplace):
         super().__init__()
@@ -205,7 +205,7 @@ def test_in_place_operations_after_the_layer_change_nothing():
         with GradCAM(model, "conv") as cam:
             maps.append(cam(images, "all").raw)
     torch.testing.assert_close(*maps)
-    # At the convolution's output the gradient is zero where the rectifier closes: the formula by hand.
+    # The formula by hand: at the convolution's output the gradient is zero where the ReLU gives 0.
     activation = keeping.conv(images).detach()
     alpha = keeping.head.weight[None] * ((activation > 0).float().mean((2, 3)) / 64)[:, None]
     expected = torch.einsum("nck,nkhw->nchw", alpha.detach(), activation).relu()
@@ -216,7 +216,7 @@ def test_map_without_evidence_is_all_zeros_and_empty(images):
     torch.manual_seed(0)
     model = InPlace(inplace=False)
     with torch.no_grad():
-        model.head.weight[0] = -1.0  # everything speaks against class 0
+        model.head.weight[0] = -1.0  # everything is evidence against class 0
         model.head.weight[1] = 1.0
     with GradCAM(model, "relu") as cam:
         maps = cam(images, "all")
@@ -265,7 +265,7 @@ def test_wrong_layers_are_refused(resnet, images):
 
 
 def centre_of_receptive_field(model, layer, cell, size):
-    """Where in the input the gradient of one cell of a layer is centred, weights taken as all positive."""
+    """Return the centre, in the input, of the gradient of one cell of a layer, with all weights positive."""
     recorded = {}
     handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: recorded.update(o=o))
     image = torch.ones(1, 3, size, size, requires_grad=True)
@@ -281,7 +281,7 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
     torch.manual_seed(0)
     model = build_network(name, 2).eval()
     for module in model.modules():
-        # All weights equal and positive, so that the gradient shows the field itself; average for maximum.
+        # With equal positive weights and average pooling for maximum pooling, the gradient shows the receptive field.
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 1.0 / module.weight[0].numel())
     if name == "resnet18":
@@ -299,7 +299,7 @@ def test_cells_are_placed_where_their_receptive_fields_are_centred(name):
 @pytest.mark.parametrize(
     ("name", "axis"),
     [
-        # Strided 3 x 3 convolutions look at even pixels; 2 x 2 pooling looks between two.
+        # Strided 3 x 3 convolutions are centred on even pixels, and 2 x 2 pooling between two pixels.
         ("vgg16", Axis(7.5, 16, 64)),
         ("small_cnn", Axis(7.5, 16, 64)),
         ("resnet18", Axis(0, 32, 64)),
@@ -325,7 +325,7 @@ def test_aligned_map_peaks_at_the_centre_of_its_cell(resnet, images):
     upsampled = maps.upsampled((SIZE, SIZE))[0, 0]
     rows, columns = torch.nonzero(upsampled == upsampled.max(), as_tuple=True)
     assert set(rows.tolist()) == {32}
-    assert columns.min() == 64  # the last column of cells goes on to the edge
+    assert columns.min() == 64  # the last column of cells extends to the edge
 
 
 def test_vgg_needs_no_alignment():
@@ -345,7 +345,7 @@ def test_scaled_maps_have_maximum_one():
 
 
 def test_single_logit_has_the_maps_of_the_equivalent_two_class_network(images):
-    # A softmax over the pair (-z/2, z/2) is that network: same trunk, last layer (-w/2, w/2).
+    # The equivalent network has the same trunk and the last layer (-w/2, w/2).
     torch.manual_seed(0)
     single = build_network("small_cnn", 1).eval()
     pair = build_network("small_cnn", 2).eval()
@@ -361,10 +361,10 @@ def test_single_logit_has_the_maps_of_the_equivalent_two_class_network(images):
         torch.testing.assert_close(one(images).classes, two(images).classes)
     torch.testing.assert_close(result.logits, expected.logits)
     torch.testing.assert_close(result.raw, expected.raw)
-    assert (result.raw[:, 0] - result.raw[:, 1]).abs().max() > 0  # the negative class has its own
+    assert (result.raw[:, 0] - result.raw[:, 1]).abs().max() > 0  # the negative class has a map of its own
     with GradCAM(single) as cam, pytest.raises(ValueError, match="classes 0 to 1"):
         cam(images, 2)
-    with GradCAM(single, multilabel=True) as cam:  # one finding: its logit is as it is
+    with GradCAM(single, multilabel=True) as cam:  # one finding: its logit is used unchanged
         alone = cam(images, "all")
     torch.testing.assert_close(alone.raw[:, 0], 2 * expected.raw[:, 1])
 
@@ -374,7 +374,7 @@ def trained(seed, *, name="small_cnn", outputs=3, **fields):
     values = {
         "architecture": name,
         "classes": ("a", "b", "c"),
-        "image_size": 32 + 16 * seed,  # the members of an ensemble need not agree on it
+        "image_size": 32 + 16 * seed,  # members of an ensemble may differ in it
         "mean": (0.5, 0.5, 0.5),
         "std": (0.25, 0.25, 0.25),
         "cam_layer": "features.4.relu",
@@ -402,7 +402,7 @@ def test_explanation_of_an_ensemble_is_the_mean_of_its_members(xray):
 
 
 def test_top_of_an_ensemble_is_not_the_top_of_its_first_member(xray):
-    biases = ((0.0, 0.1, -9.0), (4.0, 0.0, -9.0))  # the first hardly prefers b, the second a by far
+    biases = ((0.0, 0.1, -9.0), (4.0, 0.0, -9.0))  # the first slightly prefers b, the second strongly prefers a
     members = [trained(seed) for seed in range(2)]
     for member, bias in zip(members, biases, strict=True):
         with torch.no_grad():

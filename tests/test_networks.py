@@ -63,7 +63,7 @@ def card(architecture="resnet18", **fields):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_count_is_the_published_one_less_the_old_head_plus_the_new(name):
+def test_parameter_count_is_the_published_one_minus_the_old_head_plus_the_new(name):
     with torch.device("meta"):
         network = build_network(name, 4)
     published, width = PUBLISHED[name]
@@ -71,7 +71,7 @@ def test_parameter_count_is_the_published_one_less_the_old_head_plus_the_new(nam
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
-def test_network_computes_what_torchvisions_computes(name):
+def test_network_has_the_same_output_as_in_torchvision(name):
     torch.manual_seed(0)
     network = build_network(name, 4).eval()
     theirs = models.get_model(name, num_classes=4).eval()
@@ -112,7 +112,7 @@ def single_logit(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_network_trains_its_head_explains_itself_and_comes_back_the_same(single_logit):
+def test_every_network_trains_its_head_has_maps_and_is_loaded_unchanged(single_logit):
     name, network, folder = single_logit
     kind = ARCHITECTURES[name]
     images = torch.randn(4, 3, 64, 64)
@@ -202,7 +202,7 @@ def test_head_of_trunk_features_is_the_network(name, hidden_units):
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
-def test_single_logit_as_a_pair_has_sigmoids_probabilities_and_loss():
+def test_pair_from_a_single_logit_has_the_probabilities_and_loss_of_a_sigmoid():
     z = torch.randn(50, 1, dtype=torch.float64) * 10
     pair, positive = class_logits(z), (torch.rand(50) > 0.5).long()
     torch.testing.assert_close(pair.softmax(1)[:, 1:], z.sigmoid())
@@ -215,7 +215,7 @@ def test_single_logit_as_a_pair_has_sigmoids_probabilities_and_loss():
 
 
 def changed_statistics(network):
-    """Return the names of the batch normalisations whose statistics change in a pass in the network's present mode."""
+    """Return the names of the batch normalisations whose statistics change in one forward pass."""
     layers = {key: m for key, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = {key: layer.running_mean.clone() for key, layer in layers.items()}
     network(torch.randn(4, 3, 64, 64) + 1)
@@ -232,7 +232,7 @@ def test_training_modes_change_only_the_statistics_and_parameters_that_they_name
         "classifier.fc.weight",
         "classifier.fc.bias",
     }
-    assert not network.classifier.dropout.training  # it stands before the head, `classifier.fc`
+    assert not network.classifier.dropout.training  # it comes before the head, `classifier.fc`
     set_training_mode(network, trainable="all", frozen_batch_norm=True)
     assert changed_statistics(network) == set()
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -305,7 +305,7 @@ def test_damaged_cache_is_named_and_pickled_code_is_not_run(torch_home, tmp_path
     (torch_home / "resnet18-f37072fd.pth").write_bytes(b"half a download")
     with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth is damaged, delete it"):
         build_network("resnet18", 3, weights="imagenet")
-    torch.save({"fc.weight": ModelCard}, tmp_path / "code.pth")  # a class needs a pickle import
+    torch.save({"fc.weight": ModelCard}, tmp_path / "code.pth")  # unpickling a class would import code
     with pytest.raises(ValueError, match="holds no readable weights"):
         build_network("resnet18", 3, weights=str(tmp_path / "code.pth"))
 
@@ -317,7 +317,7 @@ def saved(network, path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_file_gives_the_trunk_under_a_new_head_and_its_head_where_the_order_is_known(tmp_path, suffix):
+def test_weights_file_gives_the_trunk_and_with_a_head_order_also_the_head(tmp_path, suffix):
     torch.manual_seed(0)
     source = build_network("small_cnn", 3)
     path = saved(source, tmp_path / f"w{suffix}")
@@ -343,7 +343,7 @@ def test_classes_in_another_order_permute_the_logits_and_nothing_else(tmp_path, 
         torch.testing.assert_close(turned(images), source(images)[:, [2, 0, 1]], rtol=0, atol=0)
 
 
-def test_two_classes_exchanged_turn_the_sign_of_a_single_output(tmp_path):
+def test_swapping_two_classes_changes_the_sign_of_a_single_output(tmp_path):
     torch.manual_seed(0)
     source = build_network("small_cnn", 1).eval()
     path = saved(source, tmp_path / "w.safetensors")
@@ -384,7 +384,7 @@ def test_folded_batch_norm_leaves_an_ordinary_vgg16_with_the_same_outputs():
     names = list(network.state_dict())
     add_batch_norm(network)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 13
-    for _ in range(3):  # moves the running statistics away from 0 and 1
+    for _ in range(3):  # changes the running statistics from 0 and 1
         network.train()(torch.randn(4, 3, 32, 32) * 2 + 1)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -407,10 +407,10 @@ def test_residual_gain_is_the_scale_at_the_end_of_each_residual_block():
     assert all((block.bn3.weight == 0.3).all() and (block.bn2.weight == 1).all() for block in blocks)
 
 
-def test_saved_network_comes_back_the_same_frozen_and_in_eval_mode(tmp_path):
+def test_loaded_network_equals_the_saved_one_and_is_frozen_and_in_eval_mode(tmp_path):
     torch.manual_seed(0)
     network = build_network("resnet18", 3)
-    network(torch.randn(4, 3, 32, 32))  # moves the running statistics, which must be saved too
+    network(torch.randn(4, 3, 32, 32))  # changes the running statistics, which must be saved too
     written = card(temperature=1.7, thresholds=(0.2, 0.5, 0.3), origin={"seed": 5}, validation={"loss": 0.25})
     save_network(tmp_path / "run", network, written)
     loaded, read, lungs = load_network(tmp_path / "run")
@@ -444,7 +444,7 @@ def test_probabilities_of_one_logit_and_of_findings_are_sigmoids():
     assert one.probabilities(torch.zeros(2, one.outputs)).tolist() == [[0.5], [0.5]]
 
 
-def test_decision_is_by_the_threshold_of_class_one_else_for_the_most_probable():
+def test_threshold_of_class_one_decides_and_without_one_the_highest_probability():
     p1 = torch.rand(200, generator=torch.Generator().manual_seed(0))
     pairs = torch.stack([1 - p1, p1], 1)
     for t in (0.0, 0.03, 0.5, 0.8, 1.0):

@@ -123,7 +123,7 @@ def test_good_files_of_a_folder_are_answered_and_bad_files_are_named(capsys, xra
     (xray.parent / "broken.png").write_bytes(b"no image")
     for name in ("scan.dcm", "a.txt", "b.txt", "c.txt"):
         (xray.parent / name).write_text("not looked at")
-    (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an X-ray, whatever its name says
+    (xray.parent / "patient 7_cam.png").write_bytes(xray.read_bytes())  # an X-ray with the name of an overlay
     call(capsys, "-i", xray, "-m", four_class_run, "-o", xray.parent / "any name.png")
     status, out, err = call(capsys, "-i", xray.parent, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert status == 1
@@ -141,7 +141,7 @@ def test_good_files_of_a_folder_are_answered_and_bad_files_are_named(capsys, xra
     ]
 
 
-def test_an_overlay_is_no_xray(capsys, xray, four_class_run, tmp_path):
+def test_an_overlay_is_not_taken_for_an_xray(capsys, xray, four_class_run, tmp_path):
     overlays = [tmp_path / name for name in ("a.png", "b.jpg", "c.jpeg")]
     for path in overlays:
         assert call(capsys, "-i", xray, "-m", four_class_run, "-o", path)[0] == 0
@@ -151,7 +151,7 @@ def test_an_overlay_is_no_xray(capsys, xray, four_class_run, tmp_path):
     status, out, err = call(capsys, "-i", *overlays, xray, "-m", four_class_run, "-o", tmp_path / "out", "--json")
     assert [record["image"] for record in json.loads(out)] == [str(xray)]
     assert "3 skipped, overlays of this program" in err
-    # The mark does not make the files unreadable.
+    # Files with the mark can still be read.
     pictures = [pixels(path) for path in overlays]
     assert np.abs(pictures[0] - pictures[1]).mean() < 8
     np.testing.assert_array_equal(pictures[1], pictures[2])
@@ -296,7 +296,7 @@ def test_alpha_out_of_range_is_refused(capsys, xray, four_class_run):
 @pytest.mark.parametrize("share", ["0", "-0.5", "1.01", "nan"])
 def test_share_for_boxes_out_of_range_is_refused(capsys, xray, four_class_run, share):
     status, _, err = call(capsys, "-i", xray, "-m", four_class_run, "--boxes", share)
-    assert (status, err) == (2, f"overlay_cam.py: --boxes {share} is not above 0 and at most 1\n")
+    assert (status, err) == (2, f"overlay_cam.py: --boxes {share} must be above 0 and at most 1\n")
 
 
 def untrained(seed, classes, *, outputs=None, **fields):
@@ -339,7 +339,7 @@ def test_runs_with_different_classes_are_refused_as_an_ensemble(capsys, noise, t
     assert "an ensemble needs the same classes in the same order" in err
 
 
-def test_prediction_of_an_ensemble_is_by_the_mean_of_the_thresholds(capsys, noise, tmp_path):
+def test_mean_of_the_thresholds_decides_for_an_ensemble(capsys, noise, tmp_path):
     member = untrained(0, ("no", "yes"), head="sigmoid")
     with torch.no_grad():
         p = float(member.card.probabilities(member.network(member.preprocessing(read_xray(noise))[None]))[0, 1])
@@ -401,8 +401,8 @@ def test_deciding_threshold_explains_an_empty_map(capsys, noise, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("thresholds", [(0.7, None), (0.3, 0.7)])  # in older cards both have one: class 1 counts
-def test_class_without_a_threshold_is_predicted_where_the_other_is_below_its_own(capsys, noise, tmp_path, thresholds):
+@pytest.mark.parametrize("thresholds", [(0.7, None), (0.3, 0.7)])  # with two (older cards), class 1 decides
+def test_class_without_a_threshold_is_predicted_if_the_other_misses_its_own(capsys, noise, tmp_path, thresholds):
     name, probability = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
     run = always(tmp_path / "run", (0.69, 0.31), thresholds)
     record, text = answered(capsys, "-i", noise, "-m", run, "-o", tmp_path / "o.png")
@@ -436,7 +436,7 @@ def test_finding_that_is_not_reported_has_no_map(capsys, noise, tmp_path):
     out = tmp_path / "out"
     status, _, err = call(capsys, "-i", noise, "-m", run, "-o", out, "-l", "edema")
     assert (status, len(err.splitlines())) == (2, 1)
-    assert "no map of Edema: not reported, as all of the training images have it, or none" in err
+    assert "no map of Edema: not reported, because all training images have it, or none" in err
     assert not out.exists()
     record, _ = answered(capsys, "-i", noise, "-m", run, "-o", out, "-l", "all")
     assert [entry["label"] for entry in record["maps"]] == ["Mass", "Hernia"]
@@ -484,7 +484,7 @@ def test_network_without_thresholds_shows_none(capsys, noise, tmp_path):
 
 
 def test_warning_is_one_line_on_stderr_and_not_in_the_json(capsys, noise, small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # the image has 2000; Pillow warns, up to twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # the image has 2000; Pillow warns up to twice the limit
     status, out, err = call(capsys, "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--json")
     assert status == 0
     assert len(json.loads(out)) == 1
@@ -589,7 +589,7 @@ def test_a_layer_of_one_cell_is_no_map(capsys, noise, four_class_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_eigen_cam_is_of_no_class_and_takes_no_label(capsys, noise, small_run, tmp_path):
+def test_eigen_cam_has_no_class_and_takes_no_label(capsys, noise, small_run, tmp_path):
     common = "-i", noise, "-m", small_run, "-o", tmp_path / "o.png", "--method", "EigenCAM"
     _, text = answered(capsys, *common)
     assert "Eigen-CAM of no class" in text
@@ -619,7 +619,7 @@ def test_peak_is_the_maximum_of_the_raw_map_and_null_where_there_is_no_common_sc
 
 
 def test_boxes_of_the_map_are_white_in_the_picture_and_listed_in_the_record(capsys, noise, small_run, tmp_path):
-    layer = "features.1.relu"  # of small cells: its map has several regions
+    layer = "features.1.relu"  # has small cells, so its map has several regions
     common = "-i", noise, "-m", small_run, "-l", "no", "--layer", layer
     answered(capsys, *common, "-o", tmp_path / "plain.png")
     record, text = answered(capsys, *common, "-o", tmp_path / "boxes.png", "--boxes", "0.8")
@@ -757,7 +757,7 @@ def test_damaged_lung_model_gives_one_line_and_no_shares(capsys, chest, tmp_path
     assert (status, err.count("\n")) == (0, 1)
     assert "shares inside the lungs are left out" in err
     assert "in_lungs" not in json.loads(out)[0]["maps"][0]
-    status, out, err = call(capsys, *common, "--lungs", beside)  # a mistake, because --lungs names the model
+    status, out, err = call(capsys, *common, "--lungs", beside)  # an error, because --lungs names the model
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
@@ -813,6 +813,6 @@ def test_one_xray_is_answered_without_a_heavy_import(noise, small_run, tmp_path)
 
 
 def test_heavy_packages_are_installed():
-    """A package that is not installed could not fail the test above."""
+    """The test above cannot fail for a package that is not installed."""
     for name in HEAVY_PACKAGES:
         assert importlib.util.find_spec(name) is not None, name

@@ -123,7 +123,7 @@ def test_rows_equal_the_answers_to_single_images(capsys, many_xrays, shared_run,
         assert row[4:9] == ["", "", overlay.name, str(overlay.stat().st_size), str(image.stat().st_size)]
         assert datetime.fromisoformat(row[9]).timestamp() == pytest.approx(image.stat().st_mtime, abs=1e-5)
         assert row[10] == ""
-    assert {file.name for file in tmp_path.iterdir()} == {"20_cam.png", "31_cam.png"}  # of one image, no table
+    assert {file.name for file in tmp_path.iterdir()} == {"20_cam.png", "31_cam.png"}  # for one image there is no table
 
 
 def test_findings_and_names_with_commas_quotes_and_line_breaks_stay_in_their_cells(capsys, xrays, run, tmp_path):
@@ -202,7 +202,7 @@ def test_table_of_a_killed_and_repeated_command_equals_an_undisturbed_one(
     assert process.returncode == -signal.SIGKILL
     lines = table.read_bytes().splitlines(keepends=True)
     assert 5 <= len(lines) < 41
-    table.write_bytes(b"".join(lines) + lines[-1][:30])  # a line that a kill has cut
+    table.write_bytes(b"".join(lines) + lines[-1][:30])  # a line cut by a kill
     status, out, err = call(capsys, *common, "--json")
     assert status == 0
     assert f"skips {len(lines) - 1} of 40 images" in err
@@ -251,7 +251,7 @@ def test_another_model_or_another_option_begins_the_table_anew(capsys, xrays, ru
     common = ["-i", xrays / "00.png", xrays / "01.png", "-m", run, "-o", out]
     call(capsys, *common)
     call(capsys, *common, "-i", xrays / "02.png", xrays / "03.png")
-    assert len(rows_of(out)[1]) == 4  # other images are no other settings
+    assert len(rows_of(out)[1]) == 4  # other images do not change the settings
     options = {
         **{"label": ["-l", "no"], "method": ["--method", "layercam"], "alpha": ["--alpha", "0.5"]},
         **{"boxes": ["--boxes"], "bar": ["--bar"]},
@@ -307,7 +307,7 @@ def test_table_of_another_program_is_kept(capsys, xrays, run, tmp_path, change):
     if change == "edited":
         call(capsys, *common)
     table.parent.mkdir(exist_ok=True)
-    table.write_text("patient;diagnosis\n7;healthy")  # its last line has no end
+    table.write_text("patient;diagnosis\n7;healthy")  # the last line has no line break
     status, out, err = call(capsys, *common)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "move it, or give another -o" in err
@@ -387,7 +387,7 @@ def test_full_disk_stops_the_run_and_keeps_complete_rows(capsys, xrays, run, tmp
     assert (out / "predictions.csv").read_bytes() == complete
 
 
-def test_row_after_a_half_written_row_is_whole(tmp_path):
+def test_row_after_a_half_written_row_is_complete(tmp_path):
     table = ResumableTable(tmp_path / "t.csv", ["a", "b"], {}, Share(0, 1))
     table.resume(lambda row: True)
     assert table.set_aside is None
@@ -544,7 +544,7 @@ def test_folders_that_may_not_be_searched_fail_alone(capsys, xrays, run):
         model, images = (shutil.copytree(source, place / source.name) for source in (run, xrays))
         locked = place / "locked"
         shutil.copytree(xrays, locked)
-        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # imports what the other user may not read
+        call(capsys, "-i", images, "-m", model, "-o", place / "first")  # imports what the other user cannot read
         locked.chmod(0)
         root = os.geteuid() == 0
         if root:
@@ -647,8 +647,8 @@ def test_two_processes_answer_each_image_once(capsys, many_xrays, shared_run, un
     rows = rows_of(tmp_path / "out")[1]
     assert sorted(row for row in rows if not row[-1]) == sorted(undisturbed[1])
     assert [row[0] for row in rows if row[-1]] == [str(broken)]
-    assert first_out.splitlines()[0] == "process 1 of 2: 21 images are its share"
-    assert second_out.splitlines()[0] == "process 2 of 2: 20 images are its share"
+    assert first_out.splitlines()[0] == "process 1 of 2 answers 21 images"
+    assert second_out.splitlines()[0] == "process 2 of 2 answers 20 images"
     assert [out.count("Grad-CAM for") for out in (first_out, second_out)] == [20, 20]
     assert ["broken.png" in err for err in (first_err, second_err)] == [True, False]
 

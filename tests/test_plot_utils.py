@@ -144,7 +144,7 @@ def histories():
     return {name: history.assign(epoch=np.arange(1, 7), phase=1) for name, history in tables.items()}
 
 
-def test_learning_curves_hold_the_histories_values(fig):
+def test_learning_curves_have_the_values_of_the_histories(fig):
     tables = histories()
     best_epochs = dict(zip(NETWORKS, (2, 6, 1), strict=True))
     plot_utils.draw_learning_curves(fig, tables, best_epochs=best_epochs)
@@ -304,7 +304,7 @@ def test_precision_and_recall_of_several_labels_are_thin_and_their_mean_is_thick
     precision, recall = (lines[f"{name}, mean of 2 labels"] for name in ("precision", "recall"))
     assert (precision.get_linestyle(), recall.get_linestyle()) == ("-", "--")
     assert precision.get_linewidth() > 2 * ax.lines[0].get_linewidth()
-    # At 0.5 Edema is never predicted: its recall is 0, its precision is left out.
+    # At 0.5 Edema is never predicted: its recall is 0, and it has no precision.
     for line, expected in ((precision, {0.15: 0.45, 0.5: 1.0}), (recall, {0.15: 0.95, 0.5: 0.25})):
         for threshold, value in expected.items():
             assert np.interp(threshold, line.get_xdata(), line.get_ydata()) == pytest.approx(value)
@@ -362,7 +362,7 @@ def test_seeds_are_dots_around_their_mean_above_the_interval_of_the_first_seed(f
     dots = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"])
     np.testing.assert_allclose(dots[:, 0], scores)
     assert (np.round(dots[:, 1] + 0.2) == [0, 0, 0, 1, 1]).all()
-    assert len({tuple(dot) for dot in dots.tolist()}) == 5  # equal scores do not hide one another
+    assert len({tuple(dot) for dot in dots.tolist()}) == 5  # dots of equal scores do not overlap
     means, whiskers = (drawn.get_segments() for drawn in ax.collections)
     np.testing.assert_allclose([segment[0, 0] for segment in means], [2.6 / 3, 0.65])
     np.testing.assert_allclose([s[:, 0] for s in whiskers if len(s)], [[0.6, 0.75]])

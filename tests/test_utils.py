@@ -1,4 +1,4 @@
-"""From a file to a batch: every kind of file is read correctly, and weights, seeds and devices are right."""
+"""Every kind of image file is read correctly, and weights, seeds and devices are right."""
 
 import struct
 
@@ -24,7 +24,7 @@ def save(tmp_path, image, name="x.png", **options):
 
 
 def waves(side):
-    """Return a square picture with fine stripes: half a pixel's shift changes its grey levels by tens."""
+    """Return a square picture with fine stripes: a shift of half a pixel changes its grey levels by more than ten."""
     y, x = np.mgrid[:side, :side] * (1025 / side)
     return (120 + 60 * np.sin(x / 12 + y / 30) + 50 * np.cos(y / 9)).astype(np.uint8)
 
@@ -80,7 +80,7 @@ def test_a_marker_at_full_scale_counts_as_part_of_a_sixteen_bit_image(tmp_path):
     assert np.unique(read).tolist() == [round(4000 / 257), 255]
 
 
-def test_eight_bits_in_a_sixteen_bit_file_come_back_as_they_are(tmp_path):
+def test_eight_bits_in_a_sixteen_bit_file_are_unchanged(tmp_path):
     np.testing.assert_array_equal(read_xray(save(tmp_path, Image.fromarray(RAMP.astype(np.uint16)))), RAMP)
 
 
@@ -176,7 +176,7 @@ def test_mask_is_resized_to_its_xray(tmp_path):
 def test_mask_stays_in_place_when_it_is_resized(tmp_path, side, other):
     centres = np.arange(side) + 0.5
     shifts = []
-    for k in range(12):  # discs at many places: their outlines meet the new pixels in every way
+    for k in range(12):  # discs at many places, so that outlines cross the new pixels in many ways
         centre, radius = side * (0.35 + 0.021 * k), side * (0.28 - 0.013 * k)
         disc = (centres[:, None] - side / 2) ** 2 + (centres - centre) ** 2 <= radius**2
         read = read_mask(save(tmp_path, Image.fromarray(disc.astype(np.uint8) * 255)), (other, other))
@@ -209,7 +209,7 @@ TURNED = {
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("orientation", TURNED)
-def test_tiffs_of_every_orientation_come_upright(tmp_path, orientation, compression):
+def test_tiffs_of_every_orientation_are_turned_upright(tmp_path, orientation, compression):
     stored = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
     for name, image in {
         "8 bits": Image.fromarray(stored),
@@ -285,7 +285,7 @@ def test_a_wrong_byte_in_a_file_with_checksums_is_refused(tmp_path, suffix, comp
         path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with pytest.raises(ValueError, match="damaged"):
             read_xray(path)
-        path.write_bytes(data[:place] + bytes(len(data) - place))  # a length that a crash has left
+        path.write_bytes(data[:place] + bytes(len(data) - place))  # the file keeps its length, as after a crash
         with pytest.raises(ValueError, match=r"damaged|not an image"):
             read_xray(path)
 

@@ -134,7 +134,7 @@ def test_a_map_without_positive_evidence_says_so(fig):
 def test_outlines_follow_the_masks_and_are_named(fig):
     lesion = np.zeros((24, 24), dtype=bool)
     lesion[3:8, 10:20] = True
-    # A mask that meets the image's edge is outlined there too.
+    # A mask at the edge of the image is outlined there too.
     draw_grad_cams(fig, cam_rows(lesion=lesion, lung=np.ones((24, 24))))
     lung, drawn = fig.axes[1].collections
     corners = np.concatenate([path.vertices for path in drawn.get_paths()])
