@@ -11,8 +11,8 @@ from cams.methods import METHODS
 from cams.panels import CamPanel, CamRow, draw_cam_grid, draw_grad_cams
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
-from evaluation.map_cases import MapCase, lungs_of, map_case, refuse_other_answer, stored_probabilities
-from evaluation.map_report import FindLungs, MapReport, cases_of
+from evaluation.map_cases import FindLungs, MapCase, lungs_of, map_case, refuse_other_answer, stored_probabilities
+from evaluation.map_report import MapReport, cases_of
 from evaluation.predictions import Predictions, decide
 from evaluation.report import Results
 from inference.explanations import explain

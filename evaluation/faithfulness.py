@@ -35,31 +35,7 @@ class ClassifiedImages(NamedTuple):
     baseline: Tensor
 
 
-class DeletionInsertion(NamedTuple):
-    """(N,) float64 areas, 0..1: faithful maps have a small deletion and a large insertion."""
-
-    deletion: np.ndarray
-    insertion: np.ndarray
-
-
-class MaskedConfidence(NamedTuple):
-    """Confidence in the class for whole images, and its change when each image is masked by its map.
-
-    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
-    increase together with a score that punishes large maps, such as the deletion area.
-
-    Attributes:
-        probability: (N,) float64, of the whole image.
-        drop: (N,) max(0, whole - masked) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop.
-        increase: (N,) 1.0 where masked > whole, else 0.0; its mean is the Increase in Confidence.
-    """
-
-    probability: np.ndarray
-    drop: np.ndarray
-    increase: np.ndarray
-
-
-def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> DeletionInsertion:
+def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> dict[str, np.ndarray]:
     """Return the areas under the class's probability as pixels are deleted or inserted, the most salient first.
 
     Petsiuk et al. 2018, "RISE", BMVC, arXiv:1806.07421. Deletion sets pixels to the baseline. Insertion brings them
@@ -75,6 +51,10 @@ def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, s
         maps: (N, H, W) maps of these images on their device.
         steps: the areas (trapezoid) are over the share of changed pixels, 0..1, at `steps` + 1 points.
         seed: of the order of equal pixels.
+
+    Returns:
+        (N,) float64 areas, 0..1, named "deletion" and "insertion". A faithful map has a small deletion and a large
+        insertion.
     """
     images, pixels = subject.images, maps[0].numel()
     counts = torch.arange(steps + 1, device=images.device) * pixels // steps
@@ -91,14 +71,28 @@ def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, s
 
     with torch.inference_mode():
         ranks = _pixel_ranks(maps, seed)
-        return DeletionInsertion(area(images, subject.baseline), area(_blurred(images), images))
+        return {"deletion": area(images, subject.baseline), "insertion": area(_blurred(images), images)}
 
 
-def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> MaskedConfidence:
-    """Return the confidence that is lost where each image fades to its baseline as the (N, H, W) map does.
+def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> dict[str, np.ndarray]:
+    """Return the confidence in the class for whole images, and its change when each image is masked by its map.
 
     The masked image is image · map + baseline · (1 - map). Average Drop and Increase in Confidence: Chattopadhay et
     al. 2018, "Grad-CAM++", WACV, arXiv:1710.11063, section 4.1.
+
+    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
+    increase together with a score that punishes large maps, such as the deletion area.
+
+    Args:
+        subject: the images and the network.
+        maps: (N, H, W) maps of these images on their device.
+
+    Returns:
+        (N,) float64 values by name:
+
+        - probability: of the whole image;
+        - drop: max(0, whole - masked) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop;
+        - increase: 1.0 where masked > whole, else 0.0; its mean is the Increase in Confidence.
     """
     images, baseline, classes = subject.images, subject.baseline, subject.classes
 
@@ -111,7 +105,7 @@ def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> MaskedConfiden
         masked = _confidence(subject, masked_images, classes)
     lost = np.maximum(whole - masked, 0)
     drop = np.divide(lost, whole, out=np.zeros_like(lost), where=whole > 0)
-    return MaskedConfidence(whole, drop, (masked > whole).astype(np.float64))
+    return {"probability": whole, "drop": drop, "increase": (masked > whole).astype(np.float64)}
 
 
 def _confidence(subject: ClassifiedImages, inputs: Callable[[Tensor], Tensor], classes: Tensor) -> np.ndarray:
@@ -133,8 +127,7 @@ def _pixel_ranks(maps: Tensor, seed: int) -> Tensor:
     by_block = torch.from_numpy(turns[:, block].argsort(axis=1, kind="stable")).to(maps.device)
     levels = (maps.flatten(1).float() * LEVELS).round().gather(1, by_block)
     order = by_block.gather(1, levels.argsort(dim=1, descending=True, stable=True))
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).reshape(maps.shape)
+    return order.argsort(dim=1).reshape(maps.shape)  # the ranks are the inverse of the order
 
 
 def _blurred(images: Tensor) -> Tensor:

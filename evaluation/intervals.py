@@ -5,8 +5,6 @@ interval would have no width. Such proportions have an exact interval, see `exac
 interval.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -128,8 +126,9 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
         rng: draws the resamples.
 
     Returns:
-        One row for each class, then "macro", and each metric, with the columns class, metric, estimate, low, high.
-        Scores of 0 and 1 have the intervals of `_exact_intervals`, all others those of `percentile_interval`.
+        One row for each class, then "macro", and each metric. Columns: class, metric, estimate, low, high, and figure:
+        the estimate and its interval as text. Scores of 0 and 1 have the intervals of `_exact_intervals`, all others
+        those of `percentile_interval`.
     """
     one_vs_rest, patients = each_class(predictions), predictions.patients
     estimate = weighted_scores(one_vs_rest, np.ones((1, len(patients))))[0]
@@ -138,7 +137,7 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
     cells = np.ndindex(estimate.shape)
     rows = [exact.get(cell) or percentile_interval(estimate[cell], resampled[:, *cell]) for cell in cells]
     names = pd.MultiIndex.from_product([[*classes, MACRO], METRICS], names=["class", "metric"])
-    return pd.DataFrame(rows, names).reset_index()
+    return pd.DataFrame(rows, names).assign(figure=[str(interval) for interval in rows]).reset_index()
 
 
 def _exact_intervals(

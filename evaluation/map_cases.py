@@ -1,7 +1,5 @@
 """The cases that maps are scored on: a test image, the class that its map is for, and where it should look."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -83,17 +81,11 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
 
 
 def map_case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
-    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
-    return MapCase(
-        image["path"],
-        image["patient"],
-        index,
-        table.classes[index],
-        lesion=image["lesion"],
-        lung=image["mask"],
-        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
-        probabilities=stored[image["path"]],
-    )
+    """Return a test image and a class as a case. `stored` is what `stored_probabilities` returns."""
+    path, boxes = image["path"], table.boxes
+    of_case = boxes.loc[(boxes["path"] == path) & (boxes["label"] == index), ["x", "y", "width", "height"]]
+    places = {"lesion": image["lesion"], "lung": image["mask"], "boxes": of_case.to_numpy(float)}
+    return MapCase(path, image["patient"], index, table.classes[index], **places, probabilities=stored[path])
 
 
 def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:

@@ -1,7 +1,5 @@
 """One table of all scores of a network's maps, with intervals and verdicts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,10 +45,8 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         - verdict: what these two agreements say of a method, see `randomisation.verdict`.
     """
     seed = int(rng.integers(2**63))
-    located = scores.located.assign(
-        peak_difference=_beyond_another(scores.located, "peak"),
-        in_lesion_difference=_beyond_another(scores.located, "in_lesion"),
-    )
+    differences = {f"{name}_difference": _beyond_another(scores.located, name) for name in ("peak", "in_lesion")}
+    located = scores.located.assign(**differences)
     columns = {
         name: _means(located if column in located else scores.faithful, column, seed) for name, column in MEANS.items()
     }

@@ -6,8 +6,6 @@ Every score compares one class with all others and weights the images. Weights o
 resample uses the number of times that each image's patient was drawn.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,7 +54,6 @@ class PrecisionRecallCurve(NamedTuple):
     thresholds: np.ndarray = np.empty(0)
     precision: np.ndarray = np.empty(0)
     recall: np.ndarray = np.empty(0)
-    average_precision: float = math.nan
 
 
 def confusion_counts(targets: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -137,17 +134,16 @@ def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int)
 
 
 def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> PrecisionRecallCurve:
-    """Return precision and recall of one class against the rest at every threshold, and the average precision.
+    """Return precision and recall of one class against the rest at every threshold.
 
-    The curve has no points and a NaN average where the class has all images, no image or no probability.
+    The curve has no points where the class has all images, no image or no probability.
     """
     positive, scores = _class_scores(targets, probabilities, class_index)
     if not scores.size:
         return PrecisionRecallCurve()
     precision, recall, thresholds = sk.precision_recall_curve(positive, scores)
     # scikit-learn appends the end of the curve, (1, 0), which belongs to no threshold.
-    average = float(sk.average_precision_score(positive, scores))
-    return PrecisionRecallCurve(thresholds, precision[:-1], recall[:-1], average)
+    return PrecisionRecallCurve(thresholds, precision[:-1], recall[:-1])
 
 
 def _class_scores(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,6 @@ N images, C classes, and one of two tasks:
   network could not learn is not reported: its whole column is NaN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -104,9 +104,7 @@ def _top_down(network: nn.Module, example: Tensor) -> list[str]:
     """Return the names of the modules that hold parameters, the last to run first."""
     holders = {name: module for name, module in network.named_modules() if [*module.parameters(recurse=False)]}
     ran: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in holders.items()
-    ]
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, part in holders.items()]
     with torch.no_grad():
         network(example)
     for hook in hooks:

@@ -36,11 +36,6 @@ class Run:
     history: pd.DataFrame
 
     @property
-    def score(self) -> str:
-        """The name of the score in the history beside the loss: "accuracy" or "auc"."""
-        return "auc" if self.card.multilabel else "accuracy"
-
-    @property
     def seed(self) -> int:
         """The seed of the initial weights, the order of the images and the augmentation."""
         return self.card.origin["seed"]
@@ -216,10 +211,9 @@ def _read(runs: Path, study: str, fold: int | None, network: str) -> list[Run]:
     name = study if fold is None else f"{study}-fold{fold}"
     repeats = [path.name.removeprefix(f"{name}-seed") for path in runs.glob(f"{name}-seed*")]
     names = [name, *(f"{name}-seed{seed}" for seed in sorted(filter(str.isdecimal, repeats), key=int))]
-    folders = [runs / each / network for each in names]
     return [
         Run(study, fold, folder, read_card(folder), pd.read_csv(folder / "history.csv"))
-        for folder in folders
+        for folder in (runs / each / network for each in names)
         if (folder / "model.json").is_file()
     ]
 

@@ -118,7 +118,7 @@ def probe_table(
         probabilities = cross_val_predict(probe, values.astype(float), labels, **held_out)
         predictions = Predictions(labels, probabilities, patients)
         scores = bootstrap_scores(predictions, classes, rng=np.random.default_rng(seed))
-        area, low, high = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
+        area, low, high, _ = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
         rows[name] = area, low, high, low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["roc_auc", "low", "high", "shortcut"])
 

@@ -31,7 +31,7 @@ def predictions_of(targets, probabilities, patients=None, *, thresholds=None):
 
 
 def score_table(answers, classes=CLASSES, *, seed=0):
-    return intervals.bootstrap_scores(answers, classes, rng=np.random.default_rng(seed))
+    return intervals.bootstrap_scores(answers, classes, rng=np.random.default_rng(seed)).drop(columns="figure")
 
 
 def difference_of(a, b, classes=CLASSES, *, metric="accuracy", of=metrics.MACRO, seed=0):
@@ -413,14 +413,12 @@ def test_precision_recall_points_are_sklearns_at_every_threshold():
     targets, probabilities = skewed()
     curve = metrics.precision_recall_points(targets, probabilities, 1)
     truth = targets == 1
-    assert curve.average_precision == pytest.approx(sk.average_precision_score(truth, probabilities[:, 1]))
-    for threshold, precision, recall in list(zip(*curve[:3], strict=True))[::7]:
+    for threshold, precision, recall in list(zip(*curve, strict=True))[::7]:
         called = probabilities[:, 1] >= threshold
         assert precision == pytest.approx(sk.precision_score(truth, called))
         assert recall == pytest.approx(sk.recall_score(truth, called))
     nothing = metrics.precision_recall_points(np.array([0, 1]), certain([0, 1], 3), 2)
     assert nothing.thresholds.size == 0
-    assert math.isnan(nothing.average_precision)
 
 
 # Decisions and thresholds
