@@ -1,4 +1,4 @@
-"""Scores of a network's maps on its test cases, by several methods and beside chance.
+"""Scores of a network's maps by several methods, and of maps of chance.
 
 `localization` compares maps with the lesions and lungs of the data. `faithfulness` and `randomisation` run the network
 again: do its maps name the pixels that it uses, and do they depend on its weights? `map_cases` chooses the cases,
@@ -50,8 +50,8 @@ class MapScores(NamedTuple):
 
             - network: 0 to `NETWORKS` - 1;
             - stage: 0 is the head alone;
-            - share: of the modules that are random;
-            - correlation: of the map's ranks with the trained network's map, NaN where that is empty;
+            - share: the share of modules that are random;
+            - correlation: the rank correlation with the trained network's map; NaN if that map is empty;
             - agreement: the absolute correlation.
     """
 
@@ -67,11 +67,11 @@ def score_maps(
 
     Args:
         trained: the network.
-        cases: of `map_cases`. All of them are compared with their masks and boxes, at the X-rays' own size.
+        cases: what `map_cases` returns. All of them are compared with their masks and boxes, at the X-rays' own size.
         settings: the methods, the number of cases on which the network is run again (drawn by `seed`), and the steps
             of `faithfulness.deletion_insertion`.
         find_lungs: finds the lungs of an X-ray without a lung mask (`lungs.masking.LungMasking.mask_of`).
-        seed: of all draws.
+        seed: fixes all draws.
 
     Raises:
         ValueError: there are no cases, or the network's probabilities for a case are not the stored ones.
@@ -129,7 +129,7 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 
 
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
-    """Return the images with the network, in the form in which its faithfulness is tested.
+    """Return the images, their classes, their baseline and the network for the scores of faithfulness.
 
     Deleted pixels become 0, the mean. If the network was trained on lungs with black around them, black pixels stay
     black, because it has never seen grey there.
@@ -172,7 +172,7 @@ def _located(cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs:
             }
             rows.append(_names([case], kind).assign(**scores))
     located = pd.concat(rows, ignore_index=True)
-    # The expected hit rate of a peak at random is the share of the image that the lesion covers.
+    # A random peak hits the lesion as often as the lesion covers the image, so this share is the expected score.
     return located.assign(peak=located["peak"].mask(located["map"] == "uniform", located["in_lesion"]))
 
 
@@ -198,7 +198,7 @@ def _randomised(
 ) -> pd.DataFrame:
     """Return `MapScores.randomised`, network by network and stage by stage."""
     frames = []
-    # The study's own seed would give the random network from which the training started.
+    # With the study's own seed, the first random network would be the one from which the training started.
     seeds = np.random.SeedSequence(seed).generate_state(NETWORKS).tolist()
     for number, network_seed in enumerate(seeds):
         fresh = random_network(trained.card, subject.images, seed=network_seed)

@@ -49,7 +49,7 @@ def seeds(results: Results) -> Figure | None:
 
 
 def roc(results: Results) -> Figure:
-    """Return the ROC curves of every network. Of two classes, only the positive one is drawn: the other mirrors it."""
+    """Return the ROC curves of every network. With two classes, only the positive one is drawn."""
     classes = results.table.classes
     shown = range(len(classes)) if results.positive is None else [results.positive]
     width = (3.8 if len(classes) <= plot_utils.FEW else 8.5) * len(results.runs)

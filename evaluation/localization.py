@@ -1,4 +1,4 @@
-"""Maps against masks and boxes, and the maps of chance beside them.
+"""Compare maps with masks and boxes; maps of chance, which are compared in the same way.
 
 A map is (H, W) float64, not negative, at any scale. A mask is (H, W) bool at the same resolution. Boxes are (B, 4) rows
 of x, y (upper left corner), width and height as fractions of the image. A score is NaN where there is nothing to find:
@@ -75,7 +75,7 @@ def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _centres_inside(start: float, extent: float, size: int) -> slice:
-    """Return the pixels of one axis whose centres lie in [start, start + extent), or that hold its centre."""
+    """Return the pixels of one axis whose centres lie in [start, start + extent), or the pixel at its middle."""
     # Rounded because 0.3 * 5 - 0.5 is not 1: an edge on a pixel's centre must fall to the same side for every box.
     first, stop = (int(np.ceil(np.round(edge * size - 0.5, decimals=6))) for edge in (start, start + extent))
     if stop <= first:

@@ -49,7 +49,7 @@ class RocCurve(NamedTuple):
 
 
 class PrecisionRecallCurve(NamedTuple):
-    """One class against the rest: (K,) ascending thresholds, and what "probability >= threshold" gives at each."""
+    """One class against the rest: (K,) ascending thresholds, and precision and recall of "probability >= threshold"."""
 
     thresholds: np.ndarray = np.empty(0)
     precision: np.ndarray = np.empty(0)
@@ -80,7 +80,8 @@ def classification_scores(predictions: Predictions, classes: Sequence[str]) -> p
         Undefined scores are NaN, and the macro means leave that class out:
 
         - a class without images: precision, recall, f1, roc_auc (0 would say nothing about the network);
-        - a class of all images: specificity, roc_auc. With several labels, the macro means leave out all its scores;
+        - a class that all images have: specificity, roc_auc. With several labels, the macro means leave out all its
+          scores;
         - a label without probability: all scores;
         - a label without threshold beside others that have one: all scores but roc_auc.
     """
@@ -159,7 +160,7 @@ def each_class(predictions: Predictions) -> OneVsRest:
     """Return each class against the rest.
 
     Raises:
-        ValueError: targets, probabilities and thresholds do not fit each other, or are none.
+        ValueError: targets, probabilities and thresholds do not fit each other, or are not valid.
     """
     targets, probabilities = checked(predictions.targets, predictions.probabilities)
     predicted, thresholds = predictions.predicted, predictions.thresholds

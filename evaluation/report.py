@@ -1,7 +1,7 @@
 """The numbers of notebook 3: finished trainings in, tables and a conclusion out, one function for each question.
 
-The way through: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. Where a study
-has nothing to show, a function returns one line that says why.
+The order of the calls: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. Where
+a study has nothing to show, a function returns one line that says why.
 """
 
 from collections.abc import Mapping
@@ -147,7 +147,7 @@ def overview(results: Results) -> str:
     role = "best on validation" if results.leader == results.example else "shown as an example"
     lines = [f"trained: {'; '.join(results.runs)}", f"{role}: {results.example}"]
     if results.focus != metrics.MACRO:
-        lines.append(f"positive class (scores of one class are about it): {results.focus}")
+        lines.append(f"positive class (a score of a single class is the score of this class): {results.focus}")
     for title, run in results.runs.items():
         card = run.card
         if card.unreported:

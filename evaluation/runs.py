@@ -69,7 +69,7 @@ class Run:
 
 
 def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
-    """Return the trained networks of a study by title, as far as they have been trained.
+    """Return the trained networks of a study by title. Networks that have not been trained are left out.
 
     These are the study's own networks, those of its folds, and those of the studies that it is compared with. Where a
     network was trained with other seeds only (`Study.repeated`), the run with the lowest seed is taken.
@@ -81,14 +81,14 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
 
     Raises:
         FileNotFoundError: the study has no trained network.
-        ValueError: two networks have other classes, another positive class or other test images, or an image is
-            missing or has changed since a network was trained.
+        ValueError: two networks differ in their classes, positive class or test images, or an image is missing or has
+            changed since a network was trained.
     """
     trained = {title: by_seed[0] for title, by_seed in _all_runs(study, runs).items()}
     if not trained:
         networks = ", ".join(study.networks)
         others = sorted({card.parent.parent.name for card in runs.glob(f"{study.name}-*/*/model.json")})
-        hint = f"; there is {', '.join(others)}: set `limit` for it" if others else ""
+        hint = f"; {', '.join(others)} exists: set `limit` to read it" if others else ""
         raise FileNotFoundError(
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{hint}"
         )

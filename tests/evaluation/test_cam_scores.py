@@ -285,7 +285,7 @@ def test_the_summary_holds_the_means_of_the_columns_that_it_names(honest, marked
     grad_cam, another = (scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's"))
     paired = (grad_cam["in_lesion"].to_numpy() - another["in_lesion"].to_numpy()).mean()
     assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)
-    expected = "6 cases, 6 with a lesion or box, 6 with lungs; the network was asked of 5"
+    expected = "6 cases, 6 with a lesion or box, 6 with lungs; the columns from probability on use 5"
     assert case_counts(scores) == expected
     uniform = scores.located[scores.located["map"] == "uniform"]
     assert (uniform["peak"] == uniform["in_lesion"]).all()

@@ -854,7 +854,7 @@ def test_multilabel_predictions_are_read_finding_by_finding(tmp_path):
 def test_predictions_about_other_classes_are_refused(tmp_path, multilabel):
     write_predictions(tmp_path / "p.csv", ["Mass", "Pneumonia"], np.full((2, 4), 0.25), LABELS)
     for classes in (LABELS, [*LABELS, "Pneumonia"]):
-        with pytest.raises(ValueError, match="not about the classes Effusion, Mass"):
+        with pytest.raises(ValueError, match="does not have the classes Effusion, Mass"):
             predictions.read_predictions(tmp_path / "p.csv", classes, multilabel=multilabel)
     with pytest.raises(FileNotFoundError, match="run notebook 2"):
         predictions.read_predictions(tmp_path / "q.csv", LABELS, multilabel=multilabel)
