@@ -68,8 +68,8 @@ def noise(*shape, seed=0):
 
 
 def test_areas_of_a_linear_network_are_those_of_the_closed_form():
-    # The evidence is a quarter of the pixels. Named first, the probability falls (rises) along a line over
-    # the first quarter; named last, over the last one.
+    # The evidence is a quarter of the pixels. If the map names it first, the probability falls (or rises) along a line
+    # over the first quarter of the steps. If the map names it last, this happens over the last quarter.
     images = checkered()
     first = deletion_insertion(region_network, images, EVIDENCE.expand(3, -1, -1), ones())
     last = deletion_insertion(region_network, images, 1 - EVIDENCE.expand(3, -1, -1), ones())
@@ -95,7 +95,7 @@ def test_each_image_has_its_own_map(monkeypatch):
 def test_within_the_map_the_greatest_values_go_first():
     half = EVIDENCE.clone()
     half[:14] = 0
-    # All of the evidence is in the lower half here; 0.3 on it and 1 on as many other pixels: it goes second.
+    # All of the evidence is in the lower half. The map is 0.3 there and 1 on as many other pixels, which go first.
     graded = 0.3 * half + half.flip(0)
     images = checkered(1) * half
     areas = deletion_insertion(region_network, images, graded[None], ones(1), steps=32)
@@ -163,7 +163,7 @@ def test_insertion_starts_from_a_gaussian_of_a_tenth_of_the_side_and_ends_with_t
     torch.testing.assert_close(deletion[:, 0], images)
     assert (deletion[:, 1] == 0).all()
     torch.testing.assert_close(insertion[:, 1], images)
-    # At the edges SciPy's Gaussian falls onto zeros: divided by the weight that fell inside.
+    # At the edges, SciPy's Gaussian adds zeros. So its result is divided by the weight inside the image.
     options = {"sigma": (0, 0, 2.4, 2.4), "mode": "constant", "truncate": 20}
     expected = ndimage.gaussian_filter(images.numpy(), **options)
     expected /= ndimage.gaussian_filter(np.ones_like(images), **options)
@@ -202,7 +202,7 @@ def test_average_drop_and_increase_by_hand():
     maps = torch.stack([torch.ones(4, 4), torch.full((4, 4), 0.5), torch.full((4, 4), 0.5)])
     confidence = masked_confidence(mean_network, images, maps, torch.tensor([1, 1, 0]))
     np.testing.assert_allclose(confidence["probability"], [0.8, 0.8, 0.2], atol=1e-6)
-    # What is kept has the probabilities 0.8, 0.4 and 0.6.
+    # The masked images have the probabilities 0.8, 0.4 and 0.6.
     np.testing.assert_allclose(confidence["drop"], [0, 0.5, 0], atol=1e-6)
     np.testing.assert_array_equal(confidence["increase"], [0, 0, 1])
 

@@ -186,7 +186,7 @@ def test_maps_equal_to_their_boxes_reach_every_overlap_and_the_uniform_map_its_a
     bounds = [f"{share} {bound}" for share in shares for bound in ("low", "high")]
     assert table.columns[9:].to_list() == bounds
     assert (table.loc["map"][shares + bounds[1::2]] == 1).all(axis=None)
-    # Exact over patients: of "Effusion" and "Mass" two each, of all three.
+    # The intervals are exact over patients: two for "Effusion", two for "Mass", three for all.
     patients = table.loc["map"].index.get_level_values("finding").map({"Effusion": 2, "Mass": 2, "all": 3})
     for bound in bounds[::2]:
         np.testing.assert_allclose(table.loc["map"][bound], 0.025 ** (1 / patients))
