@@ -261,11 +261,11 @@ def plot_auc_by_label(areas: pd.DataFrame, mean: pd.Series, ax: Axes) -> Axes:
     return ax
 
 
-def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]], ax: Axes) -> Axes:
+def plot_threshold_tradeoff(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], ax: Axes) -> Axes:
     """Draw precision (solid) and recall (dashed) over the decision threshold: a thin line for each label, and their
     means as thick lines. Above the largest probability of a label, its recall is 0 and its precision is not drawn.
 
-    `points` has, by label, ascending thresholds, the precision and the recall at each, and the average precision.
+    `points` has, by label, ascending thresholds, and the precision and the recall at each.
     """
     grid = np.linspace(0, 1, 501)
     precision = 1, "precision", np.nan, {"color": BLUE, "linestyle": "-"}

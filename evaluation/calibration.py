@@ -3,8 +3,6 @@
 Tasks and shapes are those of `predictions`. Decision thresholds are not used here.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -73,9 +71,8 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
     sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidences, correct)]
     with np.errstate(invalid="ignore"):
         confidence, accuracy = sums / count
-    return pd.DataFrame(
-        {"low": edges[:-1], "high": edges[1:], "confidence": confidence, "accuracy": accuracy, "count": count}
-    )
+    ends = {"low": edges[:-1], "high": edges[1:]}
+    return pd.DataFrame(ends | {"confidence": confidence, "accuracy": accuracy, "count": count})
 
 
 def expected_calibration_error(targets: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> float:

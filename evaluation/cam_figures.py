@@ -11,8 +11,8 @@ from cams.methods import METHODS
 from cams.panels import CamPanel, CamRow, draw_cam_grid, draw_grad_cams
 from datasets import XrayTable
 from datasets.table import NO_FINDING, relative_paths
-from evaluation.map_cases import MapCase, lungs_of, map_case, refuse_other_answer, stored_probabilities
-from evaluation.map_report import FindLungs, MapReport, cases_of
+from evaluation.map_cases import FindLungs, MapCase, lungs_of, map_case, refuse_other_answer, stored_probabilities
+from evaluation.map_report import MapReport, cases_of
 from evaluation.predictions import Predictions, decide
 from evaluation.report import Results
 from inference.explanations import explain
@@ -32,7 +32,7 @@ def examples(results: Results) -> Figure | Markdown:
     stored = {title: stored_probabilities(results.test[title], results.table) for title in results.networks}
     rows = []
     for image in images.to_dict("records"):
-        label = int(image["label"])  # of several findings, the rarest
+        label = int(image["label"])  # if the image has several findings, the rarest of them
         cases = {title: map_case(results.table, image, label, by_path) for title, by_path in stored.items()}
         panels = {title: cam_panel(results.networks[title], case) for title, case in cases.items()}
         rows.append(_row(cases[results.example], panels))
@@ -113,8 +113,8 @@ def cam_panel(trained: TrainedNetwork, case: MapCase, *, method: str = "gradcam"
 
 
 def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.DataFrame:
-    """Return one test image of each class, drawn by `seed`. Of many findings, the `MOST_FINDINGS` most frequent are
-    taken. Findings that are not `reported`, (C,) bool, are left out.
+    """Return one test image of each class, drawn by `seed`. If there are many findings, only the `MOST_FINDINGS`
+    most frequent are shown. Findings that are not `reported`, (C,) bool, are left out.
     """
     with_class = test[np.append(reported, False)[test["label"]]]
     frequent = with_class["label"].value_counts().index[:MOST_FINDINGS]
@@ -154,7 +154,7 @@ def cam_samples(
         table: the study's images.
         predictions: the network's predictions on the test split.
         kinds: what `outcomes` returns.
-        seed: of the draw.
+        seed: fixes the draw.
 
     Raises:
         ValueError: the network's probabilities for an image are not those of its predictions.
@@ -176,7 +176,9 @@ def cam_samples(
 def method_rows(
     trained: TrainedNetwork, cases: Sequence[MapCase], names: Sequence[str], *, seed: int, find_lungs: FindLungs = None
 ) -> list[CamRow]:
-    """Return `METHOD_ROWS` cases, drawn by `seed`, with a panel for each method. Cases of other classes come first."""
+    """Return `METHOD_ROWS` cases, drawn by `seed`, with a panel for each method. No class comes twice before all came
+    once.
+    """
     order = np.random.default_rng(seed).permutation(len(cases))
     shuffled = pd.DataFrame({"case": order, "label": [cases[i].class_index for i in order]})
     shuffled["turn"] = shuffled.groupby("label").cumcount()

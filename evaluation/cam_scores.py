@@ -1,11 +1,9 @@
-"""Scores of a network's maps on its test cases, by several methods and beside chance.
+"""Scores of a network's maps by several methods, and of maps of chance.
 
 `localization` compares maps with the lesions and lungs of the data. `faithfulness` and `randomisation` run the network
 again: do its maps name the pixels that it uses, and do they depend on its weights? `map_cases` chooses the cases,
 `map_summary` makes a table of the scores.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from evaluation.map_cases import FindLungs, MapCase, lungs_of, refuse_other_answ
 from evaluation.randomisation import random_network, randomised, rank_correlation
 from inference.explanations import cam_of
 from inference.trained_networks import TrainedNetwork
+from studies.settings import Maps
 from utils import read_mask, read_xray
 
 NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
@@ -43,16 +42,16 @@ class MapScores(NamedTuple):
             - peak: 1.0 if the map's peak is in the lesion (in its boxes where it has no mask), else 0.0;
             - in_lesion: share of the map's sum in the lesion, 0 for an empty map;
             - in_lungs: share of the map's sum in the lungs, NaN for an empty map;
-            - iou, iobb, detected: see `localization.BoxOverlap`;
+            - iou, iobb, detected: see `localization.best_overlap`;
             - empty: 1.0 for a map without evidence, else 0.0.
-        faithful: probability, drop and increase of `faithfulness.MaskedConfidence`, deletion and insertion of
-            `faithfulness.DeletionInsertion`; NaN for an empty map.
+        faithful: what `faithfulness.deletion_insertion` and `faithfulness.masked_confidence` return; NaN for an empty
+            map.
         randomised: a row also for each random network and stage of randomisation:
 
             - network: 0 to `NETWORKS` - 1;
             - stage: 0 is the head alone;
-            - share: of the modules that are random;
-            - correlation: of the map's ranks with the trained network's map, NaN where that is empty;
+            - share: the share of modules that are random;
+            - correlation: the rank correlation with the trained network's map; NaN if that map is empty;
             - agreement: the absolute correlation.
     """
 
@@ -62,25 +61,17 @@ class MapScores(NamedTuple):
 
 
 def score_maps(
-    trained: TrainedNetwork,
-    cases: Sequence[MapCase],
-    *,
-    methods: Sequence[str],
-    faithful: int,
-    steps: int,
-    find_lungs: FindLungs = None,
-    seed: int,
+    trained: TrainedNetwork, cases: Sequence[MapCase], settings: Maps, *, find_lungs: FindLungs = None, seed: int
 ) -> MapScores:
     """Return the scores of a network's maps by several methods, and of maps that do not depend on the image.
 
     Args:
         trained: the network.
-        cases: of `map_cases`. All of them are compared with their masks and boxes, at the X-rays' own size.
-        methods: names of `cams.methods.METHODS`.
-        faithful: the number of cases, drawn by `seed`, on which the network is run again: several hundred passes each.
-        steps: of `faithfulness.deletion_insertion`.
+        cases: what `map_cases` returns. All of them are compared with their masks and boxes, at the X-rays' own size.
+        settings: the methods, the number of cases on which the network is run again (drawn by `seed`), and the steps
+            of `faithfulness.deletion_insertion`.
         find_lungs: finds the lungs of an X-ray without a lung mask (`lungs.masking.LungMasking.mask_of`).
-        seed: of all draws.
+        seed: fixes all draws.
 
     Raises:
         ValueError: there are no cases, or the network's probabilities for a case are not the stored ones.
@@ -90,21 +81,21 @@ def score_maps(
     device = next(trained.network.parameters()).device
     images = torch.stack([trained.preprocessing(read_xray(case.path)) for case in cases]).to(device)
     classes = torch.tensor([case.class_index for case in cases], device=device)
-    maps = _maps(trained, images, classes, methods)
-    first = maps[methods[0]]
+    maps = _maps(trained, images, classes, settings.methods)
+    first = maps[settings.methods[0]]
     for case, probabilities in zip(cases, trained.card.probabilities(first.logits).cpu().numpy(), strict=True):
         if case.probabilities is not None:
             refuse_other_answer(trained, case.path, probabilities, case.probabilities)
     kinds = {METHODS[name].title: of_method for name, of_method in maps.items()}
     if (partners := _partners(cases, seed)) is not None:
         kinds[ANOTHER] = first[partners]
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(cases))[:faithful])
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(cases))[: settings.faithful])
     drawn_cases = [cases[i] for i in drawn]
     subject = _subject(trained, images[drawn], classes[drawn])
     drawn_kinds, drawn_maps = ({name: m[drawn] for name, m in of.items()} for of in (kinds, maps))
     return MapScores(
         _located(cases, kinds, find_lungs),
-        _faithful(subject, drawn_cases, drawn_kinds, steps=steps, seed=seed),
+        _faithful(subject, drawn_cases, drawn_kinds, steps=settings.steps, seed=seed),
         _randomised(trained, subject, drawn_cases, drawn_maps, seed),
     )
 
@@ -138,7 +129,7 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 
 
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
-    """Return the images with the network, in the form in which its faithfulness is tested.
+    """Return the images, their classes, their baseline and the network for the scores of faithfulness.
 
     Deleted pixels become 0, the mean. If the network was trained on lungs with black around them, black pixels stay
     black, because it has never seen grey there.
@@ -176,14 +167,13 @@ def _located(cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs:
                 "peak": peak_inside(map_, target),
                 "in_lesion": mass_inside(map_, target),
                 "in_lungs": mass_inside(map_, lungs) if lungs is not None and map_.any() else np.nan,
-                **best_overlap(map_, case.boxes)._asdict(),
+                **best_overlap(map_, case.boxes),
                 "empty": float(not map_.any()),
             }
             rows.append(_names([case], kind).assign(**scores))
     located = pd.concat(rows, ignore_index=True)
-    # The expected hit rate of a peak at random is the share of the image that the lesion covers.
-    located["peak"] = located["peak"].mask(located["map"] == "uniform", located["in_lesion"])
-    return located
+    # A random peak hits the lesion as often as the lesion covers the image, so this share is the expected score.
+    return located.assign(peak=located["peak"].mask(located["map"] == "uniform", located["in_lesion"]))
 
 
 def _faithful(
@@ -197,7 +187,7 @@ def _faithful(
     frames = []
     for kind, of_kind in maps.items():
         areas = deletion_insertion(subject, of_kind, steps=steps, seed=seed)
-        scores = pd.DataFrame(areas._asdict() | masked_confidence(subject, of_kind)._asdict())
+        scores = pd.DataFrame(areas | masked_confidence(subject, of_kind))
         scores[~of_kind.flatten(1).any(dim=1).cpu().numpy()] = np.nan  # an empty map names no pixels
         frames.append(_names(cases, kind).join(scores))
     return pd.concat(frames, ignore_index=True)
@@ -208,7 +198,7 @@ def _randomised(
 ) -> pd.DataFrame:
     """Return `MapScores.randomised`, network by network and stage by stage."""
     frames = []
-    # The study's own seed would give the random network from which the training started.
+    # With the study's own seed, the first random network would be the one from which the training started.
     seeds = np.random.SeedSequence(seed).generate_state(NETWORKS).tolist()
     for number, network_seed in enumerate(seeds):
         fresh = random_network(trained.card, subject.images, seed=network_seed)

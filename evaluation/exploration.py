@@ -116,7 +116,7 @@ def class_weights(table: XrayTable) -> list[pd.DataFrame | Figure | Markdown]:
     words = {"number": "{:.1f}%", "title": "share of the images drawn (%)"}
     plot_utils.plot_bars(100 * draws / draws.sum(), fig.subplots(), **words, equal_shares=True)
     times = (draws["weighted"] / draws["as they are"]).round(2).to_dict()
-    return [Markdown(f"draws of one image an epoch: {times}"), fig]
+    return [Markdown(f"number of times that an image is drawn in an epoch: {times}"), fig]
 
 
 def probe_labels(table: XrayTable, images: pd.DataFrame) -> tuple[np.ndarray, Sequence[str]]:
@@ -132,8 +132,8 @@ def conclusion(table: XrayTable, probes: pd.DataFrame, duplicates: Mapping[str, 
     counts = table.counts().sum(axis=1)[list(table.classes)]
     kinds = "findings" if table.multilabel else "classes"
     return Markdown(
-        f"- Imbalance: of {len(counts)} {kinds} the most frequent has **{counts.max() / counts.min():.1f} "
-        f"times** the rarest's images.\n"
+        f"- Imbalance: the most frequent of {len(counts)} {kinds} has **{counts.max() / counts.min():.1f} times** "
+        f"as many images as the rarest.\n"
         f"- Shortcuts (what tells the classes apart without the lungs): **{', '.join(shortcuts) or 'none found'}**.\n"
         f"- Images with a near-duplicate in another split: **{duplicates['… in another split']}**."
     )

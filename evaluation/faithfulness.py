@@ -15,7 +15,7 @@ from torch import Tensor
 
 BLOCKS = 14  # equal pixels change together in squares of 1/14 of the image's side, the patch size of many networks
 LEVELS = 2**16  # finer differences between map values are rounding errors of upsampling, not an order
-BLUR = 0.1  # sigma as a share of the image's shorter side: it hides a lesion or a rib
+BLUR = 0.1  # sigma as a share of the image's shorter side: enough to hide a lesion or a rib
 BATCH = 32  # images in one forward pass
 
 
@@ -35,46 +35,26 @@ class ClassifiedImages(NamedTuple):
     baseline: Tensor
 
 
-class DeletionInsertion(NamedTuple):
-    """(N,) float64 areas, 0..1: faithful maps have a small deletion and a large insertion."""
-
-    deletion: np.ndarray
-    insertion: np.ndarray
-
-
-class MaskedConfidence(NamedTuple):
-    """Confidence in the class for whole images, and its change when each image is masked by its map.
-
-    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
-    increase together with a score that punishes large maps, such as the deletion area.
-
-    Attributes:
-        probability: (N,) float64, of the whole image.
-        drop: (N,) max(0, whole - masked) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop.
-        increase: (N,) 1.0 where masked > whole, else 0.0; its mean is the Increase in Confidence.
-    """
-
-    probability: np.ndarray
-    drop: np.ndarray
-    increase: np.ndarray
-
-
-def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> DeletionInsertion:
+def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> dict[str, np.ndarray]:
     """Return the areas under the class's probability as pixels are deleted or inserted, the most salient first.
 
-    Petsiuk et al. 2018, "RISE", BMVC, arXiv:1806.07421. Deletion sets pixels to the baseline. Insertion brings them
-    back into a blurred copy. The Gaussian has a sigma of `BLUR` of the image's shorter side, more than RISE's 5 of 224
-    pixels, which leaves lesions visible.
+    Petsiuk et al. 2018, "RISE", BMVC, arXiv:1806.07421. Deletion sets pixels to the baseline. Insertion puts them
+    into a blurred copy of the image. The sigma of the blur is `BLUR` of the image's shorter side. RISE's sigma, 5 of
+    224 pixels, leaves lesions visible.
 
-    Equal pixels (in a uniform map, or in the zeros of a rectified map) change block by block in a random order. The
-    order depends only on `seed` and the image's position, so all maps of the same images share it. Reading order would
-    be a sweep from the top. Single pixels would be noise, to which networks react.
+    Pixels with equal map values (a uniform map, or the zeros of a map) change block by block in a random order. The
+    order depends only on `seed` and the image's position, so all maps of the same images share it. In reading order,
+    the image would disappear from the top. Single pixels in a random order would be noise, and networks react to noise.
 
     Args:
         subject: the images and the network.
         maps: (N, H, W) maps of these images on their device.
-        steps: the areas (trapezoid) are over the share of changed pixels, 0..1, at `steps` + 1 points.
-        seed: of the order of equal pixels.
+        steps: the curve has `steps` + 1 points over the share of changed pixels, 0..1. Its area is a sum of trapezoids.
+        seed: fixes the order of pixels with equal map values.
+
+    Returns:
+        (N,) float64 areas, 0..1, named "deletion" and "insertion". A faithful map has a small deletion and a large
+        insertion.
     """
     images, pixels = subject.images, maps[0].numel()
     counts = torch.arange(steps + 1, device=images.device) * pixels // steps
@@ -91,14 +71,28 @@ def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, s
 
     with torch.inference_mode():
         ranks = _pixel_ranks(maps, seed)
-        return DeletionInsertion(area(images, subject.baseline), area(_blurred(images), images))
+        return {"deletion": area(images, subject.baseline), "insertion": area(_blurred(images), images)}
 
 
-def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> MaskedConfidence:
-    """Return the confidence that is lost where each image fades to its baseline as the (N, H, W) map does.
+def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> dict[str, np.ndarray]:
+    """Return the confidence in the class for whole images, and its change when each image is masked by its map.
 
     The masked image is image · map + baseline · (1 - map). Average Drop and Increase in Confidence: Chattopadhay et
     al. 2018, "Grad-CAM++", WACV, arXiv:1710.11063, section 4.1.
+
+    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
+    increase together with a score that punishes large maps, such as the deletion area.
+
+    Args:
+        subject: the images and the network.
+        maps: (N, H, W) maps of these images on their device.
+
+    Returns:
+        (N,) float64 values by name:
+
+        - probability: of the whole image;
+        - drop: max(0, whole - masked) / whole, 0..1, and 0 where whole is 0; its mean is the Average Drop;
+        - increase: 1.0 where masked > whole, else 0.0; its mean is the Increase in Confidence.
     """
     images, baseline, classes = subject.images, subject.baseline, subject.classes
 
@@ -111,11 +105,11 @@ def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> MaskedConfiden
         masked = _confidence(subject, masked_images, classes)
     lost = np.maximum(whole - masked, 0)
     drop = np.divide(lost, whole, out=np.zeros_like(lost), where=whole > 0)
-    return MaskedConfidence(whole, drop, (masked > whole).astype(np.float64))
+    return {"probability": whole, "drop": drop, "increase": (masked > whole).astype(np.float64)}
 
 
 def _confidence(subject: ClassifiedImages, inputs: Callable[[Tensor], Tensor], classes: Tensor) -> np.ndarray:
-    """Return (M,) float64 probabilities of (M,) classes; `inputs` makes the images of a batch of jobs 0..M-1."""
+    """Return (M,) float64 probabilities of (M,) classes. `inputs` returns the images of some of the jobs 0..M-1."""
     batches = torch.arange(len(classes), device=classes.device).split(BATCH)
     values = [subject.probabilities(inputs(jobs)).gather(1, classes[jobs, None])[:, 0] for jobs in batches]
     return torch.cat(values).double().cpu().numpy()
@@ -128,17 +122,16 @@ def _pixel_ranks(maps: Tensor, seed: int) -> Tensor:
     rows, columns = np.arange(height) // side, np.arange(width) // side
     block = (rows[:, None] * (columns[-1] + 1) + columns).ravel()
     rng = np.random.default_rng(seed)
-    # Drawn image by image, so that the orders of the first images do not depend on how many follow.
+    # One draw for each image, so that its order does not depend on the number of images after it.
     turns = np.stack([rng.permutation(block[-1] + 1) for _ in maps])
     by_block = torch.from_numpy(turns[:, block].argsort(axis=1, kind="stable")).to(maps.device)
     levels = (maps.flatten(1).float() * LEVELS).round().gather(1, by_block)
     order = by_block.gather(1, levels.argsort(dim=1, descending=True, stable=True))
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).reshape(maps.shape)
+    return order.argsort(dim=1).reshape(maps.shape)  # the ranks are the inverse of the order
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """Return the images under a Gaussian whose weights at the edges are those of the pixels that exist."""
+    """Return the images blurred by a Gaussian. At the edges, its weights are scaled so that their sum is 1."""
     sigma = BLUR * min(images.shape[-2:])
     rows, columns = (
         (-((place[:, None] - place) ** 2) / (2 * sigma**2)).softmax(dim=1).to(images)

@@ -49,7 +49,7 @@ def seeds(results: Results) -> Figure | None:
 
 
 def roc(results: Results) -> Figure:
-    """Return the ROC curves of every network. Of two classes, only the positive one is drawn: the other mirrors it."""
+    """Return the ROC curves of every network. With two classes, only the positive one is drawn."""
     classes = results.table.classes
     shown = range(len(classes)) if results.positive is None else [results.positive]
     width = (3.8 if len(classes) <= plot_utils.FEW else 8.5) * len(results.runs)
@@ -70,11 +70,9 @@ def findings(results: Results) -> list[Figure | pd.DataFrame | Markdown]:
     fig, ax = _panel(9, 5, results.example)
     plot_utils.plot_auc_by_label(areas.drop(index=metrics.MACRO), areas.loc[metrics.MACRO], ax)
     summary = metrics.auc_summary(scores).to_frame("AUC over the findings").round(4)
-    curves = {}
-    for i, name in enumerate(results.table.classes):
-        points = metrics.precision_recall_points(test.targets, test.probabilities, i)
-        if len(points.thresholds):
-            curves[name] = points
+    curve_of, classes = metrics.precision_recall_points, results.table.classes
+    points = {name: curve_of(test.targets, test.probabilities, i) for i, name in enumerate(classes)}
+    curves = {name: curve for name, curve in points.items() if len(curve.thresholds)}
     if not curves:
         return [fig, summary, Markdown("*No finding has test images both with it and without it.*")]
     tradeoff, ax = _panel(9, 4.6, results.example)
@@ -89,8 +87,7 @@ def reliability(results: Results) -> Figure | Markdown:
     tables = {}
     for title, test in results.test.items():
         error = expected_calibration_error(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
-        bins = reliability_table(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
-        tables[f"{title}, ECE {error:.3f}"] = bins
+        tables[f"{title}, ECE {error:.3f}"] = reliability_table(test.targets, test.probabilities, bins=CONFIDENCE_BINS)
     fig, ax = _panel(9, 5)
     plot_utils.plot_reliability(tables, ax)
     return fig

@@ -5,8 +5,6 @@ interval would have no width. Such proportions have an exact interval, see `exac
 interval.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -24,9 +22,9 @@ CHUNK = 2**20  # weights in memory at once (8 MiB as float64), whatever the numb
 
 
 class Interval(NamedTuple):
-    """An estimate with the ends of its interval; NaN ends where there is no interval, all NaN where nothing is known.
+    """An estimate with the ends of its interval. The ends are NaN without an interval; all is NaN without an estimate.
 
-    `format` gives `0.912 (0.880–0.941)`, and `–` for NaN; its specification (default `.3f`) is that of each number.
+    `format` gives `0.912 (0.880–0.941)`, or `–` for NaN. Its specification (default `.3f`) applies to each number.
     """
 
     estimate: float
@@ -74,8 +72,8 @@ def _resampled(score: Callable[[np.ndarray], np.ndarray], patients: Sequence, rn
 def percentile_interval(estimate: float, resampled: np.ndarray) -> Interval:
     """Return the estimate with the central `CONFIDENCE` share of its (R,) resampled values.
 
-    Undefined resamples drew no patient of the class; they are left out. If their share is above `UNDEFINED_SHARE`,
-    there is no interval, because the class has too few patients (about three).
+    A resample without a patient of the class has no score and is left out. If the share of such resamples is above
+    `UNDEFINED_SHARE`, there is no interval: the class has too few patients (about three).
     """
     undefined = np.isnan(resampled)
     if not resampled.size or undefined.mean() > UNDEFINED_SHARE:
@@ -103,7 +101,7 @@ def bootstrap_mean(
     """Return the mean over images with its interval over patients.
 
     Args:
-        values: (N,) numbers. NaNs are left out, and so are patients who have no other value.
+        values: (N,) numbers. NaNs are left out, and so are patients with NaNs only.
         patients: (N,) patient ids.
         proportion: the values are 0 or 1, and a mean of 0 or 1 has the exact interval.
         rng: draws the resamples.
@@ -128,8 +126,9 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
         rng: draws the resamples.
 
     Returns:
-        One row for each class, then "macro", and each metric, with the columns class, metric, estimate, low, high.
-        Scores of 0 and 1 have the intervals of `_exact_intervals`, all others those of `percentile_interval`.
+        One row for each class, then "macro", and each metric. Columns: class, metric, estimate, low, high, and figure:
+        the estimate and its interval as text. Scores of 0 and 1 have the intervals of `_exact_intervals`, all others
+        those of `percentile_interval`.
     """
     one_vs_rest, patients = each_class(predictions), predictions.patients
     estimate = weighted_scores(one_vs_rest, np.ones((1, len(patients))))[0]
@@ -138,7 +137,7 @@ def bootstrap_scores(predictions: Predictions, classes: Sequence[str], *, rng: n
     cells = np.ndindex(estimate.shape)
     rows = [exact.get(cell) or percentile_interval(estimate[cell], resampled[:, *cell]) for cell in cells]
     names = pd.MultiIndex.from_product([[*classes, MACRO], METRICS], names=["class", "metric"])
-    return pd.DataFrame(rows, names).reset_index()
+    return pd.DataFrame(rows, names).assign(figure=[str(interval) for interval in rows]).reset_index()
 
 
 def _exact_intervals(
@@ -147,8 +146,9 @@ def _exact_intervals(
     """Return the intervals of all (C + 1, M) scores that are 0 or 1, by row and column.
 
     The score of a class has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has the interval of
-    the Jaccard index J: images of the class that are predicted as the class, divided by images that are either. The
-    ends of a macro mean's interval are the means of its classes' ends, so this interval is wide.
+    the Jaccard index J: the images that are of the class and predicted as it, divided by the images that are of the
+    class, or predicted as it, or both. The ends of a macro mean's interval are the means of its classes' ends, so this
+    interval is wide.
     """
     trials, in_macro = _trials(one_vs_rest, patients), macro_classes(one_vs_rest)
     exact = {}
@@ -160,7 +160,7 @@ def _exact_intervals(
     for j in np.flatnonzero(np.isin(estimate[macro], (0, 1))):
         if METRICS[j] == "accuracy" and not one_vs_rest.multilabel:
             exact[macro, j] = exact_interval(estimate[macro, j], len(np.unique(patients)))
-        else:  # A mean of 0 or 1 is that of classes that are all 0 or all 1.
+        else:  # If the mean is 0 or 1, all classes are 0 or all are 1.
             ends = [exact[i, j] for i in np.flatnonzero(in_macro[:, j])]
             exact[macro, j] = Interval(*np.mean(ends, axis=0))
     return exact
@@ -173,10 +173,10 @@ def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]
     - recall: patients with an image of the class;
     - specificity: patients with an image of another class;
     - precision: patients with an image that is predicted as the class;
-    - f1: patients with an image that is either;
-    - roc_auc: the smaller of positive and negative patients. So many pairs of a positive and a negative have no patient
-      in common, and each pair is ranked correctly with probability roc_auc. All other pairs are left out, so the
-      interval is rather wide.
+    - f1: patients with an image that is of the class or is predicted as the class;
+    - roc_auc: positive or negative patients, whichever are fewer. This is the largest number of pairs (one positive and
+      one negative patient) in which nobody occurs twice. Each pair is a trial: it is ranked correctly with probability
+      roc_auc. Other pairs are left out, so the interval is rather wide.
     """
     truth, called = one_vs_rest.truth, one_vs_rest.predicted
 

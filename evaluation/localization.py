@@ -1,13 +1,9 @@
-"""Maps against masks and boxes, and the maps of chance beside them.
+"""Compare maps with masks and boxes; maps of chance, which are compared in the same way.
 
 A map is (H, W) float64, not negative, at any scale. A mask is (H, W) bool at the same resolution. Boxes are (B, 4) rows
 of x, y (upper left corner), width and height as fractions of the image. A score is NaN where there is nothing to find:
 an empty mask, or no box. It is 0 for a map that is zero everywhere.
 """
-
-from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,8 +28,7 @@ def peak(map_: np.ndarray) -> tuple[int, int] | None:
         return None
     equals = np.argwhere(map_ >= map_.max() * (1 - 1e-6))
     distances = ((equals - (np.array(map_.shape) - 1) / 2) ** 2).sum(axis=1)
-    row, column = equals[distances.argmin()]
-    return int(row), int(column)
+    return tuple(equals[distances.argmin()].tolist())
 
 
 def peak_inside(map_: np.ndarray, mask: np.ndarray) -> float:
@@ -80,7 +75,7 @@ def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _centres_inside(start: float, extent: float, size: int) -> slice:
-    """Return the pixels of one axis whose centres lie in [start, start + extent), or that hold its centre."""
+    """Return the pixels of one axis whose centres lie in [start, start + extent), or the pixel at its middle."""
     # Rounded because 0.3 * 5 - 0.5 is not 1: an edge on a pixel's centre must fall to the same side for every box.
     first, stop = (int(np.ceil(np.round(edge * size - 0.5, decimals=6))) for edge in (start, start + extent))
     if stop <= first:
@@ -89,43 +84,21 @@ def _centres_inside(start: float, extent: float, size: int) -> slice:
     return slice(max(first, 0), max(stop, 0))
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return (A, B) intersections over unions, 0 to 1, of (A, 4) boxes with (B, 4) boxes."""
-    intersection = _intersections(a, b)
-    return intersection / (a[:, 2:].prod(axis=1)[:, None] + b[:, 2:].prod(axis=1) - intersection)
+def box_overlaps(detected: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the (A, B) overlaps, 0 to 1, of (A, 4) detected boxes with (B, 4) true boxes.
 
-
-def iobb(detected: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return (A, B) shares, 0 to 1, of each of (A, 4) detected boxes that lie in each of (B, 4) true boxes.
-
-    "Intersection over the detected bounding box", IoBB, of Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315.
-    Unlike `iou`, it forgives a detection that is too small, but not one that is too large.
+    - iou: intersection over union;
+    - iobb: intersection over the detected box (Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315). It is large
+      for a detection that is too small, but not for one that is too large.
     """
-    return _intersections(detected, truth) / detected[:, 2:].prod(axis=1)[:, None]
+    upper_left = np.maximum(detected[:, None, :2], truth[:, :2])
+    lower_right = np.minimum((detected[:, :2] + detected[:, 2:])[:, None], truth[:, :2] + truth[:, 2:])
+    intersection = np.maximum(lower_right - upper_left, 0).prod(axis=2)
+    area, true_area = detected[:, 2:].prod(axis=1)[:, None], truth[:, 2:].prod(axis=1)
+    return {"iou": intersection / (area + true_area - intersection), "iobb": intersection / area}
 
 
-def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the (A, B) areas that (A, 4) and (B, 4) boxes have in common."""
-    upper_left = np.maximum(a[:, None, :2], b[:, :2])
-    lower_right = np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
-    return np.maximum(lower_right - upper_left, 0).prod(axis=2)
-
-
-class BoxOverlap(NamedTuple):
-    """How well the boxes around a map's high values meet the true boxes.
-
-    Attributes:
-        iou: the best IoU of any detected with any true box, 0 to 1.
-        iobb: the best IoBB, 0 to 1.
-        detected: the number of detected boxes.
-    """
-
-    iou: float
-    iobb: float
-    detected: int
-
-
-def best_overlap(map_: np.ndarray, boxes: np.ndarray) -> BoxOverlap:
+def best_overlap(map_: np.ndarray, boxes: np.ndarray) -> dict[str, float]:
     """Return how well the boxes around a map's high values meet the true boxes.
 
     Detected boxes surround the regions above each of `BOX_THRESHOLDS` (shares of the map's maximum), pooled as in
@@ -137,14 +110,17 @@ def best_overlap(map_: np.ndarray, boxes: np.ndarray) -> BoxOverlap:
             can be detected there.
 
     Returns:
-        The best overlaps; 0 where nothing is detected, NaN where there is no true box.
+        - iou, iobb: the best overlap of any detected box with any true box, 0 to 1. 0 where nothing is detected, NaN
+          where there is no true box;
+        - detected: the number of detected boxes.
     """
     detected = np.concatenate([boxes_from_map(map_, threshold) for threshold in BOX_THRESHOLDS])
     corners = np.clip(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), 0, 1)
     truth = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
     truth = truth[(truth[:, 2:] > 0).all(axis=1)]
-    best = (score(detected, truth).max(initial=0.0) if len(truth) else np.nan for score in (iou, iobb))
-    return BoxOverlap(*map(float, best), len(detected))
+    overlaps = box_overlaps(detected, truth).items()
+    best = {name: values.max(initial=0.0) if len(truth) else np.nan for name, values in overlaps}
+    return best | {"detected": len(detected)}
 
 
 def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.DataFrame:
@@ -152,7 +128,7 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
 
     Args:
         located: `cam_scores.MapScores.located`: a row for each case and kind of map, with the columns map, label,
-            patient and those of `BoxOverlap`.
+            patient and those of `best_overlap`.
         rng: draws the resamples. All rows of one finding share them, so rows differ by their maps alone.
 
     Returns:

@@ -1,6 +1,4 @@
-"""The cases that maps are scored on: a test image, the class that its map is for, and where it should look."""
-
-from __future__ import annotations
+"""The cases on which maps are scored: a test image, a class, and the place of the class in the image."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -47,14 +45,14 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
     """Return at most `most` cases of the test images.
 
     With one class an image, a case is a correctly classified image with its class: for a wrong answer there is no right
-    place to look. With several findings, a case is an image with a finding that has a box in it. If no image has a
-    box, a case is an image with a finding that it has.
+    place to look. With several findings, a case is an image and a finding with a box in this image. If there are no
+    boxes, a case is an image and a finding that is present.
 
     Args:
         table: the study's images.
         predictions: the network's predictions on the test split.
         most: the largest number of cases.
-        seed: of the draw.
+        seed: fixes the draw.
     """
     pairs = (_findings if table.multilabel else _correct)(table, predictions)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
@@ -63,7 +61,7 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
-    """Return the pairs of test image and reported finding that have a box, else those that are present."""
+    """Return the pairs of a test image and a reported finding that have a box; without boxes, all that are present."""
     boxed = set(zip(table.boxes["path"], table.boxes["label"], strict=True))
     pairs = [
         (image, index)
@@ -83,17 +81,11 @@ def _correct(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str,
 
 
 def map_case(table: XrayTable, image: Mapping[str, object], index: int, stored: Mapping[str, np.ndarray]) -> MapCase:
-    boxes = table.boxes[(table.boxes["path"] == image["path"]) & (table.boxes["label"] == index)]
-    return MapCase(
-        image["path"],
-        image["patient"],
-        index,
-        table.classes[index],
-        lesion=image["lesion"],
-        lung=image["mask"],
-        boxes=boxes[["x", "y", "width", "height"]].to_numpy(float),
-        probabilities=stored[image["path"]],
-    )
+    """Return a test image and a class as a case. `stored` is what `stored_probabilities` returns."""
+    path, boxes = image["path"], table.boxes
+    of_case = boxes.loc[(boxes["path"] == path) & (boxes["label"] == index), ["x", "y", "width", "height"]]
+    places = {"lesion": image["lesion"], "lung": image["mask"], "boxes": of_case.to_numpy(float)}
+    return MapCase(path, image["patient"], index, table.classes[index], **places, probabilities=stored[path])
 
 
 def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str, np.ndarray]:
@@ -115,8 +107,8 @@ def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.nd
     if abs(probabilities[largest] - stored[largest]) > ROUNDING:
         raise ValueError(
             f"{path}: {trained.card.architecture} says {trained.card.classes[largest]} {probabilities[largest]:.2f}, "
-            f"but its predictions have {stored[largest]:.2f}: the image or the network has changed since they were "
-            "written. Train it again (notebook 2)"
+            f"but its stored prediction is {stored[largest]:.2f}: the image or the network has changed since then. "
+            "Train it again (notebook 2)"
         )
 
 

@@ -1,10 +1,9 @@
 """How far the class activation maps of a study's networks can be trusted: the tables of notebook 3 on maps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
@@ -12,12 +11,11 @@ from cams.methods import METHODS
 from evaluation import map_summary
 from evaluation.cam_scores import ANOTHER, MapScores, score_maps
 from evaluation.localization import CHANCE, overlap_table
-from evaluation.map_cases import MapCase, map_cases
+from evaluation.map_cases import FindLungs, MapCase, map_cases
 from evaluation.report import Results
-from lungs.masking import LungMask, LungMasking
+from lungs.masking import LungMasking
 from lungs.segmentation import load_segmenter
 
-FindLungs = Callable[[np.ndarray], LungMask] | None  # finds the lungs of an (H, W) X-ray
 NO_MAPS = Markdown("*No map to score: no test image was classified correctly, or has a finding.*")
 
 
@@ -51,12 +49,10 @@ def map_report(results: Results, lung_model: Path) -> MapReport:
     if results.table.frame["mask"].isna().all() and (lung_model / "model.json").is_file():
         segmenter = load_segmenter(lung_model)
         find_lungs, lungs_from = LungMasking(segmenter).mask_of, f", as found by {segmenter.knows}"
-    how = settings.model_dump(include={"methods", "faithful", "steps"})
     scored, means = {}, {}
     for title, network in results.networks.items():
-        cases = cases_of(results, title)
-        if cases:
-            scored[title] = score_maps(network, cases, **how, find_lungs=find_lungs, seed=results.study.seed)
+        if cases := cases_of(results, title):
+            scored[title] = score_maps(network, cases, settings, find_lungs=find_lungs, seed=results.study.seed)
             means[title] = map_summary.summary(scored[title], rng=results.rng())
     return MapReport(scored, means, find_lungs, lungs_from)
 

@@ -1,7 +1,5 @@
 """One table of all scores of a network's maps, with intervals and verdicts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +10,7 @@ from evaluation.cam_scores import ANOTHER, MapScores
 from evaluation.intervals import Interval, bootstrap_mean, patient_weights
 from evaluation.randomisation import verdict
 
-# Columns of the summary, and the columns of `MapScores` whose means they are.
+# Column of the summary -> column of `MapScores` that it is the mean of.
 MEANS = {
     "empty": "empty",
     "peak in lesion": "peak",
@@ -47,10 +45,8 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         - verdict: what these two agreements say of a method, see `randomisation.verdict`.
     """
     seed = int(rng.integers(2**63))
-    located = scores.located.assign(
-        peak_difference=_beyond_another(scores.located, "peak"),
-        in_lesion_difference=_beyond_another(scores.located, "in_lesion"),
-    )
+    differences = {f"{name}_difference": _beyond_another(scores.located, name) for name in ("peak", "in_lesion")}
+    located = scores.located.assign(**differences)
     columns = {
         name: _means(located if column in located else scores.faithful, column, seed) for name, column in MEANS.items()
     }
@@ -97,12 +93,12 @@ def _agreements(stage: pd.DataFrame, seed: int) -> dict[str, Interval]:
 
 
 def mean_agreement(agreement: np.ndarray, patients: Sequence, *, rng: np.random.Generator) -> Interval:
-    """Return the mean agreement of maps with those of random networks, with its 95 % interval over both.
+    """Return the mean agreement of maps with those of random networks, with its 95 % interval.
 
     Random networks and patients are drawn with replacement, independently of one another: the pigeonhole bootstrap,
-    Owen 2007, Ann. Appl. Stat. 1:386. Both numbers are small, so the usual percentiles would be too narrow. They are
-    widened by Student's t for the smaller number: the expanded percentile interval, Hesterberg 2015, Am. Stat. 69:371,
-    section 5.3. One patient has no interval.
+    Owen 2007, Ann. Appl. Stat. 1:386. Networks and patients are few, so the usual percentiles would be too
+    narrow. They are widened by Student's t for the smaller number: the expanded percentile interval, Hesterberg 2015,
+    Am. Stat. 69:371, section 5.3. One patient has no interval.
 
     Args:
         agreement: (M, N) absolute rank correlations for M random networks and N images; NaN images are left out.
@@ -131,5 +127,5 @@ def case_counts(scores: MapScores) -> str:
     """Return the numbers of cases behind the scores, in words."""
     one = scores.located[scores.located["map"] == scores.located["map"].iloc[0]]
     lesions, lungs = one[["in_lesion", "in_lungs"]].notna().sum()
-    asked = scores.faithful["path"].nunique()
-    return f"{len(one)} cases, {lesions} with a lesion or box, {lungs} with lungs; the network was asked of {asked}"
+    cases = f"{len(one)} cases, {lesions} with a lesion or box, {lungs} with lungs"
+    return f"{cases}; the columns from probability on use {scores.faithful['path'].nunique()}"

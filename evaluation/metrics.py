@@ -6,8 +6,6 @@ Every score compares one class with all others and weights the images. Weights o
 resample uses the number of times that each image's patient was drawn.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,12 +49,11 @@ class RocCurve(NamedTuple):
 
 
 class PrecisionRecallCurve(NamedTuple):
-    """One class against the rest: (K,) ascending thresholds, and what "probability >= threshold" gives at each."""
+    """One class against the rest: (K,) ascending thresholds, and precision and recall of "probability >= threshold"."""
 
     thresholds: np.ndarray = np.empty(0)
     precision: np.ndarray = np.empty(0)
     recall: np.ndarray = np.empty(0)
-    average_precision: float = math.nan
 
 
 def confusion_counts(targets: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -83,7 +80,8 @@ def classification_scores(predictions: Predictions, classes: Sequence[str]) -> p
         Undefined scores are NaN, and the macro means leave that class out:
 
         - a class without images: precision, recall, f1, roc_auc (0 would say nothing about the network);
-        - a class of all images: specificity, roc_auc. With several labels, the macro means leave out all its scores;
+        - a class that all images have: specificity, roc_auc. With several labels, the macro means leave out all its
+          scores;
         - a label without probability: all scores;
         - a label without threshold beside others that have one: all scores but roc_auc.
     """
@@ -137,17 +135,16 @@ def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int)
 
 
 def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> PrecisionRecallCurve:
-    """Return precision and recall of one class against the rest at every threshold, and the average precision.
+    """Return precision and recall of one class against the rest at every threshold.
 
-    The curve has no points and a NaN average where the class has all images, no image or no probability.
+    The curve has no points where the class has all images, no image or no probability.
     """
     positive, scores = _class_scores(targets, probabilities, class_index)
     if not scores.size:
         return PrecisionRecallCurve()
     precision, recall, thresholds = sk.precision_recall_curve(positive, scores)
     # scikit-learn appends the end of the curve, (1, 0), which belongs to no threshold.
-    average = float(sk.average_precision_score(positive, scores))
-    return PrecisionRecallCurve(thresholds, precision[:-1], recall[:-1], average)
+    return PrecisionRecallCurve(thresholds, precision[:-1], recall[:-1])
 
 
 def _class_scores(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +160,7 @@ def each_class(predictions: Predictions) -> OneVsRest:
     """Return each class against the rest.
 
     Raises:
-        ValueError: targets, probabilities and thresholds do not fit each other, or are none.
+        ValueError: targets, probabilities and thresholds do not fit each other, or are not valid.
     """
     targets, probabilities = checked(predictions.targets, predictions.probabilities)
     predicted, thresholds = predictions.predicted, predictions.thresholds

@@ -1,4 +1,4 @@
-"""A network's predictions on one split: read from disk, decided, averaged, and checked before they are scored.
+"""A network's predictions on one split: read them, choose thresholds, average networks, and check before scoring.
 
 N images, C classes, and one of two tasks:
 
@@ -6,8 +6,6 @@ N images, C classes, and one of two tasks:
 - several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, each label on its own. A label that the
   network could not learn is not reported: its whole column is NaN.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ class Predictions(NamedTuple):
         probabilities: (N, C), see the module.
         patients: (N,) patient ids.
         paths: (N,) paths below the data root; empty where the images are in no file.
-        thresholds: (C,) decision thresholds, see `decide`; None for the usual decisions.
+        thresholds: (C,) decision thresholds, see `decide`; None for the default decisions.
     """
 
     targets: np.ndarray
@@ -67,7 +65,7 @@ def read_predictions(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is about other classes.
+        ValueError: the file has other classes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run notebook 2 or finetune.py first")
@@ -76,7 +74,7 @@ def read_predictions(
     labels = frame["target"].str.get_dummies(sep="|") if multilabel else pd.get_dummies(frame["target"])
     possible = {*classes, NO_FINDING} if multilabel else set(classes)
     if not set(classes) <= set(frame.columns) or not set(labels.columns) <= possible:
-        raise ValueError(f"{path} is not about the classes {', '.join(classes)}")
+        raise ValueError(f"{path} does not have the classes {', '.join(classes)}")
     labels = labels.reindex(columns=list(classes), fill_value=0).to_numpy(np.int64)
     return Predictions(
         labels if multilabel else labels.argmax(axis=1),
@@ -116,8 +114,8 @@ def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: str,
     Args:
         targets: (N,) indices of two classes, or (N, C) of 0/1 for several labels.
         probabilities: (N, C), 0 to 1.
-        rule: "youden", the largest sensitivity + specificity, whatever the shares of the classes; "f1" or
-            "accuracy", the largest one at these shares. See `best_threshold`.
+        rule: "youden": the largest sensitivity + specificity, which does not depend on how frequent the classes are;
+            "f1" or "accuracy": the largest value, which does depend on it. See `best_threshold`.
         positive: index of the positive one of two classes; None for several labels.
 
     Returns:
@@ -138,7 +136,7 @@ def checked(targets: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray,
     """Return int64 targets, (N,) or (N, C), and (N, C) float64 probabilities that belong together.
 
     Raises:
-        ValueError: they do not fit each other, or are no probabilities.
+        ValueError: they do not fit each other, or the probabilities are not valid.
     """
     targets, probabilities = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
     multilabel = targets.ndim == 2

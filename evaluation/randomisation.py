@@ -1,4 +1,4 @@
-"""Does a map depend on what its network has learnt? How similar it stays when the weights become random.
+"""Does a map depend on what its network has learnt? The test: how similar is it when the weights become random?
 
 Cascading randomisation: Adebayo et al. 2018, "Sanity checks for saliency maps", NeurIPS, arXiv:1810.03292.
 """
@@ -37,9 +37,9 @@ def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
     from those of the trained network with any method, so they would test nothing.
 
     Args:
-        card: of the trained network.
+        card: the card of the trained network.
         images: (N, 3, H, W), normalised.
-        seed: of the weights; the global random state stays as it is.
+        seed: fixes the weights; the global random state stays as it is.
 
     Returns:
         The network in eval mode, on the images' device. It tells the images apart.
@@ -104,9 +104,7 @@ def _top_down(network: nn.Module, example: Tensor) -> list[str]:
     """Return the names of the modules that hold parameters, the last to run first."""
     holders = {name: module for name, module in network.named_modules() if [*module.parameters(recurse=False)]}
     ran: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in holders.items()
-    ]
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, part in holders.items()]
     with torch.no_grad():
         network(example)
     for hook in hooks:
@@ -131,7 +129,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
 
 
 def verdict(after_head: tuple[float, float, float], after_all: tuple[float, float, float]) -> str:
-    """Return what a method's agreement with its maps of the trained network says about the method.
+    """Return the verdict on a method, from how well its maps agree before and after the weights become random.
 
     A limit is passed, or not passed, only if the whole interval lies on one side of it.
 

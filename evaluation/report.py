@@ -1,10 +1,10 @@
 """The numbers of notebook 3: finished trainings in, tables and a conclusion out, one function for each question.
 
-The way through: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. Where a study
-has nothing to show, a function returns one line that says why.
+The order of the calls: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. Where
+a study has nothing to show, a function returns one line that says why.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,16 +75,12 @@ class Results:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """The test scores with their intervals. Columns: class, metric, estimate, low, high, network, and figure: the
-        estimate and its interval as text.
-        """
+        """The test scores with their intervals: those of `intervals.bootstrap_scores`, and a column network."""
         tables = []
         for title, test in self.test.items():
             table = intervals.bootstrap_scores(test, self.table.classes, rng=self.rng())
             tables.append(table.assign(network=title))
-        scores = pd.concat(tables)
-        limits = scores[["estimate", "low", "high"]].to_numpy()
-        return scores.assign(figure=[str(intervals.Interval(*row)) for row in limits])
+        return pd.concat(tables)
 
     @property
     def headlines(self) -> pd.DataFrame:
@@ -151,30 +147,25 @@ def overview(results: Results) -> str:
     role = "best on validation" if results.leader == results.example else "shown as an example"
     lines = [f"trained: {'; '.join(results.runs)}", f"{role}: {results.example}"]
     if results.focus != metrics.MACRO:
-        lines.append(f"positive class (scores of one class are about it): {results.focus}")
+        lines.append(f"positive class (a score of a single class is the score of this class): {results.focus}")
     for title, run in results.runs.items():
-        if run.card.unreported:
-            lines.append(
-                f"{title}: does not report {', '.join(run.card.unreported)}: all training images, or none, have it"
-            )
-        if run.card.undecided:
-            lines.append(f"{title}: never predicts {', '.join(run.card.undecided)}: no threshold could be chosen")
-        if run.card.lung_masking:
+        card = run.card
+        if card.unreported:
+            lines.append(f"{title}: does not report {', '.join(card.unreported)}: all or no training images have it")
+        if card.undecided:
+            lines.append(f"{title}: never predicts {', '.join(card.undecided)}: no threshold could be chosen")
+        if card.lung_masking:
             failed = len(pd.read_csv(run.folder / "lungs_failed.csv"))
             lines.append(f"{title}: sees lungs only; {failed} of {len(run.splits())} images stay whole: no lungs found")
     return "\n".join(lines)
-
-
-def _scored(score: Callable, results: Results, predictions: Mapping[str, Predictions]) -> dict[str, pd.DataFrame]:
-    """Return a table of scores for each network, by title."""
-    return {title: score(test, results.table.classes) for title, test in predictions.items()}
 
 
 def classification_reports(results: Results) -> pd.DataFrame | Markdown:
     """Return scikit-learn's classification report on the test images, for each network."""
     if results.table.multilabel:
         return Markdown("*Several findings an image: the next table has their scores.*")
-    reports = _scored(metrics.classification_report_table, results, results.test)
+    report, classes = metrics.classification_report_table, results.table.classes
+    reports = {title: report(predictions, classes) for title, predictions in results.test.items()}
     return pd.concat(reports, names=["network", ""]).round(3)
 
 
@@ -191,12 +182,11 @@ def seed_tables(results: Results, study: str) -> list[pd.DataFrame | Markdown]:
 def differences(results: Results) -> pd.DataFrame:
     """Return, as texts, the paired differences between the leader and each other network or ensemble."""
     leader, rows = results.test[results.leader], {}
-    for title, other in results.test.items():
-        if title == results.leader:
-            continue
-        compared = {"classes": results.table.classes, "of": results.focus}
+    subject = {"classes": results.table.classes, "of": results.focus}
+    others = {title: test for title, test in results.test.items() if title != results.leader}
+    for title, other in others.items():
         rows[f"{results.leader} − {title}"] = {
-            metric: str(intervals.paired_difference(leader, other, metric=metric, **compared, rng=results.rng()))
+            metric: str(intervals.paired_difference(leader, other, metric=metric, **subject, rng=results.rng()))
             for metric in COMPARED
         }
     return pd.DataFrame(rows).T
@@ -204,10 +194,11 @@ def differences(results: Results) -> pd.DataFrame:
 
 def fold_tables(results: Results) -> list[pd.DataFrame | Markdown]:
     """Return each fold's scores on the images that it did not train on, and their mean and standard deviation."""
-    scores = _scored(metrics.classification_scores, results, out_of_fold(results.runs))
-    if not scores:
+    held_out, classes = out_of_fold(results.runs), results.table.classes
+    if not held_out:
         return [Markdown("*This study was not trained fold by fold.*")]
-    folds = pd.DataFrame({title: table.loc[results.focus] for title, table in scores.items()}).T
+    tables = {title: metrics.classification_scores(fold, classes) for title, fold in held_out.items()}
+    folds = pd.DataFrame({title: table.loc[results.focus] for title, table in tables.items()}).T
     return [folds.round(3), folds.agg(["mean", "std"])[list(metrics.METRICS)].round(3)]
 
 

@@ -36,11 +36,6 @@ class Run:
     history: pd.DataFrame
 
     @property
-    def score(self) -> str:
-        """The name of the score in the history beside the loss: "accuracy" or "auc"."""
-        return "auc" if self.card.multilabel else "accuracy"
-
-    @property
     def seed(self) -> int:
         """The seed of the initial weights, the order of the images and the augmentation."""
         return self.card.origin["seed"]
@@ -74,7 +69,7 @@ class Run:
 
 
 def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
-    """Return the trained networks of a study by title, as far as they have been trained.
+    """Return the trained networks of a study by title. Networks that have not been trained are left out.
 
     These are the study's own networks, those of its folds, and those of the studies that it is compared with. Where a
     network was trained with other seeds only (`Study.repeated`), the run with the lowest seed is taken.
@@ -86,14 +81,14 @@ def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
 
     Raises:
         FileNotFoundError: the study has no trained network.
-        ValueError: two networks have other classes, another positive class or other test images, or an image is
-            missing or has changed since a network was trained.
+        ValueError: two networks differ in their classes, positive class or test images, or an image is missing or has
+            changed since a network was trained.
     """
     trained = {title: by_seed[0] for title, by_seed in _all_runs(study, runs).items()}
     if not trained:
         networks = ", ".join(study.networks)
         others = sorted({card.parent.parent.name for card in runs.glob(f"{study.name}-*/*/model.json")})
-        hint = f"; there is {', '.join(others)}: set `limit` for it" if others else ""
+        hint = f"; {', '.join(others)} exists: set `limit` to read it" if others else ""
         raise FileNotFoundError(
             f"no trained network of {study.name} ({networks}) in {runs}: run notebook 2 or finetune.py first{hint}"
         )
@@ -216,10 +211,9 @@ def _read(runs: Path, study: str, fold: int | None, network: str) -> list[Run]:
     name = study if fold is None else f"{study}-fold{fold}"
     repeats = [path.name.removeprefix(f"{name}-seed") for path in runs.glob(f"{name}-seed*")]
     names = [name, *(f"{name}-seed{seed}" for seed in sorted(filter(str.isdecimal, repeats), key=int))]
-    folders = [runs / each / network for each in names]
     return [
         Run(study, fold, folder, read_card(folder), pd.read_csv(folder / "history.csv"))
-        for folder in folders
+        for folder in (runs / each / network for each in names)
         if (folder / "model.json").is_file()
     ]
 

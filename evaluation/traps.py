@@ -24,8 +24,8 @@ FOLDS = 5  # of a probe's cross-validation
 NEAR_CHANCE = (0.4, 0.6)  # ROC-AUC: a probe whose whole interval lies outside has found a shortcut
 BINS = 10  # of file sizes: more would fit noise in a few hundred files
 RIM = 2  # pixels of a thumbnail's border
-# At 32 x 32 pixels, X-rays of different patients correlate below 0.975, and copies that were resized, compressed or
-# brightened above 0.99.
+# At 32 x 32 pixels, X-rays of different patients correlate below 0.975. Copies that were resized, compressed or
+# brightened correlate above 0.99.
 DUPLICATE = 0.985
 CHUNK = 4096  # thumbnails that are compared with all others at once
 
@@ -36,7 +36,7 @@ def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
 
 
 def border_pixels(thumbnails: np.ndarray) -> np.ndarray:
-    """Return (N, P) the outermost pixels of (N, H, W) thumbnails: no lung lies there, so they should tell no class."""
+    """Return (N, P) outermost pixels of (N, H, W) thumbnails: no lung lies there, so they should not tell the class."""
     inside = np.zeros(thumbnails.shape[1:], dtype=bool)
     inside[RIM:-RIM, RIM:-RIM] = True
     return thumbnails[:, ~inside]
@@ -63,7 +63,8 @@ def file_features(files: pd.DataFrame) -> np.ndarray:
     The features are
 
     - the ranks of width, height, bytes and bytes per pixel, so that a few very large files do not hide the others;
-    - ten columns of 0 or 1 for each rank, which name its tenth, so that a class of middle-sized files is found too;
+    - ten columns of 0 or 1 for each rank: the tenth in which it lies, so that a class of middle-sized files is found
+      too;
     - 0 or 1 for each format and each mode.
     """
     sizes = files[["width", "height", "bytes"]].to_numpy(float)
@@ -96,7 +97,7 @@ def probe_table(
         labels: (N,) class indices.
         patients: (N,) patient ids.
         classes: names of the classes.
-        seed: of the folds and of the resampling.
+        seed: fixes the folds and the resampling.
 
     Returns:
         One row for each name in `features`, with the columns
@@ -118,7 +119,7 @@ def probe_table(
         probabilities = cross_val_predict(probe, values.astype(float), labels, **held_out)
         predictions = Predictions(labels, probabilities, patients)
         scores = bootstrap_scores(predictions, classes, rng=np.random.default_rng(seed))
-        area, low, high = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
+        area, low, high, _ = scores.set_index(["class", "metric"]).loc[(MACRO, "roc_auc")]
         rows[name] = area, low, high, low > NEAR_CHANCE[1] or high < NEAR_CHANCE[0]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["roc_auc", "low", "high", "shortcut"])
 

@@ -296,8 +296,8 @@ def test_areas_by_label_are_sorted_around_chance_and_their_mean(fig, ax):
 
 def test_precision_and_recall_of_several_labels_are_thin_and_their_mean_is_thick(fig, ax):
     points = {
-        "Mass": (np.array([0.2, 0.6]), np.array([0.5, 1.0]), np.array([1.0, 0.5]), 0.75),
-        "Edema": (np.array([0.1, 0.3]), np.array([0.3, 0.4]), np.array([1.0, 0.9]), 0.4),
+        "Mass": (np.array([0.2, 0.6]), np.array([0.5, 1.0]), np.array([1.0, 0.5])),
+        "Edema": (np.array([0.1, 0.3]), np.array([0.3, 0.4]), np.array([1.0, 0.9])),
     }
     plot_utils.plot_threshold_tradeoff(points, ax)
     lines = lines_by_label(ax)

@@ -22,6 +22,7 @@ from inference.explanations import explain
 from inference.trained_networks import ModelCard, TrainedNetwork, load_network
 from networks import build_network
 from studies.loading import load_study, load_table
+from studies.settings import Maps
 from utils import read_xray
 
 
@@ -109,7 +110,7 @@ def test_an_image_that_changed_after_its_predictions_were_written_is_refused(nea
     with pytest.raises(ValueError, match="has changed"):
         method_rows(trained, [case], ["gradcam"], seed=0)
     with pytest.raises(ValueError, match="has changed"):
-        score_maps(trained, cases, methods=["gradcam"], faithful=2, steps=1, seed=0)
+        score_maps(trained, cases, Maps(methods=["gradcam"], faithful=2, steps=1), seed=0)
     fewer = predictions._replace(paths=predictions.paths[:3], probabilities=predictions.probabilities[:3])
     with pytest.raises(ValueError, match=r"lack .*3\.png"):
         stored_probabilities(fewer, table)

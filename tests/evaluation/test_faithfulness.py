@@ -68,45 +68,45 @@ def noise(*shape, seed=0):
 
 
 def test_areas_of_a_linear_network_are_those_of_the_closed_form():
-    # The evidence is a quarter of the pixels. Named first, the probability falls (rises) along a line over
-    # the first quarter; named last, over the last one.
+    # The evidence is a quarter of the pixels. If the map names it first, the probability falls (or rises) along a line
+    # over the first quarter of the steps. If the map names it last, this happens over the last quarter.
     images = checkered()
     first = deletion_insertion(region_network, images, EVIDENCE.expand(3, -1, -1), ones())
     last = deletion_insertion(region_network, images, 1 - EVIDENCE.expand(3, -1, -1), ones())
-    np.testing.assert_allclose(first.deletion, 0.25 / 2, atol=1e-6)
-    np.testing.assert_allclose(last.deletion, 1 - 0.25 / 2, atol=1e-6)
-    np.testing.assert_allclose(first.insertion, 1 - 0.25 / 2, atol=2e-3)  # 2e-3: what the blur leaves
-    np.testing.assert_allclose(last.insertion, 0.25 / 2, atol=2e-3)
+    np.testing.assert_allclose(first["deletion"], 0.25 / 2, atol=1e-6)
+    np.testing.assert_allclose(last["deletion"], 1 - 0.25 / 2, atol=1e-6)
+    np.testing.assert_allclose(first["insertion"], 1 - 0.25 / 2, atol=2e-3)  # 2e-3: what the blur leaves
+    np.testing.assert_allclose(last["insertion"], 0.25 / 2, atol=2e-3)
 
 
 def test_the_probability_is_that_of_the_given_class():
     maps = EVIDENCE.expand(2, -1, -1)
     areas = deletion_insertion(region_network, checkered(2), maps, torch.tensor([0, 1]))
-    np.testing.assert_allclose(areas.deletion, [1 - 0.25 / 2, 0.25 / 2], atol=1e-6)
+    np.testing.assert_allclose(areas["deletion"], [1 - 0.25 / 2, 0.25 / 2], atol=1e-6)
 
 
 def test_each_image_has_its_own_map(monkeypatch):
     monkeypatch.setattr(faithfulness, "BATCH", 5)
     maps = torch.stack([EVIDENCE, 1 - EVIDENCE])
     areas = deletion_insertion(region_network, checkered(2), maps, ones(2))
-    np.testing.assert_allclose(areas.deletion, [0.25 / 2, 1 - 0.25 / 2], atol=1e-6)
+    np.testing.assert_allclose(areas["deletion"], [0.25 / 2, 1 - 0.25 / 2], atol=1e-6)
 
 
 def test_within_the_map_the_greatest_values_go_first():
     half = EVIDENCE.clone()
     half[:14] = 0
-    # All of the evidence is in the lower half here; 0.3 on it and 1 on as many other pixels: it goes second.
+    # All of the evidence is in the lower half. The map is 0.3 there and 1 on as many other pixels, which go first.
     graded = 0.3 * half + half.flip(0)
     images = checkered(1) * half
     areas = deletion_insertion(region_network, images, graded[None], ones(1), steps=32)
     # p is 0.5 while the first eighth of the pixels goes and falls to 0 while the second does.
-    assert areas.deletion == pytest.approx(0.5 * (1 / 8 + 1 / 16), abs=1e-6)
+    assert areas["deletion"] == pytest.approx(0.5 * (1 / 8 + 1 / 16), abs=1e-6)
 
 
 def test_a_uniform_map_deletes_along_a_straight_line_where_every_pixel_counts_the_same():
     areas = deletion_insertion(mean_network, torch.ones(3, 3, SIDE, SIDE), torch.ones(3, SIDE, SIDE), ones())
-    np.testing.assert_allclose(areas.deletion, 0.5, atol=1e-6)
-    np.testing.assert_allclose(areas.insertion, 1, atol=1e-6)  # the blurred copy of a constant is the constant
+    np.testing.assert_allclose(areas["deletion"], 0.5, atol=1e-6)
+    np.testing.assert_allclose(areas["insertion"], 1, atol=1e-6)  # the blurred copy of a constant is the constant
 
 
 def deleted_one_by_one(maps, seed=0):
@@ -163,7 +163,7 @@ def test_insertion_starts_from_a_gaussian_of_a_tenth_of_the_side_and_ends_with_t
     torch.testing.assert_close(deletion[:, 0], images)
     assert (deletion[:, 1] == 0).all()
     torch.testing.assert_close(insertion[:, 1], images)
-    # At the edges SciPy's Gaussian falls onto zeros: divided by the weight that fell inside.
+    # At the edges, SciPy's Gaussian adds zeros. So its result is divided by the weight inside the image.
     options = {"sigma": (0, 0, 2.4, 2.4), "mode": "constant", "truncate": 20}
     expected = ndimage.gaussian_filter(images.numpy(), **options)
     expected /= ndimage.gaussian_filter(np.ones_like(images), **options)
@@ -173,11 +173,12 @@ def test_insertion_starts_from_a_gaussian_of_a_tenth_of_the_side_and_ends_with_t
 def test_the_batch_size_changes_nothing(monkeypatch):
     images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     arguments = (conv_network(), images, noise(5, SIDE, SIDE), torch.tensor([0, 1, 2, 0, 1]))
-    areas, confidence = deletion_insertion(*arguments), masked_confidence(*arguments)
+    scores = deletion_insertion(*arguments) | masked_confidence(*arguments)
     for batch in (1, 7):
         monkeypatch.setattr(faithfulness, "BATCH", batch)
-        np.testing.assert_allclose(deletion_insertion(*arguments), areas, atol=1e-6)
-        np.testing.assert_allclose(masked_confidence(*arguments), confidence, atol=1e-6)
+        in_batches = deletion_insertion(*arguments) | masked_confidence(*arguments)
+        for name, values in scores.items():
+            np.testing.assert_allclose(in_batches[name], values, atol=1e-6)
 
 
 def test_a_network_that_works_in_place_spoils_neither_images_nor_maps():
@@ -200,23 +201,23 @@ def test_average_drop_and_increase_by_hand():
     images = torch.full((3, 3, 4, 4), 0.8)
     maps = torch.stack([torch.ones(4, 4), torch.full((4, 4), 0.5), torch.full((4, 4), 0.5)])
     confidence = masked_confidence(mean_network, images, maps, torch.tensor([1, 1, 0]))
-    np.testing.assert_allclose(confidence.probability, [0.8, 0.8, 0.2], atol=1e-6)
-    # What is kept has the probabilities 0.8, 0.4 and 0.6.
-    np.testing.assert_allclose(confidence.drop, [0, 0.5, 0], atol=1e-6)
-    np.testing.assert_array_equal(confidence.increase, [0, 0, 1])
+    np.testing.assert_allclose(confidence["probability"], [0.8, 0.8, 0.2], atol=1e-6)
+    # The masked images have the probabilities 0.8, 0.4 and 0.6.
+    np.testing.assert_allclose(confidence["drop"], [0, 0.5, 0], atol=1e-6)
+    np.testing.assert_array_equal(confidence["increase"], [0, 0, 1])
 
 
 def test_a_probability_of_zero_cannot_drop():
     images = torch.tensor([0.0, 0.5])[:, None, None, None].expand(2, 3, 4, 4)
     confidence = masked_confidence(mean_network, images, torch.zeros(2, 4, 4), ones(2))
-    np.testing.assert_array_equal(confidence.drop, [0, 1])
+    np.testing.assert_array_equal(confidence["drop"], [0, 1])
 
 
 def test_a_map_on_the_evidence_keeps_the_confidence_and_its_complement_loses_it():
     evidence = masked_confidence(region_network, checkered(), EVIDENCE.expand(3, -1, -1), ones())
     complement = masked_confidence(region_network, checkered(), 1 - EVIDENCE.expand(3, -1, -1), ones())
-    np.testing.assert_allclose(evidence.drop, 0, atol=1e-6)
-    np.testing.assert_allclose(complement.drop, 1, atol=1e-6)
+    np.testing.assert_allclose(evidence["drop"], 0, atol=1e-6)
+    np.testing.assert_allclose(complement["drop"], 1, atol=1e-6)
 
 
 # Random networks

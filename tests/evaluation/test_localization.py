@@ -25,7 +25,7 @@ def located(maps, truth=TRUTH, labels=LABELS, patients=PATIENTS):
         kinds = {"map": map_} | {name: make(map_.shape) for name, make in localization.CHANCE.items()}
         for kind, of_kind in kinds.items():
             best = localization.best_overlap(of_kind, boxes)
-            rows.append({"map": kind, "label": label, "patient": patient} | best._asdict())
+            rows.append({"map": kind, "label": label, "patient": patient} | best)
     return pd.DataFrame(rows)
 
 
@@ -145,13 +145,13 @@ def test_iou_is_that_of_torchvision():
     corners = [torch.tensor(np.hstack([of[:, :2], of[:, :2] + of[:, 2:]])) for of in (a, b)]
     expected = box_iou(*corners).numpy()
     assert 0 < (expected > 0).mean() < 1
-    np.testing.assert_allclose(localization.iou(a, b), expected, atol=1e-12)
-    assert localization.iou(np.zeros((0, 4)), b).shape == (0, 20)
+    np.testing.assert_allclose(localization.box_overlaps(a, b)["iou"], expected, atol=1e-12)
+    assert localization.box_overlaps(np.zeros((0, 4)), b)["iou"].shape == (0, 20)
 
 
 def test_iobb_is_over_the_detected_box_alone():
     big, small, beside = [0.1, 0.1, 0.8, 0.8], [0.2, 0.3, 0.1, 0.2], [0.8, 0.1, 0.2, 0.4]
-    shares = localization.iobb(np.array([small, big, beside]), np.array([big, small]))
+    shares = localization.box_overlaps(np.array([small, big, beside]), np.array([big, small]))["iobb"]
     np.testing.assert_allclose(shares, [[1, 1], [1, 0.02 / 0.64], [0.5, 0]])
 
 
@@ -159,19 +159,19 @@ def test_a_blob_inside_and_one_outside_give_the_better_overlap_and_two_detection
     map_ = np.zeros((20, 20))
     map_[4:8, 4:8] = 1  # inside: 16 of the box's 80 pixels
     map_[15:, 15:] = 0.5  # above the lower threshold only
-    assert localization.best_overlap(map_, TRUTH[0]) == pytest.approx((16 / 80, 1, 3))
+    assert localization.best_overlap(map_, TRUTH[0]) == pytest.approx({"iou": 16 / 80, "iobb": 1, "detected": 3})
 
 
 def test_no_detection_scores_zero_and_no_true_box_is_missing():
-    assert localization.best_overlap(np.zeros((9, 9)), TRUTH[0]) == (0, 0, 0)
-    assert localization.best_overlap(np.ones((5, 7)), np.zeros((0, 4))) == pytest.approx(
-        (np.nan, np.nan, 2), nan_ok=True
-    )
+    assert localization.best_overlap(np.zeros((9, 9)), TRUTH[0]) == {"iou": 0, "iobb": 0, "detected": 0}
+    without_box = localization.best_overlap(np.ones((5, 7)), np.zeros((0, 4)))
+    assert without_box == pytest.approx({"iou": np.nan, "iobb": np.nan, "detected": 2}, nan_ok=True)
 
 
 def test_the_overlap_of_the_uniform_map_is_the_largest_boxs_area():
     for boxes_of_image, area in zip(TRUTH, (0.2, 0.15, 0.16, 0.16), strict=True):
-        assert localization.best_overlap(np.ones((12, 8)), boxes_of_image) == pytest.approx((area, area, 2))
+        overlap = localization.best_overlap(np.ones((12, 8)), boxes_of_image)
+        assert overlap == pytest.approx({"iou": area, "iobb": area, "detected": 2})
 
 
 def test_maps_equal_to_their_boxes_reach_every_overlap_and_the_uniform_map_its_area():
@@ -186,7 +186,7 @@ def test_maps_equal_to_their_boxes_reach_every_overlap_and_the_uniform_map_its_a
     bounds = [f"{share} {bound}" for share in shares for bound in ("low", "high")]
     assert table.columns[9:].to_list() == bounds
     assert (table.loc["map"][shares + bounds[1::2]] == 1).all(axis=None)
-    # Exact over patients: of "Effusion" and "Mass" two each, of all three.
+    # The intervals are exact over patients: two for "Effusion", two for "Mass", three for all.
     patients = table.loc["map"].index.get_level_values("finding").map({"Effusion": 2, "Mass": 2, "all": 3})
     for bound in bounds[::2]:
         np.testing.assert_allclose(table.loc["map"][bound], 0.025 ** (1 / patients))
@@ -218,8 +218,8 @@ def test_the_overlap_of_a_gaussian_is_that_of_the_box_around_its_half(monkeypatc
     # Columns (x - 19.5) / 10 within sqrt(2 ln 2) = 1.177 of the centre: 8 to 31 of 40, 24 / 40 wide.
     monkeypatch.setattr(localization, "BOX_THRESHOLDS", [0.5])
     best = localization.best_overlap(localization.centred_gaussian_map((40, 40)), TRUTH[0])
-    expected = localization.iou(np.array([[8 / 40, 8 / 40, 24 / 40, 24 / 40]]), TRUTH[0])
-    assert best.iou == pytest.approx(expected.item())
+    expected = localization.box_overlaps(np.array([[8 / 40, 8 / 40, 24 / 40, 24 / 40]]), TRUTH[0])["iou"]
+    assert best["iou"] == pytest.approx(expected.item())
 
 
 def test_images_without_a_box_are_left_out_of_the_table():
@@ -230,5 +230,5 @@ def test_images_without_a_box_are_left_out_of_the_table():
 
 def test_the_part_of_a_true_box_beyond_the_image_is_ignored():
     truth = np.array([[0.8, 0.8, 0.3, 0.3]])
-    assert localization.best_overlap(localization.box_mask(truth, (20, 20)) * 1.0, truth).iou == pytest.approx(1)
-    assert np.isnan(localization.best_overlap(np.ones((4, 4)), np.array([[1.2, 0.1, 0.2, 0.2]])).iou)
+    assert localization.best_overlap(localization.box_mask(truth, (20, 20)) * 1.0, truth)["iou"] == pytest.approx(1)
+    assert np.isnan(localization.best_overlap(np.ones((4, 4)), np.array([[1.2, 0.1, 0.2, 0.2]]))["iou"])

@@ -72,7 +72,7 @@ def test_sizes_of_files_that_give_a_class_away_are_found_whatever_their_distribu
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 200)
     heavy = np.where(labels == 0, 10_000, 8_000) * rng.lognormal(0, 0.05, 400)
-    heavy[-10:] = 5e7  # ten very large files of the class whose others are the smaller ones
+    heavy[-10:] = 5e7  # ten very large files; the other files of their class are small
     table = file_probe(labels, heavy.astype(int))
     assert table.loc["raw sizes", "high"] < 0.5
     assert table.loc["files", "low"] > 0.95
