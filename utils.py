@@ -122,9 +122,10 @@ def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
 def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     """Return (H, W) uint8 of values of any number type.
 
-    - Integers of up to 16 bits: the range has 8, 10, 12, 14 or 16 bits, the fewest that hold all but one in a thousand
+    - Integers of up to 16 bits: the range has 8, 10, 12, 14 or 16 bits, the fewest that hold at least 99.9 % of the
       values. Without this rule a 12-bit image in a 16-bit file, or an image with a few hot pixels, would be
-      almost black. Values above the range become white. Signed integers count from their minimum.
+      almost black. Values above the range become white. The range starts at 0, or at the lowest value if that is
+      negative (one value in a thousand may lie below).
     - Larger integers and floating point: the range goes from the smallest to the largest value. At each end, one value
       in a thousand may lie outside.
     - Values that are not finite or exceed ±1e30 become black and do not affect the range.
