@@ -79,7 +79,7 @@ def share_of(environment: Mapping[str, str]) -> Share:
     Raises ValueError if RANK and WORLD_SIZE contradict each other.
     """
     share = Share(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
-    if share.index >= share.of:
+    if not 0 <= share.index < share.of:
         raise ValueError(f"RANK {share.index} of WORLD_SIZE {share.of}: unset them, or use accelerate launch")
     return share
 

@@ -48,10 +48,10 @@ class Run:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The settings of this network: preprocessing, augmentation and training."""
+        """The settings of this network: training, augmentation and preprocessing."""
         study = self.card.origin["study"]
-        images = {"augmentation": study["augmentation"], "preprocessing": study["preprocessing"]}
-        return images | study["training"] | study["networks"].get(self.card.architecture, {})
+        own = study["networks"].get(self.card.architecture, {})
+        return {**study["training"], **study["augmentation"], **study["preprocessing"], **own}
 
     def predictions(self, split: str) -> Predictions:
         """Read the predictions for the images of a split."""
@@ -244,8 +244,8 @@ def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
 
 def _refuse_other_settings(runs: Mapping[str, Run]) -> None:
     for (first, run), (title, other) in pairwise(runs.items()):
-        for key in run.settings | other.settings:
-            if run.settings.get(key) != other.settings.get(key):
+        for key in [key for key in run.settings if key in other.settings]:  # versions have different settings
+            if run.settings[key] != other.settings[key]:
                 raise ValueError(
                     f"{first} and {title} were trained with another {key}: train them again, or delete {other.folder}"
                 )

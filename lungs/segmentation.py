@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -83,15 +84,17 @@ def patient_group(stem: str) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], *, test: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return (train, test) pairs: groups are drawn until there are at least `test` test pairs.
+    """Return (train, test) pairs. Drawn groups go into the test as long as there are at most `test` test pairs.
 
-    All pairs of a group are on one side. Raises ValueError where one side would be empty.
+    If no group is as small, the smallest one is the test. Raises ValueError where one side would be empty.
     """
-    groups = np.random.default_rng(seed).permutation(sorted({pair.group for pair in pairs})).tolist()
-    drawn = sorted(pairs, key=lambda pair: groups.index(pair.group))
-    held_out = groups[: groups.index(drawn[test - 1].group) + 1] if 0 < test <= len(pairs) else groups
-    if len(held_out) == len(groups):
-        number = f"{len(pairs)} pairs of {len(groups)} patients"
+    sizes, held_out = Counter(pair.group for pair in pairs), []
+    for group in np.random.default_rng(seed).permutation(sorted(sizes)).tolist():
+        if sum(sizes[name] for name in [*held_out, group]) <= test:
+            held_out.append(group)
+    held_out = held_out or [min(sizes, key=sizes.__getitem__)]
+    if test < 1 or len(held_out) == len(sizes):
+        number = f"{len(pairs)} pairs of {len(sizes)} patients"
         raise ValueError(f"{number} cannot be split {len(pairs) - test} : {test}: give more pairs or another --test")
     return [p for p in pairs if p.group not in held_out], [p for p in pairs if p.group in held_out]
 

@@ -303,7 +303,12 @@ class Study(Settings):
         return self.seed if self.split.seed is None else self.split.seed
 
     def training_of(self, network: str) -> NetworkTraining:
-        """Return the settings of one network: those of `[training]`, replaced by its own where it has any."""
+        """Return the settings of one network: those of `[training]`, replaced by its own where it has any.
+
+        Raises ValueError for a network that the study does not have.
+        """
+        if network not in self.networks:
+            raise ValueError(f"study {self.name!r} has no network {network!r}: choose from {', '.join(self.networks)}")
         common = self.training.model_dump() | {"image_size": self.preprocessing.image_size}
         return NetworkTraining.model_validate(common | self.networks[network])
 

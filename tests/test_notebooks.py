@@ -84,7 +84,7 @@ def test_small_phantom_from_exploration_to_conclusion(tmp_path, runs):
     first, second, third = (run_notebook(name, **parameters) for name in NOTEBOOKS)
     for network in ("lenet5", "small_cnn"):
         assert (runs / "small" / network / "model.safetensors").is_file()
-    assert "Imbalance: of 4 classes the most frequent has **1.4 times**" in first.of_type("text/markdown")[-1]
+    assert "Imbalance: the most frequent of 4 classes has **1.4 times**" in first.of_type("text/markdown")[-1]
     assert "Lowest validation loss" in second.of_type("text/markdown")[-1]
     assert "all are 64 × 64 pixels" in first.text  # a figure of one size would say nothing
     conclusion = third.of_type("text/markdown")[-1]

@@ -670,6 +670,6 @@ def test_another_number_of_processes_continues_the_table(capsys, xrays, run, tmp
 def test_share_comes_from_the_launcher():
     assert share_of({}) == Share(0, 1)
     assert share_of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Share(5, 8)
-    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1"}):
+    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "-1"}):
         with pytest.raises(ValueError, match="RANK"):
             share_of(wrong)

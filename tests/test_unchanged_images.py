@@ -130,7 +130,7 @@ def test_an_image_that_changes_while_images_are_decoded_is_not_trained_on(study,
         return images
 
     monkeypatch.setattr(prepared_images, "cached", cached_and_overwritten)
-    with pytest.raises(ValueError, match="have changed while they were decoded: train again"):
+    with pytest.raises(ValueError, match="changed while they were decoded: train again"):
         train(study)
     monkeypatch.undo()
     before = data_fingerprint(load_table(study))

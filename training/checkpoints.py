@@ -58,7 +58,7 @@ class Checkpoints:
             return None
         try:
             state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-            before, now = json.loads(state["settings"]), json.loads(json.dumps(self.settings))
+            before, now = json.loads(state.get("settings", "{}")), json.loads(json.dumps(self.settings))
         except Exception as error:  # torch has many types for a damaged file
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.folder} holds no state that can be read ({reason}): {ANEW}") from None

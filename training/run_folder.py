@@ -123,7 +123,8 @@ def _lock(folder: Path) -> AcquireReturnProxy:
     The lock file is `runs/.locks/<study>/<network>.lock`. It is never deleted: a process that opened the file just
     before its deletion would hold a lock that no other process sees.
     """
-    file = folder.parent.parent / ".locks" / folder.parent.name / f"{folder.name}.lock"
+    real = folder.resolve()  # a link and its target are one folder
+    file = real.parent.parent / ".locks" / real.parent.name / f"{real.name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(file).acquire(timeout=0)

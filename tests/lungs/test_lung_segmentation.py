@@ -142,13 +142,19 @@ def test_names_with_a_number_alone_are_different_patients():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("test", [1, 4, 8])
-def test_split_keeps_groups_whole_and_holds_out_as_few_as_possible(seed, test):
+def test_split_keeps_groups_whole_and_never_holds_out_a_larger_part_than_needed(seed, test):
     sizes = (5, 3, 3, 2)
     four_groups = [Pair(Path(f"{g}{i}"), Path(), g) for g, n in zip("abcd", sizes, strict=True) for i in range(n)]
     train, held_out = split_pairs(four_groups, test=test, seed=seed)
-    assert test <= len(held_out) < test + max(sizes)
+    assert 1 <= len(held_out) <= max(test, min(sizes))
+    assert test - len(held_out) < max(sizes)
     assert not {p.group for p in train} & {p.group for p in held_out}
     assert sorted(train + held_out) == sorted(four_groups)
+
+
+def test_one_large_group_is_not_held_out_in_place_of_many_small_ones():
+    pairs = [Pair(Path(f"{i}"), Path(), "large" if i < 60 else f"small{i}") for i in range(100)]
+    assert [len(split_pairs(pairs, test=19, seed=seed)[1]) for seed in range(8)] == [19] * 8
 
 
 def test_split_differs_between_seeds_and_not_within_one(pairs):
@@ -232,7 +238,7 @@ def test_true_lungs_of_phantoms_are_plausible():
 def test_true_lungs_of_patients_are_plausible_and_pairs_are_split_by_patient():
     real = find_pairs(Path(DATA_ROOT) / "covid-chestxray")
     train, test = split_pairs(real, test=19, seed=0)
-    assert len(test) in range(19, 22)
+    assert len(test) == 19
     assert not {pair.group for pair in train} & {pair.group for pair in test}
     for pair in real:
         mask = read_mask(pair.mask, read_xray(pair.image).shape)
