@@ -86,9 +86,9 @@ def fine_tune_study(
     """Fine-tune one network of a study and return its run folder, `runs/<study>/<network>`.
 
     Results are written when they are complete, and only then replace older results. Until then the state is in the
-    subfolder `resume/`, from which the next call continues an interrupted training. A training with the same settings
-    and images that is complete is not repeated. The same study, data and machine give the same weights, on a CPU byte
-    for byte, also after an interruption.
+    subfolder `resume/`, from which the next call continues an interrupted training. A complete training with the same
+    settings and images is not repeated. The same study, data and machine give the same weights, also after an
+    interruption. On a CPU they are the same byte for byte.
 
     Args:
         study: the study.
@@ -127,7 +127,7 @@ def _fine_tune_job(job: Job, *, restart: bool) -> Path:
 
 
 def _checked_job(study: Study, table: XrayTable, network: str, runs: Path, device: str) -> Job:
-    """Return the job of training one network. Raises ValueError or FileNotFoundError if it cannot be done."""
+    """Return the checked job for one network. Raises ValueError or FileNotFoundError if it cannot be done."""
     weights = starting_weights(study, network, runs)
     accelerator = accelerator_on(resolve_device(device))
     training = study.training_of(network)

@@ -201,7 +201,7 @@ def _target_layers(model: nn.Module, layer: Layers) -> dict[str, nn.Module]:
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Return a context in which modules that `module.compile()` has compiled run uncompiled.
 
-    Compiled code ignores hooks that are registered later.
+    Compiled code ignores hooks that are registered after the compilation.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

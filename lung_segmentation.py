@@ -87,7 +87,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Return the X-ray of each mask file.
+    """Return the X-ray for each mask file that is to be written.
 
     Raises ValueError if two masks would have the same file, if a mask would replace a given X-ray, or if it would
     replace a file that this command did not write.
@@ -104,7 +104,7 @@ def mask_files(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def is_own_mask(file: Path) -> bool:
-    """Return whether a file contains `MASK_SOFTWARE`, so that it is a mask of this command, and is not a link."""
+    """Return whether a file is a mask of this command: it contains `MASK_SOFTWARE` and is not a link."""
     return file.is_file() and not file.is_symlink() and MASK_SOFTWARE.encode() in file.read_bytes()[:200]
 
 
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status: 0 for success, 1 if some images failed, 2 if all did."""
+    """Return the exit status: 0 for success, 1 if some images failed, 2 if all failed or the command could not run."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -33,7 +33,7 @@ class Architecture:
         source: the name of a torchvision model, which also has ImageNet weights; or a function without arguments that
             returns a network with random weights. The network must take (N, 3, H, W) images of 32 px and more.
         head: name of the last linear layer, which a new one replaces.
-        cam_layer: name of the last spatial layer, behind its activation function if it has one.
+        cam_layer: name of the last layer with a spatial output, or of its activation function if it has one.
         classifier: name of the part that a new head with hidden layers replaces.
     """
 
@@ -103,14 +103,14 @@ def build_network(
         weights: "none" (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1, from its
             cache or the internet) or a file: .safetensors, or .pth with tensors only, of this architecture with any
             head.
-        head_order: None makes a new head. A sequence keeps the file's head, which must have the same layers: for each
-            class of the network, the index among the file's classes. A single output is the logit of class 1 of two;
-            (1, 0) changes its sign.
+        head_order: None makes a new head. A sequence keeps the file's head, whose layers must be the same. It has, for
+            each class of the network, the index of this class in the file. (1, 0) changes the sign of a single output,
+            the logit of class 1 of two.
         dropout: the rate of the new head's dropout (with `hidden_units`), or of the network's own dropout layers.
         residual_gain: the initial scale of the last batch normalisation in each residual block of torchvision's
             ResNets. torchvision uses 1, Goyal et al. 2017 use 0 (arXiv:1706.02677, section 5.1). Below 1 the shortcuts
-            dominate at first, so receptive fields start small. Without this, the maps of a network that is trained
-            from random weights can lie between lesions and not on them.
+            dominate at first, so receptive fields start small. With 1, the maps of a network that is trained from
+            random weights can lie between lesions and not on them.
         hidden_units: None replaces the last linear layer. A sequence of widths, which may be empty, replaces the
             whole classifier: a linear layer and ReLU for each width, dropout, a last linear layer.
 
@@ -170,7 +170,7 @@ def _new_head(width: int, hidden_units: Sequence[int], dropout: float | None, ou
 def class_logits(output: Tensor) -> Tensor:
     """Return (N, C) logits of classes for a network's (N, outputs) output.
 
-    A single output z, the logit of class 1 of 2, becomes the pair (-z/2, z/2), whose softmax is exactly
+    A single output z is the logit of class 1 of 2. It becomes the pair (-z/2, z/2), whose softmax is exactly
     (1 - sigmoid(z), sigmoid(z)). Several outputs are returned as they are.
     """
     return torch.cat([-output / 2, output / 2], dim=-1) if output.shape[-1] == 1 else output
@@ -187,8 +187,8 @@ def set_training_mode(
         network: made by `build_network`.
         trainable: "all", or "head" for the new head alone. The rest is then in eval mode: its running statistics
             stay as they are and its dropout is off.
-        frozen_batch_norm: keep the batch normalisations outside the head in eval mode. With "all" their weights
-            learn, but their running statistics stay.
+        frozen_batch_norm: keep the batch normalisations outside the head in eval mode. With "all" they
+            still learn their weights, but keep their running statistics.
     """
     head = network.get_submodule(network.head_name)
     network.requires_grad_(trainable == "all").train(trainable == "all")

@@ -13,14 +13,14 @@ For a folder, or for several images, `predictions.csv` in the output folder gets
 - image: absolute path; a backslash is written as two, a line break as \n
 - predicted: a class; of a multi-label network "findings", joined with |, or "No Finding"
 - the probability of each class
-- lungs, in_lungs: a remark on the lungs; the share of the first map inside them
-- overlay, overlay_bytes: the first map's file; the sizes of all maps' files, joined with |
-- bytes, changed: the image's size and time of change
-- error: why the image failed; its row then has only this and the image
+- lungs: a remark on the lungs; in_lungs: the share of the first map inside them
+- overlay: the first map's file; overlay_bytes: the sizes of all maps' files, joined with |
+- bytes: the size of the image's file; changed: its time of change
+- error: why the image failed; the row of a failed image has only this and `image`
 
 The same command continues where it was stopped. It repeats an image that failed or has changed, and one whose overlays
-have changed or are missing. With another model or other options for the maps a new table begins, and the old one is
-kept as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_processes N overlay_cam.py …` or
+have changed or are missing. Another model, or other options for the maps, begin a new table. The old one is kept
+as `predictions-1.csv`. Several processes (`accelerate launch --multi_gpu --num_processes N overlay_cam.py …` or
 `torchrun --nproc-per-node N overlay_cam.py …`) write to one table: each does its share of the images, on its own GPU.
 While a command works on the table, other commands are refused.
 
@@ -29,7 +29,7 @@ of an overlay in the table. A file with the mark is not an X-ray and is skipped.
 
 Exit status:
 
-- 0: all done; one of several processes: also if images failed, because the launcher would stop the other processes
+- 0: all done; with several processes also if images failed, because the launcher would stop the other processes
 - 1: some images failed; the others are done
 - 2: nothing could be done, or the disk is full
 - 130: stopped by Ctrl-C
@@ -214,7 +214,7 @@ def _announce(work: Work, *, as_json: bool) -> None:
 
 
 def _attempt(work: Work, job: Job) -> dict[str, object]:
-    """Do a job, write its row and return its record, which is only "image" and "error" if the job failed.
+    """Do a job, write its row and return its record. If the job failed, the record has only "image" and "error".
 
     Raises OSError for an error that every later job would meet too.
     """

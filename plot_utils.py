@@ -34,14 +34,14 @@ BLUE, RED = COLORS[0], COLORS[3]
 def palette(names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """Return a colour for each name, by position. The same list of names has the same colours in every figure.
 
-    Colours repeat after ten names; `styles` adds lines and markers that differ.
+    Colours repeat after ten names; `styles` adds different lines and markers.
     """
     return dict(zip(names, sns.color_palette(COLORS, len(names)), strict=True))
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Return a colour, a line style and a marker for each name, by position. Among 40 names, no two have the same
-    colour and line, and no two have the same colour and marker.
+    """Return a colour, a line style and a marker for each name, by position. Up to 40 names differ in colour or
+    line, and also in colour or marker.
     """
     looks = {}
     for i, (name, color) in enumerate(palette(names).items()):
@@ -223,7 +223,7 @@ def plot_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], ax: Axe
     classes it is beside the axes.
 
     `curves` has, by class, the false positive rates, the true positive rates and the area. The area is NaN if all
-    images or none are of the class.
+    images belong to the class, or none.
     """
     many = len(curves) > FEW
     for name, style in styles(list(curves)).items():
@@ -302,8 +302,8 @@ def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_seeds(scores: pd.Series, intervals: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot for each seed and their mean as a line. The interval of the first seed is below them, to compare the
-    spread over trainings with the spread over patients.
+    """Draw a dot for each seed and their mean as a line. The interval of the first seed is below them. So the spread
+    over trainings can be compared with the spread over patients.
 
     The index of `scores` has the levels network and seed. `intervals` has, by network, estimate, low and high of the
     first seed.

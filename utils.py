@@ -53,7 +53,7 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     - RGB, palette and CMYK: ITU-R 601 luma; transparent parts: on black
     - more than 8 bits: `_scaled` chooses the range that becomes 0 to 255
     - EXIF orientation: applied
-    - several pages: the first page; a line on stderr says so, once a file
+    - several pages: the first page; one line on stderr for each file says so
 
     Damage that can be detected is refused: missing data, a wrong checksum in PNG and deflated TIFF, JPEG data that end
     before the last pixel. In a file without checksums, wrong pixels cannot be detected. Every run-length BMP is
@@ -69,7 +69,7 @@ def read_xray(path: str | os.PathLike[str]) -> np.ndarray:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image")
     try:
-        # Pillow gets a file object, because it maps a file given as a path and then scrambles a rotated TIFF.
+        # Pillow gets a file object. It memory-maps a file that is given as a path, and then scrambles a rotated TIFF.
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             pages = getattr(image, "n_frames", 1)
             grey = _grey(image, file)
@@ -106,7 +106,7 @@ def _grey(image: Image.Image, file: BinaryIO) -> np.ndarray:
 
 
 def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
-    """Return (H, W) uint16 luma of an image with 16 bits a colour. `image` has only 8 of them."""
+    """Return (H, W) uint16 luma of an image with 16 bits per colour. Pillow's `image` has only 8 bits."""
     import cv2
 
     file.seek(0)
@@ -122,7 +122,7 @@ def _deep_luma(image: Image.Image, file: BinaryIO) -> np.ndarray:
 def _scaled(values: np.ndarray, *, inverted: bool = False) -> np.ndarray:
     """Return (H, W) uint8 of values of any number type.
 
-    - Integers of up to 16 bits: the range has 8, 10, 12, 14 or 16 bits, the fewest that hold at least 99.9 % of the
+    - Integers of up to 16 bits: the range has the fewest bits (8, 10, 12, 14 or 16) that hold at least 99.9 % of the
       values. Without this rule a 12-bit image in a 16-bit file, or an image with a few hot pixels, would be
       almost black. Values above the range become white. The range starts at 0, or at the lowest value if that is
       negative (one value in a thousand may lie below).
@@ -279,8 +279,8 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 def label_weights(targets: np.ndarray) -> Tensor:
     """Return the (2, C) weights of a multi-label loss: row 0 for negatives, row 1 for positives.
 
-    A negative has the label's share of positives as its weight, and a positive the share of negatives. So positives
-    and negatives have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). If all images or
+    The weight of a negative is the label's share of positives. The weight of a positive is the share of negatives. So
+    both have the same total weight (Rajpurkar et al. 2017, arXiv:1711.05225, section 2.1). If all images or
     none have a label, its weight is 0, also in validation.
 
     Args:
@@ -293,7 +293,7 @@ def label_weights(targets: np.ndarray) -> Tensor:
 def derived_seed(seed: int, use: str, *numbers: int) -> int:
     """Return a seed for one use of random numbers.
 
-    Another use (such as "order"), other numbers (epoch, batch, …) or another `seed` give an unrelated seed.
+    The seed is unrelated to that of another use (such as "order"), other numbers (epoch, batch, …) or another `seed`.
     """
     # The text is hashed, because generators that are seeded with lists treat [1] and [1, 0] alike.
     text = " ".join([str(seed), use, *map(str, numbers)])

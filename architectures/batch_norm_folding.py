@@ -1,7 +1,7 @@
-"""Batch normalisation for a network that has none: added for training from random weights, then folded in.
+"""Batch normalisation for a network that has none. It is added for training from random weights, then folded in.
 
-Without it a VGG-16 with random weights hardly starts to learn, because the output of its last layers is almost the same
-for all images.
+Without it, a VGG-16 with random weights hardly starts to learn, because the output of its last layers is almost the
+same for all images.
 """
 
 from torch import nn
@@ -22,6 +22,6 @@ def fold_batch_norm(network: nn.Module) -> None:
     """
     network.eval()
     for name, pair in [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Sequential)]:
-        # _BatchNorm, because SyncBatchNorm (for several GPUs) is no nn.BatchNorm2d.
+        # _BatchNorm, because SyncBatchNorm (for several GPUs) is not a subclass of nn.BatchNorm2d.
         if len(pair) == 2 and isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], _BatchNorm):
             network.set_submodule(name, fuse_conv_bn_eval(*pair))

@@ -64,7 +64,7 @@ def small_cnn(outputs: int = 1000) -> nn.Sequential:
 
 def _conv_block(before: int, after: int, *, pooled: bool) -> nn.Sequential:
     # The convolution has no bias, because the batch normalisation would remove it. Pooling comes before the
-    # normalisation, which then has a quarter of the pixels. This trains on a third more images a second (measured).
+    # normalisation, which then has a quarter of the pixels. So it trains on a third more images a second (measured).
     pooling = {"pool": nn.MaxPool2d(2)} if pooled else {}
     return named_sequence(
         conv=nn.Conv2d(before, after, 3, padding=1, bias=False),
@@ -130,7 +130,7 @@ class _PreActivation(nn.Module):
 
 
 def _with_kaiming_weights(network: nn.Sequential) -> nn.Sequential:
-    """Draw the convolutions' weights with variance 2 / fan-out (He et al. 2015, arXiv:1502.01852)."""
+    """Return the network, with new convolution weights of variance 2 / fan-out (He et al. 2015, arXiv:1502.01852)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

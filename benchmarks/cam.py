@@ -4,9 +4,9 @@
 
 The libraries (`pip install grad-cam torchcam captum`) compute maps at the same layer as ours, for one class and for all
 14, as their documentation shows. A library that is missing or fails is reported. The networks have random weights, the
-images are noise. Each time is divided by the time of an inference forward pass right before it in the same process. All
-methods take turns in every round. The table shows the medians of these ratios. `--output` is written after each row and
-has the seconds too. The memory of the maps is their peak above the peak of a forward pass.
+images are noise. Each time is divided by the time of an inference forward pass right before it in the same process.
+Every round runs all methods in turn. The table shows the medians of these ratios. `--output` is written after each row
+and has the seconds too. The memory of the maps is their peak above the peak of a forward pass.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def ours(network: nn.Module) -> Iterator[Maps]:
 
 @contextmanager
 def grad_cam(network: nn.Module) -> Iterator[Maps]:
-    """`pytorch_grad_cam`: a call a class. It scales each map to 0–1 at the input's size: it has no other way."""
+    """`pytorch_grad_cam`: one call for each class. It always scales each map to 0–1 at the input's size."""
     from pytorch_grad_cam import GradCAM as Theirs
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -63,7 +63,7 @@ def grad_cam(network: nn.Module) -> Iterator[Maps]:
 
 @contextmanager
 def torchcam(network: nn.Module) -> Iterator[Maps]:
-    """`torchcam`: one forward pass, then a backward pass a class."""
+    """`torchcam`: one forward pass, then one backward pass for each class."""
     from torchcam.methods import GradCAM as Theirs
 
     with Theirs(network, target_layer=network.cam_layer) as cam:
@@ -78,13 +78,13 @@ def torchcam(network: nn.Module) -> Iterator[Maps]:
 
 @contextmanager
 def captum(network: nn.Module) -> Iterator[Maps]:
-    """`captum`: a call a class."""
+    """`captum`: one call for each class."""
     from captum.attr import LayerGradCam
 
     cam = LayerGradCam(network, network.get_submodule(network.cam_layer))
 
     def maps(images: Tensor, number: int) -> Tensor:
-        # Detached one by one: each holds the graph of a whole pass.
+        # Each result is detached at once, because it holds the graph of a whole pass.
         by_class = [cam.attribute(images, target=k, relu_attributions=True).detach() for k in range(number)]
         return torch.cat(by_class, dim=1)
 
@@ -96,7 +96,7 @@ METHODS: dict[str, Callable[[nn.Module], AbstractContextManager[Maps]]] = {"ours
 
 
 class Case(NamedTuple):
-    """A network in eval mode and a batch of images for it, and whether both run in fp32 or in bf16."""
+    """A network in eval mode, a batch of images for it, and the precision of both: fp32 or bf16."""
 
     name: str
     network: nn.Module
@@ -104,7 +104,7 @@ class Case(NamedTuple):
     precision: str
 
     def forward(self) -> Tensor:
-        """Return the logits: the pass that everything is compared with."""
+        """Return the logits of a forward pass, with which everything is compared."""
         with torch.inference_mode(), self._autocast():
             return self.network(self.images)
 
@@ -119,7 +119,7 @@ class Case(NamedTuple):
 
 
 def make_case(name: str, options: argparse.Namespace) -> Case:
-    """Return what is measured: the same for each process that asks."""
+    """Return the case to measure. It is the same in every process."""
     torch.manual_seed(0)
     device = options.device
     if device == "auto":
@@ -133,13 +133,13 @@ def make_case(name: str, options: argparse.Namespace) -> Case:
 
 
 def min_max(maps: Tensor) -> Tensor:
-    """Return (…, h, w) maps, each from 0 to 1; one that is the same everywhere is zeros."""
+    """Return (…, h, w) maps, each scaled to 0–1; a constant map becomes zeros."""
     maps = maps.float() - maps.float().amin(dim=(-2, -1), keepdim=True)
     return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def disagreements(case: Case, libraries: list[str]) -> list[str]:
-    """Return a line for each library whose maps are not ours to 1e-4, each map from 0 to 1, in fp32."""
+    """Return a line for each library that fails, or whose maps (fp32, 0 to 1) differ from ours by more than 1e-4."""
     lines = []
     few = case._replace(images=case.images[:2], precision="fp32")
     for number in (1, CLASSES):
@@ -152,7 +152,7 @@ def disagreements(case: Case, libraries: list[str]) -> list[str]:
             except Exception as error:  # a library's refusal, of whatever type, is a result
                 lines.append(f"{case.name}, {library}: {first_line(error)}")
                 continue
-            # Scaled before it is enlarged too: scaling alone would turn the rounding of a uniform map into a picture.
+            # Maps are also scaled before they are enlarged: otherwise the rounding of a uniform map becomes a picture.
             same_size = functional.interpolate(min_max(expected), size=theirs.shape[2:], mode="bilinear")
             worst = float((min_max(theirs) - min_max(same_size)).abs().max())
             if not worst <= 1e-4:
@@ -161,12 +161,12 @@ def disagreements(case: Case, libraries: list[str]) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, in a line."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the wall-clock time of some work, with all that it started on a GPU."""
+    """Return the wall-clock time of some work, until the GPU is done too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -189,7 +189,7 @@ class Timings(NamedTuple):
         return set(self.took) - set(self.failed)
 
     def ratio(self, method: str) -> float | None:
-        """Return the median over the rounds of a method's time in forward passes; None if there is none."""
+        """Return a method's time in forward passes, the median over the rounds; None if there is none."""
         if method not in self.measured:
             return None
         pairs = zip(self.took[method], self.forward[method], strict=True)
@@ -201,7 +201,7 @@ class Timings(NamedTuple):
 
 
 def timings(case: Case, number: int, rounds: dict[str, int]) -> Timings:
-    """Time the methods that `rounds` names, as often as it says, after a round that does not count."""
+    """Return the times of each method in `rounds`, for its number of rounds, after a round that does not count."""
     times = Timings({method: [] for method in rounds}, {method: [] for method in rounds}, {})
     for turn in range(max(rounds.values()) + 1):
         for name in [name for name in rounds if turn <= rounds[name] and name not in times.failed]:
@@ -221,7 +221,7 @@ def timings(case: Case, number: int, rounds: dict[str, int]) -> Timings:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use at a time: of a GPU since the last reset, else of this process."""
+    """Return the peak memory: of a GPU since the last reset, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage: on Linux its ru_maxrss starts at the peak of the parent process, which is higher.
@@ -230,13 +230,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def map_memory(case: Case, name: str, number: int) -> float:
-    """Return by how many MB (10^6 bytes) an image the maps raise the peak above that of forward passes.
+    """Return the peak memory of the maps above that of forward passes, in MB (10^6 bytes) per image.
 
-    On a CPU a peak is the process's own, so this must be the first thing that a process does.
+    On a CPU the peak is that of the whole process, so the process must do nothing else before.
     """
     device = case.images.device
     with METHODS[name](case.network):
-        pass  # what it imports is no part of the maps
+        pass  # its imports do not count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     case.forward()
@@ -250,7 +250,7 @@ def map_memory(case: Case, name: str, number: int) -> float:
 
 
 def map_memory_apart(case: Case, name: str, number: int, options: argparse.Namespace) -> float:
-    """Return `map_memory`, on a CPU of a fresh process. Raises RuntimeError where that process fails."""
+    """Return `map_memory`; on a CPU a new process measures it. Raises RuntimeError if that process fails."""
     if case.images.device.type == "cuda":
         return map_memory(case, name, number)
     command = [sys.executable, __file__, "--networks", case.name, "--batch", str(options.batch)]
@@ -263,12 +263,12 @@ def map_memory_apart(case: Case, name: str, number: int, options: argparse.Names
 
 
 def library_rounds(number: int, options: argparse.Namespace) -> int:
-    """Return how often libraries are timed: fewer times, if asked, where they loop over all classes."""
+    """Return how often libraries are timed: for all classes, where they need a loop, `--library-rounds` times."""
     return options.rounds if number == 1 else options.library_rounds
 
 
 def record_of(case: Case, number: int, times: Timings, options: argparse.Namespace) -> dict[str, object]:
-    """Return a row without its memory: medians of seconds and of ratios, None for a library that failed."""
+    """Return the record of a row without memory: medians of seconds and ratios, None for a library that failed."""
     device = case.images.device
     record: dict[str, object] = {"name": f"{case.name}, {'one class' if number == 1 else f'all {number} classes'}"}
     record["forward"] = statistics.median(times.forward["ours"])
@@ -308,7 +308,7 @@ def measured_row(case: Case, number: int, options: argparse.Namespace) -> tuple[
 
 
 def table_line(record: dict[str, object]) -> str:
-    """Return a row of the table; its head is the row of an empty record."""
+    """Return a row of the table as text. An empty record gives the head of the table."""
     cells = [f"{record.get('name', ''):27}"]
     for name in METHODS:
         ratio = record.get("ratio" if name == "ours" else f"{name} ratio")

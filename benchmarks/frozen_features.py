@@ -1,10 +1,10 @@
-"""How long an epoch of a frozen network takes on features that are computed once, compared with the usual way.
+"""The time of an epoch of a frozen network on features that are computed once, compared with the usual way.
 
     python benchmarks/frozen_features.py [--networks resnet101,densenet169,vgg19] [--images 48] [--size 224]
 
 The usual way sends every image through the frozen trunk in every epoch. Both ways train the same new head (as in
 `studies/covid_frozen.toml`) on the same random images with random flips, in turns. The script prints medians and two
-ratios: of an epoch without the computing of the features, and of a training of 20 epochs with it.
+ratios: for one epoch without the time to compute the features, and for a training of 20 epochs with it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from utils import Preprocessing
 
 
 class RandomXrays(XrayDataset):
-    """Noise in memory: the benchmark must not measure the disk."""
+    """Noise in memory, because the benchmark must not measure the disk."""
 
     def __init__(self, number: int, size: int) -> None:
         super().__init__([""] * number, np.arange(number) % 4, Preprocessing(size, (0, 0, 0), (1, 1, 1)))

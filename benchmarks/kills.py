@@ -4,8 +4,8 @@
 
 One training of a small study on synthetic X-rays runs without kills. Another one is killed by SIGKILL, which no program
 can catch, and started again each time. A kill may come while it imports, draws, decodes, trains, validates, saves or
-writes its results; the script prints when it came. The script exits with status 1 if `model.safetensors`,
-`history.csv` or a file of predictions differs ("ours" 0).
+writes its results. The script prints when each kill came. The script exits with status 1 if `model.safetensors`,
+`history.csv` or a file of predictions differs. The "ours" of that file is then 0.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def moment(folder: Path) -> str:
-    """Return how far the files of a killed training say that it had come."""
+    """Return how far a killed training had come, from its files."""
     history = folder / "resume" / "history.csv"
     if not (folder / "resume").is_dir():
         return "before the training" if not (folder / "model.json").is_file() else "after the training"
@@ -79,7 +79,7 @@ def compared(whole: Path, killed: Path) -> dict[str, bool]:
 
 
 def undisturbed(study: Path, runs: Path, network: str) -> tuple[float, float]:
-    """Train without a kill; return the seconds until the first state was saved, and from then to the end."""
+    """Return the seconds of a training without kills: until the first state was saved, and from then to the end."""
     started = time.perf_counter()
     process = training(study, runs)
     while process.poll() is None and not (runs / "kills" / network / "resume" / "state.pt").is_file():
@@ -108,7 +108,7 @@ def main() -> int:
             process = training(study, folder / str(runs))
             last = killed == arguments.kills
             try:
-                # One run takes about all kills, and each may come at any moment of the run.
+                # One run is killed about as often as asked. A kill may come at any moment of the run.
                 process.wait(None if last else rng.uniform(0, start + 2 * rest / arguments.kills))
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -121,7 +121,7 @@ def main() -> int:
             equal = {name: equal[name] and ends[name] for name in COMPARED}
             if last:
                 break
-            runs += 1  # this run ended before its last kill: the next run takes the others
+            runs += 1  # this run ended early: the next run gets the remaining kills
     title = f"after {killed} kills of {runs} run{'s' * (runs > 1)}: the same"
     rows = [
         {"name": f"{name} {title}", "ours": int(same), "plain": 1, "ratio": int(same)} for name, same in equal.items()

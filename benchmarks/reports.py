@@ -1,4 +1,4 @@
-"""What every benchmark leaves: a table on the screen and `benchmarks/results/NAME.json`."""
+"""The output of every benchmark: a table on the screen and `benchmarks/results/NAME.json`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine(device: torch.device) -> str:
-    """Return what a figure was measured on."""
+    """Return a description of the machine and its torch, for the report."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     units = [name for name, there in torch.cpu.get_capabilities().items() if there is True]

@@ -1,4 +1,4 @@
-"""How fast a training step, loading and a whole epoch are, compared with the plain loop of the usual tutorial.
+"""The times of a training step, of loading and of a whole epoch, compared with the plain loop of the usual tutorial.
 
     python benchmarks/training.py [--networks resnet18,densenet121] [--images 96] [--size 224] [--batch 16]
                                   [--rounds 5] [--device cpu] [--data FOLDER]
@@ -66,7 +66,7 @@ class PlainDataset(Dataset):
 
 
 def plain_step(name: str, device: torch.device) -> Step:
-    """Return a tutorial's training step of a new network."""
+    """Return a tutorial's training step for a new network."""
     network = build_network(name, 4).to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     loss_of = nn.CrossEntropyLoss()
@@ -83,7 +83,7 @@ def plain_step(name: str, device: torch.device) -> Step:
 
 
 def our_step(name: str, device: torch.device) -> Step:
-    """Return the training step of `training.optimisation.Optimisation`, of a new network."""
+    """Return the training step of `training.optimisation.Optimisation` for a new network."""
     network = build_network(name, 4).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 

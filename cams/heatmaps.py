@@ -44,7 +44,7 @@ def overlay(xray: np.ndarray, map_: np.ndarray, *, alpha: float = 0.65, colormap
 def boxes_from_map(map_: np.ndarray, threshold: float) -> np.ndarray:
     """Return (B, 4) boxes around the regions of an (H, W) map with at least `threshold` (0 to 1) times its maximum.
 
-    A region is an 8-connected component; the one with the most pixels comes first. A box covers all pixels of its
+    A region is an 8-connected component. The region with the most pixels comes first. A box covers all pixels of its
     region. A map of zeros has no box: (0, 4).
 
     Raises:
@@ -83,7 +83,7 @@ def draw_boxes(picture: np.ndarray, boxes: np.ndarray | Sequence) -> np.ndarray:
 
 
 def _pixels(start: float, extent: float, size: int) -> tuple[int, int]:
-    """Return the start and the end of a box along one axis, in pixels; it has at least one pixel in the image."""
+    """Return the start and the end of a box along one axis, in pixels. At least one pixel lies in the image."""
     first = min(max(round(start * size), 0), size - 1)
     return first, min(max(round((start + extent) * size), first + 1), size)
 

@@ -55,7 +55,7 @@ class CamMaps:
 
     @property
     def empty(self) -> Tensor:
-        """(N, K) bool: True where the map is all zeros: nothing in the image is evidence for the class."""
+        """(N, K) bool: True where the map is all zeros, so nothing in the image is evidence for the class."""
         return torch.stack([layer.raw.amax(dim=(2, 3)) <= 0 for layer in self.layers]).all(dim=0)
 
     def upsampled(self, size: tuple[int, int]) -> Tensor:

@@ -25,7 +25,7 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 
     Numerator and denominator are divided by G², so no epsilon is needed. An epsilon would be larger than the small
     gradients of a layer before pooling. The method assumes activations that are not negative. With negative ones, the
-    denominator can be negative, which would turn evidence for a class into evidence against it. The weight is then 0.
+    denominator can be negative, which would turn evidence for a class into evidence against it. α is then 0.
     """
     total = activation.sum(dim=(-2, -1), keepdim=True)[:, None]
     denominator = 2 + gradient * total
@@ -37,7 +37,7 @@ def grad_cam_plus_plus_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 def hires_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
     """Return w = G at each place: HiResCAM (Draelos & Carin 2020, arXiv:2011.08891).
 
-    It equals Grad-CAM if and only if average pooling and one linear layer follow the layer.
+    It equals Grad-CAM if global average pooling follows the layer: the gradient is then the same at every place.
     """
     return gradient
 
@@ -59,8 +59,8 @@ def x_grad_cam_weights(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def eigen_cam_maps(activation: Tensor) -> Tensor:
-    """Return (N, h, w) maps A v, v the first right singular vector of the (h w, K) matrix A: Eigen-CAM (Muhammad &
-    Yeasin 2020, IJCNN, arXiv:2008.00299).
+    """Return (N, h, w) maps A v: Eigen-CAM (Muhammad & Yeasin 2020, IJCNN, arXiv:2008.00299). The vector v is the
+    first right singular vector of the (h w, K) matrix A.
 
     The map shows where the layer is active, for no class in particular. The sign of a singular vector is arbitrary;
     here the sum of the map is positive. As in the paper, A is not centred.
@@ -77,7 +77,7 @@ def weighted_maps(activation: Tensor, weights: Tensor) -> Tensor:
     if weights.shape[-2:] == (1, 1):
         with torch.autocast(activation.device.type, enabled=False):
             return (weights[..., 0, 0] @ activation.flatten(2)).unflatten(2, activation.shape[2:])
-    # Class by class, because a product for all classes at once would need as much memory as the gradient.
+    # One class at a time: a product for all classes at once would need as much memory as the gradient.
     return torch.stack([(one * activation).sum(dim=1) for one in weights.unbind(dim=1)], dim=1)
 
 

@@ -73,7 +73,7 @@ class CellTracker(contextlib.ExitStack):
         self._axes = tuple({length: Axis(0.0, 1.0, length)} for length in (height, width))
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return the grid of a layer with `height` by `width` cells; evenly spaced if no such layer ran."""
+        """Return the grid of a layer with `height` by `width` cells. It is evenly spaced if no such layer ran."""
         axes = []
         for cells, axis_of in zip((height, width), self._axes, strict=True):
             length = next(iter(axis_of))  # of the input

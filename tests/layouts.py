@@ -61,7 +61,7 @@ def write_kermany(root: Path, *, size: int = 64, per_kind: Mapping[str, int] = K
     """Write `chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}` below `root` with `per_kind` images of each kind.
 
     As in the source, some patients have two images, the test set numbers its patients from 1 again, names have several
-    forms, no validation image is viral, and the archive has left its own folders behind.
+    forms, no validation image is viral, and the archive contains hidden files of macOS.
     """
     top = root / "chest_xray"
     for split, number in per_kind.items():
@@ -99,7 +99,7 @@ def write_chestxray14(
     compressed: bool = False,
     lists: bool = True,
 ) -> None:
-    """Write `images` pictures with their labels and boxes into `root`, and with `lists` the official lists.
+    """Write `images` pictures with their labels and boxes into `root`; `lists` adds the official lists.
 
     A third of the images has no finding. The others have one, or two that the phantom draws in the same way. One
     patient in four has two images. Another quarter of the patients is the official test set. Some rows of the table

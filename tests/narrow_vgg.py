@@ -1,4 +1,4 @@
-"""A VGG that is quick to build: its own head has 120 million weights to draw."""
+"""A VGG that is quick to build. The usual head has 120 million weights to draw."""
 
 import torch
 from torch import nn
@@ -21,6 +21,6 @@ def narrow_vgg16(outputs):
 
 
 def eval_network(name, outputs):
-    """Return a network with random weights in eval mode; of VGG-16 the narrow one."""
+    """Return a network with random weights in eval mode. VGG-16 is the narrow one."""
     torch.manual_seed(0)
     return narrow_vgg16(outputs) if name == "vgg16" else build_network(name, outputs).eval()

@@ -1,4 +1,4 @@
-"""Run notebooks in the process of the tests: a kernel would load torch again for each of them."""
+"""Run notebooks in the process of the tests, because a kernel would load torch again for each notebook."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class _Shell(InteractiveShell):
 
 
 def run_notebook(name: str, **parameters: object) -> Outputs:
-    """Run the cells of a notebook from top to bottom, with `parameters` in place of its own, and return the outputs.
+    """Return the outputs of a notebook, run from top to bottom with `parameters` in place of its own.
 
     Raises the error of the first cell that fails.
     """
@@ -67,6 +67,6 @@ def run_notebook(name: str, **parameters: object) -> Outputs:
 
 
 def write_lung_model(folder: Path, *, phantoms: int, epochs: int) -> None:
-    """Train a lung model on small phantoms and save it: notebook 1 would need half a minute for its own."""
+    """Train a lung model on small phantoms and save it. Otherwise notebook 1 would train one for half a minute."""
     training = PHANTOM_TRAINING.model_copy(update={"image_size": 64, "epochs": epochs})
     save_segmenter(folder, phantom_segmenter(untrained_segmenter(), phantoms, training))

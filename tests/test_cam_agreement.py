@@ -178,7 +178,7 @@ def test_eigen_cam_is_the_first_singular_vector_uncentred(network, images):
 
 
 class NoPooling(nn.Module):
-    """A network whose layer has the input's resolution: so libraries cannot differ in interpolation."""
+    """A network whose layer has the input's resolution, so libraries cannot differ in interpolation."""
 
     def __init__(self):
         super().__init__()

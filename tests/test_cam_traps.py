@@ -211,7 +211,7 @@ def test_memory_is_flat_over_200_calls(method):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 2)
     )
-    images = torch.randn(4, 3, 48, 48)  # If each call kept one activation, it would be 59 MB in the end.
+    images = torch.randn(4, 3, 48, 48)  # If each call kept one activation, all together would have 59 MB.
     with GradCAM(model, "1", method) as cam:
         for _ in range(20):
             cam(images, "all")

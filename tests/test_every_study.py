@@ -23,7 +23,7 @@ WRITERS = {
     "covid_radiography": partial(write_covid_radiography, per_class=150),
 }
 NAMES = sorted(path.stem for path in STUDIES.glob("*.toml") if path.stem != "demo")  # the demo draws its own data
-LIMIT, SIZE = 60, 64  # images of a study, and their pixels: with fewer, maps of one cell have no contrast
+LIMIT, SIZE = 60, 64  # images, and pixels of their side: fewer give maps of one cell, without contrast
 REAL = {"kermany": "chest_xray", "chestxray14": "ChestX-ray14", "covid_radiography": "COVID-19_Radiography_Dataset"}
 
 
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Score with few resamples and random networks, because only the run is tested here, not its precision."""
+    """Score with few resamples and random networks, because only the run is tested here, not the precision."""
     monkeypatch.setattr("evaluation.intervals.RESAMPLES", 40)
     monkeypatch.setattr("evaluation.cam_scores.NETWORKS", 2)
 

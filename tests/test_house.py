@@ -1,4 +1,4 @@
-"""The plan of the house: what lies in the root, who imports whom, and how long a function, class or module may be."""
+"""The structure of the project: the files in the root, the imports, the length of functions, classes and modules."""
 
 import ast
 from functools import cache
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-# Each level may import from levels below it, and from the rooms of its own level as long as no circle arises.
+# Each level may import from earlier levels, and from its own level if the imports form no cycle.
 LEVELS = (
     {"utils"},
     {"networks", "architectures", "cams", "studies", "datasets", "plot_utils"},
@@ -17,20 +17,20 @@ LEVELS = (
     {"evaluation", "training"},
     {"finetune", "overlay_cam", "lung_segmentation"},
 )
-# Training must run without what reads its results.
+# (importer, imported): training must not need the code that reads its results, nor evaluation the training.
 FORBIDDEN = {("training", "evaluation"), ("training", "inference"), ("evaluation", "training")}
 LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 
 
 def modules():
-    """The project's own modules, without tests and benchmarks: dotted name -> file."""
+    """Return dotted name -> file of the project's own modules, without tests and benchmarks."""
     files = [*PROJECT.glob("*.py"), *(file for room in LEVEL_OF for file in (PROJECT / room).rglob("*.py"))]
     return {".".join(file.relative_to(PROJECT).with_suffix("").parts): file for file in files}
 
 
 @cache
 def imports():
-    """The arrows of the graph: module -> the project's modules that it imports anywhere in its text."""
+    """Return module -> the project's modules that it imports anywhere in its text."""
     files = modules()
     arrows = {}
     for name, file in files.items():

@@ -72,7 +72,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_repetitions(monkeypatch):
-    """Score with few resamples and random networks: whether it runs is tested here, not how exact it is."""
+    """Score with few resamples and random networks, because only the run is tested here, not the precision."""
     monkeypatch.setattr("evaluation.intervals.RESAMPLES", 40)
     monkeypatch.setattr("evaluation.cam_scores.NETWORKS", 2)
 

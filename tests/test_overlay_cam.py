@@ -42,7 +42,7 @@ def four_class_run(tmp_path_factory):
 
 @pytest.fixture
 def xray(tmp_path, phantom_root):
-    """One X-ray that is neither square nor of the network's size."""
+    """One X-ray that is not square and does not have the network's size."""
     image = Image.open(phantom_root / "COVID" / "images" / "COVID-1.png").resize((120, 75))
     path = tmp_path / "in" / "patient 7.png"
     path.parent.mkdir()
@@ -375,7 +375,7 @@ def test_findings_reach_their_thresholds(capsys, noise, tmp_path):
 
 
 def always(folder, probabilities, thresholds=None, *, multilabel=False):
-    """A run whose network gives every image the same probabilities and an empty map."""
+    """Return a run whose network gives every image the same probabilities and an empty map."""
     names = ("Mass", "Edema", "Hernia")[: len(probabilities)]
     head = {"head": "sigmoid", "multilabel": True} if multilabel else {}
     trained = untrained(0, names, thresholds=thresholds, **head)
@@ -401,7 +401,7 @@ def test_deciding_threshold_explains_an_empty_map(capsys, noise, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("thresholds", [(0.7, None), (0.3, 0.7)])  # with two (older cards), class 1 decides
+@pytest.mark.parametrize("thresholds", [(0.7, None), (0.3, 0.7)])  # older cards have two: class 1 decides
 def test_class_without_a_threshold_is_predicted_if_the_other_misses_its_own(capsys, noise, tmp_path, thresholds):
     name, probability = ("Mass", 0.69) if thresholds[1] is None else ("Edema", 0.31)
     run = always(tmp_path / "run", (0.69, 0.31), thresholds)
@@ -653,7 +653,7 @@ def test_colour_bar_widens_the_picture_and_leaves_its_pixels(capsys, noise, smal
     assert widened.shape[0] == 40
     assert widened.shape[1] > 60
     np.testing.assert_array_equal(widened[:, :50], picture)
-    assert with_bar["maps"][0]["boxes"] == bare["maps"][0]["boxes"]  # fractions of the X-ray, not of both
+    assert with_bar["maps"][0]["boxes"] == bare["maps"][0]["boxes"]  # fractions of the X-ray without the bar
 
 
 def test_colour_bar_of_an_ensemble_goes_from_0_to_1(capsys, noise, small_run, tmp_path):

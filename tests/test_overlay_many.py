@@ -412,7 +412,7 @@ def test_only_processes_that_share_the_work_on_the_same_settings_write_to_a_tabl
     first.append(["1"])
     second.append(["2"])
     others = [table(0, of=1), table(0, of=3), table(0, method="layercam")]
-    for other in (*others, table(1)):  # the last: a second command with the same number of processes
+    for other in (*others, table(1)):  # table(1): a second command with the same number of processes
         with pytest.raises(ValueError, match=r"another command is at work on .*: wait for it, or give another -o"):
             other.resume(lambda row: False)
     first.close()
@@ -443,7 +443,7 @@ def test_files_of_a_killed_process_are_removed(capsys, xrays, run, tmp_path):
 
 
 def test_xrays_named_like_overlays_keep_their_bytes(capsys, run, tmp_path):
-    """15 X-rays are answered into their own folder: first with a full disk, then again.
+    """15 overlays are written into the folder of their X-rays: first with a limit on file size, then without.
 
     Five of them have the names of other X-rays' overlays.
     """

@@ -1,4 +1,4 @@
-"""A training belongs to one set of images: images that change or vanish, then or later, are named."""
+"""A training belongs to one set of images. Images that change or vanish during it or later are named."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def test_a_training_does_not_continue_on_other_images(study, capsys, monkeypatch
 def test_images_that_changed_after_the_training_are_refused_with_its_predictions(study, capsys):
     folder = train(study)
     read_runs(study, folder.parent.parent, read_images(study))
-    write(study.data.root / "bright" / "new.bmp", 200)  # was not trained on
+    write(study.data.root / "bright" / "new.bmp", 200)  # not used in the training
     read_runs(study, folder.parent.parent, read_images(study))
     overwrite(study.data.root / "bright" / "7.bmp")
     with pytest.raises(ValueError, match="have changed since"):

@@ -126,7 +126,7 @@ def test_the_colour_bar_leaves_the_image_unchanged_and_its_numbers_whole(height,
     bar = wider[:, 50:]
     for edge in (bar[0], bar[-1], bar[:, 0], bar[:, -1]):
         assert (edge == 0).all()
-    # To the right of the ticks are three numbers, one below the other, each at least 7 pixels high, with black between.
+    # Three numbers are to the right of the ticks, one below the other, each at least 7 pixels high, with black between.
     coloured = np.flatnonzero((np.ptp(bar.astype(int), axis=2) > 20).any(axis=0))
     ink = bar[:, coloured[-1] + 1 :, 0] > 0
     ticks = np.flatnonzero(ink[:, 0])
