@@ -1,1 +1,1 @@
-"""A trained network: its card, loading it, and what it says of one X-ray or of very many."""
+"""Trained networks: their cards, how they are loaded, and their answers to one X-ray or to very many."""

@@ -45,7 +45,7 @@ def _probability(name: str, record: dict[str, object]) -> str:
 
 
 def _reason(record: dict[str, object]) -> str:
-    """Return the comparison with a threshold that decided on the predicted class, see `inference.decisions.decide`."""
+    """Return the threshold comparison that decided on the predicted class, see `inference.decisions.decide`."""
     *_, (name, threshold) = ((n, t) for n, t in record["thresholds"].items() if t is not None)
     probability, threshold = _distinct(record["probabilities"][name], threshold)
     comparison = "reaches" if name == record["predicted"] else "is below"
@@ -53,7 +53,7 @@ def _reason(record: dict[str, object]) -> str:
 
 
 def _distinct(probability: float, threshold: float) -> tuple[str, str]:
-    """Return both with three digits, or with as many more as show that they differ."""
+    """Return both with three digits, or with as many more as are needed to show that they differ."""
     pairs = [(f"{probability:.{digits}f}", f"{threshold:.{digits}f}") for digits in range(3, 30)]
     return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
 

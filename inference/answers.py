@@ -16,7 +16,7 @@ from inference.trained_networks import ModelCard, TrainedNetwork, ensemble_card
 from inference.xray_files import check_replaceable, write_overlay
 from utils import read_xray
 
-# From an (H, W) uint8 X-ray to its (H, W) bool lungs and the reason why they are not believed, if any.
+# A function of an (H, W) uint8 X-ray. It returns the (H, W) bool lungs and why they are implausible, or None.
 LungFinder = Callable[[np.ndarray], tuple[np.ndarray, str | None]]
 
 
@@ -32,7 +32,7 @@ class MapOptions(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The networks and the options that every X-ray is answered with."""
+    """The networks and the options that are used for every X-ray."""
 
     members: Sequence[TrainedNetwork]
     classes: str | list[int]  # of the maps: "top" or indices
@@ -60,9 +60,9 @@ def check_layers(members: Sequence[TrainedNetwork], layer: Sequence[str]) -> Non
 
 
 def lung_folder(option: str | None, cards: Sequence[ModelCard], folder: Path) -> Path | None:
-    """Return the folder of the lung model to load, None where none is to be loaded.
+    """Return the folder of the lung model to load, or None if no model is to be loaded.
 
-    The default is `lungs` beside the studies of the run `folder`; none if a network masks lungs itself.
+    The default is `lungs` beside the studies of the run `folder`, if a model is there and no network masks lungs.
     """
     if option is not None:
         return None if option == "none" else Path(option)
@@ -73,9 +73,9 @@ def lung_folder(option: str | None, cards: Sequence[ModelCard], folder: Path) ->
 def lung_finder(
     option: str | None, folder: Path | None, members: Sequence[TrainedNetwork], device: torch.device
 ) -> LungFinder | None:
-    """Return the function that finds an X-ray's lungs; None where there is none.
+    """Return the function that finds an X-ray's lungs, or None if there is no lung model.
 
-    A line on stderr says where the model knows the synthetic phantom only.
+    A line on stderr says if the model was trained on the synthetic phantom alone.
 
     Args:
         option: The option `--lungs`.
@@ -176,7 +176,7 @@ def _share_inside(map_: np.ndarray, lungs: np.ndarray, reason: str | None) -> fl
 
 
 def _remark_on_lungs(question: Question, xray: np.ndarray, lungs: tuple[np.ndarray, str | None] | None) -> str | None:
-    """Return a remark: whether the networks masked the lungs, and why those of another model are implausible.
+    """Return a remark: whether the networks masked the lungs, and why another model's lungs are implausible.
 
     None if there is nothing to remark.
     """

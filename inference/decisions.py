@@ -11,9 +11,9 @@ import numpy as np
 Thresholds = Sequence[float | None] | None  # (C,); None or NaN for a class without one
 
 # What a threshold maximises. Each rule takes (K,) true positives, (K,) false positives, and the numbers of
-# positives and negatives. Each result is a whole number, or one quotient of two, so that ties are exact.
+# positives and negatives. Each result is one whole number or a quotient of two, so that ties are exact.
 THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
-    # Youden 1950, Cancer 3:32: sensitivity + specificity - 1, here multiplied by both numbers.
+    # Youden 1950, Cancer 3:32: sensitivity + specificity - 1, here times positives times negatives.
     "youden": lambda hits, alarms, positives, negatives: hits * negatives - alarms * positives,
     "f1": lambda hits, alarms, positives, negatives: 2 * hits / (hits + alarms + positives),
     "accuracy": lambda hits, alarms, positives, negatives: hits - alarms,
@@ -23,8 +23,8 @@ THRESHOLD_RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarr
 def decide(probabilities: np.ndarray, thresholds: Thresholds = None, *, multilabel: bool = False) -> np.ndarray:
     """Return the predictions: (N,) class indices, or (N, C) bool for several labels.
 
-    One class for each image: without thresholds, the most probable class. Thresholds need two classes: the class with a
-    threshold is predicted if its probability reaches the threshold, else the other class. If both classes have a
+    One class for each image: without thresholds, it is the most probable class. Thresholds need two classes: the class
+    with a threshold is predicted if its probability reaches the threshold, else the other class. If both classes have a
     threshold, that of class 1 counts.
 
     Several labels: a label is predicted if its probability is at least its threshold, or 0.5 without thresholds. A
@@ -73,7 +73,7 @@ def best_threshold(positive: np.ndarray, scores: np.ndarray, rule: str) -> float
     if not positives or not negatives or np.isnan(scores).any():
         return math.nan
     levels, level = np.unique(scores, return_inverse=True)
-    # hits[k] and alarms[k] count the images above gap k, which lies below levels[k]; the last gap is above all.
+    # Gap k lies below levels[k], the last gap above all. hits[k] and alarms[k] count positives and negatives above it.
     hits, alarms = (
         np.r_[np.cumsum(np.bincount(level[chosen], minlength=len(levels))[::-1])[::-1], 0]
         for chosen in (positive, ~positive)
@@ -83,6 +83,6 @@ def best_threshold(positive: np.ndarray, scores: np.ndarray, rule: str) -> float
     widths = np.where(quality == quality.max(), np.diff(edges), -1)
     best = int(widths.argmax())
     below, above = edges[best], edges[best + 1]
-    # The midpoint of two neighbouring floats may be the lower one, which must stay below the threshold.
+    # The midpoint of two neighbouring floats may round to the lower one. The threshold must be above that one.
     least = below if best == 0 else np.nextafter(below, np.inf)
     return float(max((below + above) / 2, least))

@@ -18,7 +18,7 @@ class Explanation(NamedTuple):
     probabilities: np.ndarray  # (C,)
     classes: np.ndarray  # (K,) indices of the classes that the maps are of
     maps: np.ndarray  # (K, H, W), each 0 to 1, or all zero
-    peaks: np.ndarray  # (K,) the raw maps' maxima; NaN for several networks or layers: they have no common scale
+    peaks: np.ndarray  # (K,) the raw maps' maxima; NaN for several networks or layers, which have no common scale
 
 
 def explain(
@@ -31,8 +31,8 @@ def explain(
 ) -> Explanation:
     """Return the probabilities and the maps, at the X-ray's own size.
 
-    The probabilities of several networks are averaged. Their maps are each scaled to 0–1, averaged and scaled again:
-    each network has the same influence, whatever the scale of its raw maps.
+    The probabilities of several networks are averaged. Each map is scaled to 0–1. Then the maps are averaged and
+    scaled again. So each network has the same influence, whatever the scale of its raw maps.
 
     Args:
         trained: A network, or several with the same classes.
@@ -64,7 +64,7 @@ def explain(
 
 
 def _decided_class(card: ModelCard, inputs: Sequence[tuple[TrainedNetwork, Tensor]]) -> int | str:
-    """Return the predicted class. For one network whose highest logit decides, "top" saves a forward pass."""
+    """Return the predicted class, or "top" for one network whose highest logit decides (saves a forward pass)."""
     if len(inputs) == 1 and not (card.unreported if card.multilabel else card.thresholds):
         return "top"
     with torch.inference_mode():

@@ -82,7 +82,7 @@ class ResumableTable:
             self._refuse_other_commands()
             self._run_lock.acquire(timeout=0)
             try:
-                # Younger files may belong to other commands, which may be writing masks or single overlays there.
+                # Younger files may belong to other commands that are writing masks or overlays into this folder.
                 remove_unfinished(self.path.parent, older_than=3600)
                 self._begin()
                 self._rewrite(keep)
@@ -96,7 +96,7 @@ class ResumableTable:
         with self._lock, self.path.open("r+b", buffering=0) as file:
             end = _remove_unfinished_line(file)  # a killed process may have left one
             try:
-                while line:  # an almost full disk takes a part of the line
+                while line:  # an almost full disk takes only a part of the line
                     line = line[file.write(line) :]
             except BaseException:
                 file.truncate(end)

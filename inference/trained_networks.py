@@ -117,10 +117,10 @@ class ModelCard:
 
 
 def ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
-    """Return the first card with the thresholds and unreported findings of the ensemble of all.
+    """Return the first card, with the thresholds and unreported findings of the whole ensemble.
 
-    Each threshold is the mean of the networks' thresholds. A class has none if any network has none for it. No class
-    has one if any network has no thresholds at all. A finding that any network does not report is not reported.
+    Each threshold is the mean of the networks' thresholds. A class has no threshold if any network has none for it.
+    If any network has no thresholds at all, no class has one. A finding is reported only if all networks report it.
 
     Raises:
         ValueError: The networks differ in their classes, in the order of the classes, or in the positive class.

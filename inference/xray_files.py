@@ -118,7 +118,7 @@ def overlay_paths(images: Sequence[Path], output: Path | None, endings: Sequence
         if len(images) > 1:
             raise ValueError(f"{output} can hold one image's overlay only: give -o a folder")
         return [[output.with_stem(f"{output.stem}{ending}") for ending in endings]]
-    # Only these X-rays can have the name of an overlay. Comparing with all images would take long.
+    # Only these X-rays can have an overlay's name. A comparison with all images would take long.
     xrays = {os.path.abspath(image) for image in images if "_cam" in image.stem}
     paths: dict[Path, list[Path]] = {}  # for each image; the key is the path without an ending
     numbers = defaultdict(lambda: itertools.chain([""], (f"_{number}" for number in itertools.count(2))))

@@ -1,4 +1,4 @@
-"""A lung model as preprocessing: all but the lungs of an X-ray becomes black, and each mask is predicted once."""
+"""A lung model as preprocessing: everything outside the lungs becomes black. Each mask is predicted once."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ MARGIN = 0.03  # of the longer side, because a lesion at the lung's border may l
 
 
 class LungMask(NamedTuple):
-    """The (H, W) bool lungs in an X-ray and the reason why they cannot be right, or None (see `implausible`)."""
+    """The (H, W) bool lungs in an X-ray and the reason why they are implausible, or None (see `implausible`)."""
 
     mask: np.ndarray
     reason: str | None

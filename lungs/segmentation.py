@@ -33,11 +33,11 @@ SETTINGS = ("encoder", "image_size", "origin", "validation", "decoder_channels")
 FILES = ("model.json", "model.safetensors")
 # Part of the name of every cache: raise it when `LungSegmenter.predict` or `two_lungs` return other masks than before.
 METHOD = 1
-# Shares of the image's area. Beside each limit is the range in the 59 masks of covid-chestxray.
-CRUMB = 0.005  # a smaller part is no lung; the smaller lung: 0.100 or more
+# Shares of the image's area. The comment at each limit gives the range in the 59 masks of covid-chestxray.
+CRUMB = 0.005  # a smaller part is no lung; range of the smaller lung: 0.100 or more
 AREA_LIMITS = (0.05, 0.70)  # both lungs: 0.21 to 0.62
 SMALLEST_HALF = 0.02  # lung in the left or the right half of the image: 0.084 or more
-# A corner is 8 % of each side. At most 5 % of an upper corner's area may be lung. In those masks none is.
+# A corner is 8 % of each side. At most 5 % of an upper corner's area may be lung. None of the 59 masks has any there.
 CORNER, CORNER_SHARE = 0.08, 0.05
 # The channels of the U-Net's decoder, from its coarsest step to its finest. The decoder takes most of the time.
 DECODER_CHANNELS = (128, 64, 32, 16, 16)
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
 def find_pairs(root: Path) -> list[Pair]:
     """Return all X-rays with a lung mask below `root`.
 
-    A pair is two files with one stem in the folders `images` and `masks`, which lie side by side at any depth. The
+    A pair is two files with the same stem in the folders `images` and `masks`, which lie side by side at any depth. The
     name of a mask may end in `_mask`. This fits covid-chestxray, the COVID-19 Radiography Database, and the phantom.
     Raises ValueError where there is no pair.
     """
@@ -84,9 +84,10 @@ def patient_group(stem: str) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], *, test: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return (train, test) pairs. Drawn groups go into the test as long as there are at most `test` test pairs.
+    """Return (train, test) pairs, with at most `test` test pairs if a group is as small as that.
 
-    If no group is as small, the smallest one is the test. Raises ValueError where one side would be empty.
+    Groups are drawn one by one. Each goes into the test if it still fits. If no group fits, the smallest group is the
+    test. Raises ValueError where one side would be empty.
     """
     sizes, held_out = Counter(pair.group for pair in pairs), []
     for group in np.random.default_rng(seed).permutation(sorted(sizes)).tolist():
@@ -245,7 +246,7 @@ def refuse_other_models(folder: Path) -> None:
 
 
 def load_segmenter(folder: Path, device: str | torch.device = "cpu") -> LungSegmenter:
-    """Load the segmenter that `save_segmenter` wrote.
+    """Return the segmenter that `save_segmenter` wrote.
 
     Raises FileNotFoundError or ValueError, with the remedy, where the folder holds no segmenter or a damaged one.
     """

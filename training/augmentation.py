@@ -123,7 +123,7 @@ class Augmentation:
 
 def _grid(draws: Draws, size: int, device: torch.device) -> Tensor:
     """Return (B, S, S, 2) float32: for each pixel of a view its position (x, y) in the image, -1 to 1."""
-    # Computed in float64, then rounded: the last bit of a cosine may depend on the angle's position in the tensor.
+    # Computed in float64, then rounded: the last bit of torch's cosine may depend on where the angle is in the tensor.
     _, left, top, width, height, angle, shift_x, shift_y, scale, *_ = (values.double() for values in draws)
     cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
     mirror, x, y = 1 - 2 * draws.flip.double(), 2 * shift_x, 2 * shift_y

@@ -85,8 +85,8 @@ class Batches:
     """The batches of a dataset. Their order and the views of their images depend only on the seed and the epoch.
 
     Therefore an interrupted training continues with the next batch, and several processes share the same batches. A
-    shuffled epoch leaves out its last batch if that has one image, because batch normalisation cannot train on it, or
-    fewer images than there are processes.
+    shuffled epoch leaves out its last batch, unless it is the only one, in two cases: it has one image (batch
+    normalisation cannot train on that), or it has fewer images than there are processes.
 
     Attributes:
         dataset: `dataset[rows]` is (images, targets) for (B,) row numbers.

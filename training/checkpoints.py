@@ -65,7 +65,7 @@ class Checkpoints:
         different = [key for key in now if before.get(key, now) != now[key]]
         if not different:
             return state
-        key = min(different, key=lambda key: key == "data")  # another seed changes the data too: name the seed
+        key = min(different, key=lambda key: key == "data")  # another seed changes the data too; then name the seed
         if not now.keys() <= before.keys():
             difference = "of another version:"
         elif key == "data":
@@ -105,7 +105,7 @@ class Checkpoints:
 
 @dataclass
 class Progress:
-    """How far a training has come. The value of an epoch is its result in validation; lower is better.
+    """How far a training has come. An epoch's value is its validation result; lower is better.
 
     Attributes:
         phase, epoch: the present phase and epoch, from 1; each phase counts its own epochs.
@@ -170,10 +170,10 @@ class TrainingState:
         if state["optimisation"] is not None:
             optimisation.load_state_dict(state["optimisation"])
         for key, values in state["outputs"].items():
-            # The main process has the saved rows of all processes, so the rows of the other processes are 0.
+            # The saved rows are those of all processes. Rows are summed later, so only the main process keeps them.
             rows = values.to(self.processes.device)
             self.epoch_outputs[key] = rows if self.processes.is_main else rows.zero_()
-        # Clones: torch would read the state from the start of the whole tensor, not from this row.
+        # Clones, because torch would read the first row for every process.
         random = {key: rows[self.processes.share.index].clone() for key, rows in state["random"].items()}
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:

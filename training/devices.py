@@ -1,6 +1,7 @@
 """How a network is computed on a device: its precision, and the order of its images in memory.
 
-A rule decides it, not a measurement. Therefore the same seed gives the same weights on every machine of the same kind.
+A fixed rule decides, not a measured speed. Therefore the same seed gives the same weights on every machine of
+the same kind.
 """
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return "bf16" or "fp32" for the precision of a study; "auto" is bf16 where the device has units for it.
 
-    Without units bf16 is emulated, which is slower than fp32 (half the speed on a processor with AVX-512 but without
-    AVX512-BF16).
+    Without such units bf16 is emulated, which is slower than fp32 (half the speed on a processor with AVX-512 but
+    without AVX512-BF16).
     """
     if precision != "auto":
         return precision

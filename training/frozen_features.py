@@ -25,7 +25,7 @@ from training.processes import put_rows
 
 
 class FlippedFeatures(Augmentation):
-    """Chooses between the features (B, 2, D) of unchanged and mirrored images, as a flip of the images would."""
+    """Takes from features (B, 2, D) those of the unchanged or the mirrored image, by the same draws as a flip."""
 
     def __call__(self, features: Tensor, draws: Draws) -> Tensor:
         """Return (B, 1, D)."""

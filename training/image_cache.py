@@ -21,7 +21,7 @@ from utils import Preprocessing, flush
 
 VERSION = 2  # of the file format: raise it when the format or `Preprocessing.read` changes
 SHOWN = 20  # an error names at most this many unreadable images
-CHUNK = 256  # this many images are decoded between two writes
+CHUNK = 256  # the number of images that are decoded between two writes
 
 
 class CacheFailed(OSError):

@@ -20,8 +20,7 @@ class LearningTask:
         outputs: the number of outputs that the network needs.
         objective: the loss and the score.
         loss_weights: weights of the training loss, (C,) or (2, C) as the objective takes them, or None.
-        uninformed_loss: the validation loss of a network that gives every image the same answer: the class
-            frequencies.
+        uninformed_loss: the validation loss of a network that answers every image with the class frequencies.
     """
 
     outputs: int
@@ -40,7 +39,7 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
     multilabel, number = table.multilabel, len(table.classes)
     targets, objective, weights = table.targets("train"), SINGLE_LABEL, None
     if multilabel:
-        # A finding that all or none of the training images have gets NaN, so the score leaves it out.
+        # If all or none of the training images have a finding, its outputs become NaN. The score then omits it.
         unlearnt = torch.from_numpy(np.isin(table.classes, table.one_sided("train")))
         objective = replace(
             MULTI_LABEL, score=lambda outputs, targets: macro_auc(outputs.masked_fill(unlearnt, torch.nan), targets)
@@ -56,10 +55,10 @@ def learning_task(training: Training, table: XrayTable) -> LearningTask:
 
 
 def _refuse_unfit(training: Training, table: XrayTable) -> None:
-    """Raise ValueError for unfit settings or a class without a training image; warn of one without a validation image.
+    """Raise ValueError for unfit settings or a class without training images; warn of one without validation images.
 
     With several labels, a table is refused only if no finding can be learnt. `XrayTable.one_sided` lists the findings
-    that cannot.
+    that cannot be learnt.
     """
     number, unfit = len(table.classes), None
     if table.multilabel:

@@ -21,7 +21,7 @@ from training.optimisation import Optimisation, Setup
 from training.processes import Processes, put_rows, synchronise_batch_norms
 from utils import resolve_device
 
-# After this many batches, several processes agree whether to stop or to save. On GPUs they have to wait for that.
+# The number of batches after which several processes agree whether to stop or to save. On GPUs this makes them wait.
 AGREE_EVERY = {"cpu": 1, "cuda": 20}
 
 
@@ -30,9 +30,9 @@ class FineTuned:
     """What a training gives besides the trained network.
 
     Attributes:
-        history: a row for each epoch: losses, scores, learning rate.
-        timing: a row for each epoch: seconds, images per second.
-        best_epoch: the epoch (from 1) with the best validation.
+        history: a row for each epoch, with losses, scores and learning rate.
+        timing: a row for each epoch, with seconds and images per second.
+        best_epoch: the epoch (from 1) with the best validation result.
         asked_to_stop: whether Ctrl-C or SIGTERM came after the last batch.
     """
 
@@ -67,7 +67,7 @@ def fine_tune(
     Each of several processes (`accelerate launch`) takes its share of every batch. Losses, scores and early stopping
     use the images of all processes; batch normalisation does so on GPUs.
 
-    The train loss and score of an epoch are taken while the weights change, with dropout and augmentation. They may
+    An epoch's train loss and score are measured while the weights change, with dropout and augmentation. They may
     therefore be worse than those of validation.
 
     Args:
@@ -75,7 +75,7 @@ def fine_tune(
         batches: "train" and "val".
         training: the settings of the study.
         objective: the loss, and the score that is shown beside it.
-        loss_weights: weights of the training loss, and of the validation loss where the objective says so.
+        loss_weights: weights of the training loss; also of the validation loss if the objective says so.
         device: "auto", "cpu", "cuda" or "mps".
         title: the name of the network in printed lines.
         on_epoch: called in the main process after each epoch, with the history so far.
@@ -159,7 +159,7 @@ class _Loop:
             train = self._train(batches["train"])
             val = self._validate(batches["val"])
         except (ValueError, OSError):  # such as an image that cannot be read
-            if not self.processes.several:  # several processes would have to agree, but only one may have the error
+            if not self.processes.several:  # only one process may have the error, so several cannot agree to save
                 self._save_or_stop(every=0)
             raise
         self._record(train, val)
@@ -222,7 +222,7 @@ class _Loop:
         row |= {"train_loss": train["loss"], f"train_{score}": train["score"]}
         row |= {"val_loss": val["loss"], f"val_{score}": val["score"]}
         value = -val["score"] if self.setup.training.select == "auc" else val["loss"]
-        value = math.inf if math.isnan(value) else value  # NaN: no label has an area under the curve
+        value = math.inf if math.isnan(value) else value  # NaN if no label has an area under the ROC curve
         self.optimisation.end_epoch(value)
         self.state.record(row, value, train["speed"])
         self.processes.say(

@@ -29,9 +29,9 @@ XRAY_VIEWS = Augmentation(
     horizontal_flip=True, rotation=15, translation=0.08, scale=(0.8, 1.25), brightness=0.3, contrast=0.3
 )
 MASK_VIEWS = replace(XRAY_VIEWS, brightness=0.0, contrast=0.0)
-VALIDATION_SHARE = 8  # one pair in eight is not trained on: it serves to choose the epoch
-# A phantom depends on [seed, patient]. numpy splits this list into numbers of 32 bits. The seed of a study is one such
-# number. These seeds are two numbers: the second one stands where a study has the patient, and is larger than any.
+VALIDATION_SHARE = 8  # one pair in eight is used to choose the epoch, not to train
+# A phantom depends on [seed, patient]. numpy splits each number into words of 32 bits. A study's seed is one word.
+# These seeds are two words. The second one is where a study has the patient, and is larger than every patient number.
 PHANTOM_SEEDS = 2**63
 # The training of `default_segmenter`, which takes half a minute.
 PHANTOMS, PHANTOM_TRAINING = 240, NetworkTraining(epochs=2, image_size=128, batch_size=8, learning_rate=1e-3)
@@ -79,7 +79,7 @@ def mask_loss(outputs: Tensor, targets: Tensor, weights: None = None) -> Tensor:
 
 
 def mean_dice(outputs: Tensor, targets: Tensor) -> float:
-    """Return the mean Dice of (N, 1, S, S) logits for (N, 1, S, S) bool masks, at the size of the training."""
+    """Return the mean Dice of (N, 1, S, S) logits for (N, 1, S, S) bool masks, at the training's image size."""
     pairs = zip((outputs > 0).numpy(), targets.numpy(), strict=True)
     return float(np.mean([segmentation.dice(prediction, mask) for prediction, mask in pairs]))
 
@@ -134,7 +134,7 @@ def fit(
 def phantom_pairs(root: Path, count: int, *, image_size: int, seed: int) -> list[Pair]:
     """Write about `count` phantoms into the new folder `root`, equally many of each class, and return their pairs.
 
-    No phantom of a study has one of these patients, whatever the study's seed.
+    None of these patients occurs in a study's phantom, whatever the study's seed.
     """
     each = dict.fromkeys(CLASSES, -(-count // len(CLASSES)))
     write_phantom(root, images_per_class=each, size=image_size, seed=PHANTOM_SEEDS + seed)
@@ -153,10 +153,10 @@ def phantom_segmenter(
 
 
 def default_segmenter(folder: Path) -> LungSegmenter:
-    """Load the segmenter in `folder`, or train a small one on phantoms (half a minute) and save it there.
+    """Return the segmenter in `folder`, or train a small one on phantoms (half a minute) and save it there.
 
-    A segmenter is trained if the folder holds none, or if its segmenter was trained on phantoms that may be patients of
-    a study. A message says so. Another message says if a segmenter was trained on phantoms alone.
+    Training takes place in two cases: the folder holds no segmenter, or one that was trained on phantoms that may be
+    patients of a study. A message says so. Another message tells of a segmenter that was trained on phantoms alone.
     """
     segmenter = segmentation.load_segmenter(folder) if (folder / "model.safetensors").is_file() else None
     # Older versions drew the phantoms with the seeds of studies.

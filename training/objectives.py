@@ -16,7 +16,7 @@ def single_label_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None =
     """Return the mean cross-entropy, for one class per image.
 
     Args:
-        outputs: (N, C) logits; or (N, 1) logits z, which stand for (-z/2, z/2): this is the binary cross-entropy.
+        outputs: (N, C) logits; or (N, 1) logits z, used as (-z/2, z/2), which gives the binary cross-entropy.
         targets: (N,) class indices.
         weights: (C,) weights of the classes.
     """
@@ -43,7 +43,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 def macro_auc(outputs: Tensor, targets: Tensor) -> float:
     """Return the area under the ROC curve, averaged over the labels; NaN where no label has one.
 
-    A label has none where all images or no image has it, or where an output is NaN.
+    A label has no area if all or none of the images have the label, or if one of its outputs is NaN.
 
     Args:
         outputs: (N, C) logits or probabilities, on the CPU.
@@ -75,11 +75,11 @@ class Objective:
 
     Attributes:
         loss: the mean loss of (outputs, targets, weights).
-        size: the divisor of that mean, of (targets, weights). It weighs the loss of each process's share of a batch.
+        size: the divisor of that mean, from (targets, weights). It weighs the loss of each process's share of a batch.
         score: the score of (outputs, targets), shown beside the loss.
         score_name: its name in the history.
         weighted_validation: whether the validation loss is weighted too. Several labels need it: without weights, the
-            loss of rare labels is several times as large. One class per image has the usual cross-entropy.
+            loss of rare labels is several times as large. One class per image uses the usual, unweighted cross-entropy.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -25,8 +25,8 @@ class PreparedImages:
 
     Attributes:
         batches: those of "train", "train_plain", "val" and "test". "train" is shuffled and augmented. "train_plain" has
-            the same images. It, "val" and "test" keep the order of their images and show them as at inference.
-        decoded: whether each image was decoded once, before the training, and not in every epoch.
+            the same images. "train_plain", "val" and "test" are neither shuffled nor augmented, as at inference.
+        decoded: whether each image was decoded once before the training, instead of in every epoch.
         without_lungs: path (below the data root) and reason of each image whose lungs were not found, or None in a
             study of whole images.
     """
@@ -37,7 +37,7 @@ class PreparedImages:
 
 
 def lung_masking_of(study: Study, runs: Path) -> LungMasking | None:
-    """Return the study's lung masking, None in a study of whole images. A missing lung model is trained first."""
+    """Return the study's lung masking, or None for a study of whole images. A missing lung model is trained first."""
     if study.preprocessing.lung_model is None:
         return None
     folder = runs / study.preprocessing.lung_model
@@ -56,11 +56,11 @@ def prepared_images(
         study: the study.
         table: its images, split.
         network: the name of the architecture.
-        preprocessing: what every image goes through; `preprocessing.lungs` is as `lung_masking_of` returns it.
+        preprocessing: what every image goes through; `preprocessing.lungs` comes from `lung_masking_of`.
         runs: the folder of all run folders. Decoded images are kept in `image_cache/` there.
 
     Raises:
-        ValueError: an image cannot be read, or lungs are found in no image.
+        ValueError: an image cannot be read, or the lungs are found in none of the images.
     """
     training, images, weights = study.training_of(network), None, None
     without_lungs = None if preprocessing.lungs is None else _without_lungs(table, preprocessing.lungs)

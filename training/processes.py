@@ -23,7 +23,7 @@ def accelerator_on(device: torch.device) -> PartialState:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
         # Otherwise the first state fixes the device for the whole program; a notebook may want another one later.
         PartialState._reset_state()
-    # The main process may decode 100,000 images while the others wait: longer than the default of ten minutes.
+    # The others wait while the main process decodes images: 100,000 may take longer than the default ten minutes.
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
 
 
@@ -46,7 +46,7 @@ def from_main(accelerator: PartialState, function: Callable[[], object]) -> obje
 
 
 def refuse_differences(accelerator: PartialState, values: Mapping[str, object]) -> None:
-    """Raise ValueError in all processes where they differ in one of the `values`."""
+    """Raise ValueError in all processes if they differ in one of the `values`."""
     values_of_all = gather_object([dict(values)])
     for key in values:
         different = list(dict.fromkeys(str(each[key]) for each in values_of_all))
@@ -62,7 +62,7 @@ def put_rows(tensors: dict[str, Tensor], number: int, places: slice, **values: T
     Args:
         tensors: the tensors by name; a missing one is made.
         number: the number of rows of a tensor.
-        places: b places, b ≥ 0.
+        places: the places of the b rows, b ≥ 0.
         values: (b, …) rows for each tensor.
     """
     for name, rows in values.items():

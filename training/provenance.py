@@ -83,7 +83,7 @@ def origin(study: Study, table: XrayTable, provenance: Provenance) -> dict[str, 
     settings = provenance.settings
     packages = ("torch", "torchvision", "accelerate")
     return {
-        # The data root is where one machine keeps the data: it is no part of the experiment.
+        # The data root may differ between machines, so it is no part of the experiment.
         "study": study.model_dump(mode="json", exclude={"data": {"root"}, "datasets": {"__all__": {"root"}}}),
         "seed": study.seed,
         "images": {split: len(table.subset(split)) for split in SPLITS},

@@ -30,10 +30,10 @@ CARD, WEIGHTS = "model.json", "model.safetensors"
 # Every training writes `ALWAYS`; a training on lungs alone writes `OF_LUNGS` too.
 ALWAYS = (CARD, WEIGHTS, "history.csv", "timing.csv", "splits.csv", *(f"predictions_{split}.csv" for split in SPLITS))
 OF_LUNGS = ("lungs", "lungs_failed.csv")
-# Every epoch adds a file to these folders in `resume/`. They belong to the results.
+# An epoch may add a file to each of these folders in `resume/`. The folders belong to the results.
 OF_EPOCHS = ("checkpoints", "tensorboard")
 RESUME = "resume"
-# The results are in the first of these folders in `resume/` while they are written, then in the second one.
+# Folders in `resume/`: results are written into the first one. Complete results are in the second one.
 INCOMPLETE, COMPLETE = "results_incomplete", "results"
 
 
@@ -160,8 +160,8 @@ def finished_digest(folder: Path) -> str | None:
 def replaced_results(folder: Path) -> Iterator[Path]:
     """Yield an empty folder for the results of a training; put them into the run folder when the block has succeeded.
 
-    After a kill at any moment, the run folder holds the older results or the newer ones, or `training_folder` puts the
-    newer ones in place. Files in the run folder that no training writes are kept.
+    After a kill at any moment, the run folder holds the older or the newer results, or the next `training_folder` puts
+    the newer ones in place. Files in the run folder that no training writes are kept.
     """
     working = folder / RESUME
     staged = working / INCOMPLETE

@@ -189,7 +189,7 @@ def test_two_lungs_are_the_largest_two_parts_with_scipys_holes_filled(seed):
     mask = blobs(seed)
     parts, count = ndimage.label(mask, np.ones((3, 3)))
     filled = [ndimage.binary_fill_holes(parts == number) for number in range(1, count + 1)]
-    # A part inside another part is filled, so it does not count.
+    # A part in a hole of another part is filled with that hole, so it does not count.
     outer = [f for f in filled if not any((f & g).sum() == f.sum() < g.sum() for g in filled)]
     outer.sort(key=lambda part: -part.sum())
     assert count > 2
@@ -283,7 +283,7 @@ def test_augmentation_moves_image_and_mask_together(unseen):
 
 
 def test_an_xray_and_its_mask_have_the_same_views_in_a_batch(pairs):
-    """If the mask serves as the X-ray too, the two stay alike in every batch."""
+    """If the mask is also given as the X-ray, the two stay alike in every batch."""
     same = [Pair(pair.mask, pair.mask, pair.group) for pair in pairs[:6]]
     batches = lung_model.PairBatches(lung_model.decoded(same, 64), 4, seed=0, augment=lung_model.PairViews())
     for batch in batches.epoch(1):
@@ -682,7 +682,7 @@ def test_masks_are_written_again_over_masks_and_an_edited_one_is_kept(folder, xr
 def test_only_masks_are_replaced(folder, xrays, tmp_path, capsys, place):
     given, masks = xrays / "b.png", tmp_path / "masks"
     masks.mkdir()
-    if place == "beside":  # a.png, the mask's name for a.jpg, is another X-ray
+    if place == "beside":  # the mask of a.jpg would be named a.png, which is another X-ray
         given, masks = xrays / "a.jpg", xrays
         (xrays / "c.png").rename(xrays / "a.png")
     elif place == "itself":

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches equals torchvision's of each image, however processes share the batch."""
+"""Augmentation of a batch equals torchvision's augmentation of each image, however processes share the batch."""
 
 import pytest
 import torch

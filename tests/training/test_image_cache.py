@@ -106,7 +106,7 @@ def test_changing_a_batch_does_not_change_the_file(splits, tmp_path):
 
 
 def spoil(path, *, later=0):
-    """Fill a file with zeros, so that it is no image; keep its size, and its time except for `later` nanoseconds."""
+    """Fill a file with zeros, so that it is no image. Keep its size; make its time `later` nanoseconds later."""
     stat = os.stat(path)
     Path(path).write_bytes(bytes(stat.st_size))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
@@ -281,7 +281,7 @@ NUMBER = 300
 
 
 class Quick:
-    """The same masking as `Slow` in the other processes: it masks nothing."""
+    """Masks nothing, like `Slow` in the other processes, and has the same key."""
 
     key = "slow"
 
@@ -303,7 +303,7 @@ def many(tmp_path_factory):
 
 
 def start(*processes, last=0):
-    """Start processes for pairs (cache folder, image folder) and wait for their imports; let all decode at once.
+    """Start a process for each pair (cache folder, image folder); after their imports, let all decode at once.
 
     Each process kills itself at its image number `last`.
     """

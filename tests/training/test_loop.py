@@ -108,7 +108,7 @@ def test_one_cycle_rises_and_falls_and_constant_stays():
 
 
 def test_loss_weights_shift_the_decision_to_the_rare_class():
-    # The same grey value for both classes, 3 : 1. Unweighted the rare class gets p = 1/4, balanced 1/2.
+    # Both classes, 3 : 1, have the same grey value. The rare class gets p = 1/4 unweighted, 1/2 balanced.
     data = ([1.0] * 8, [0, 0, 0, 1, 0, 0, 0, 1])
     rare_class = {}
     for name, weights in (("plain", None), ("balanced", torch.tensor([8 / 12, 8 / 4]))):
@@ -249,7 +249,7 @@ def test_frozen_batch_normalisation_keeps_its_statistics_in_both_phases():
     assert result.history["epoch"].tolist() == [1, 2, 3, 4]
     assert moved == [(False, False), (False, False), (False, True), (False, True)]
     moved.clear()
-    run(model, loaders, trainable="all", epochs=1, on_epoch=compare)  # without the setting statistics move
+    run(model, loaders, trainable="all", epochs=1, on_epoch=compare)  # without the setting, the statistics move
     assert moved == [(True, True)]
 
 

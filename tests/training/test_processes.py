@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # each process normalises its own share of a batch. Dropout is off, because each process draws its own.
 NETWORKS = {"lenet5": "", "small_cnn": "dropout = 0.0"}
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
-KILL = 6  # the state is saved after each of an epoch's four batches, perhaps also at its end: save 6 is in epoch 2
+KILL = 6  # a state is saved after each of an epoch's four batches, perhaps at its end too: save 6 is in epoch 2
 LAUNCHER = [
     "-m",
     "accelerate.commands.launch",
@@ -56,7 +56,7 @@ def start_two(study, runs, *options, **settings):
 
 
 def outcome(*processes):
-    """Return the exit statuses, the printed text and the errors; fail if a process waits for another for ever."""
+    """Return the exit statuses, the printed text and the errors; fail if a process waits forever for another one."""
     try:
         texts = [process.communicate(timeout=500) for process in processes]
     finally:

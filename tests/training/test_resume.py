@@ -1,4 +1,4 @@
-"""A training that was broken off goes on to the same bytes; errors say what to do."""
+"""An interrupted training continues to the same bytes; errors say what to do."""
 
 import json
 import os
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 COMPARED = ("model.safetensors", "history.csv", "predictions_test.csv")
 ODD = PROJECT / "tests" / "training" / "odd_training.py"
 # The state is saved after each of an epoch's three batches, perhaps also at its end. Each run continues from the last
-# state and is killed during the save of this number: in the first epoch, the second, and the third or fourth.
+# state. These are the saves at which the runs are killed: in the first epoch, the second, and the third or fourth.
 KILLS = (2, 5, 6)
 LONGER = TINY_STUDY.replace("epochs = 2", "epochs = 5\nschedule = 'one_cycle'\ncheckpoint_minutes = 0").replace(
     "learning_rate = 1e-3", "learning_rate = 1e-3\ndropout = 0.2\nhidden_units = [8]"
@@ -78,7 +78,7 @@ def nothing(count):
 
 
 class Pictures(XrayDataset):
-    """Random pictures in place of files; `trouble` is called with the number of each batch before it."""
+    """Random pictures in place of files; `trouble` is called before each batch, with the batch's number."""
 
     def __init__(self, number, trouble=nothing):
         super().__init__([""] * number, np.arange(number) % 2, Preprocessing(32, (0.5,) * 3, (0.2,) * 3))
@@ -152,7 +152,7 @@ def whole_training():
 
 @pytest.fixture
 def heard():
-    """Let Ctrl-C raise KeyboardInterrupt, which processes in the background ignore."""
+    """Let Ctrl-C raise KeyboardInterrupt; processes in the background ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -400,7 +400,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill_at():
-    """Return a function that sets after how many changes of the disk the process is killed; None for never."""
+    """Return a function that sets the number of disk changes after which the process is killed; None for never."""
     left = [None]
 
     def audit(event, arguments):
@@ -432,7 +432,7 @@ def test_a_kill_while_results_are_replaced_leaves_the_older_or_the_newer_ones(fo
         kill_at(None)
         files_now = contents(folder)
         assert files_now.items() >= users_files.items()
-        # A reader finds complete results or none: model.json is missing then.
+        # A reader finds complete results, or no model.json.
         results = {name: text for name, text in files_now.items() if not name.startswith("resume/")}
         assert "model.json" not in files_now or results in (OLDER | users_files, NEWER | users_files)
         with training_folder(folder, restart=False):
@@ -454,7 +454,7 @@ def two_networks(phantom_root, tmp_path):
 
 
 def written(folder):
-    """Return what identifies the card's file in a run folder: a new training writes a new file."""
+    """Return what identifies the card's file in a run folder. A new training writes a new file."""
     status = (folder / "model.json").stat()
     return status.st_ino, status.st_mtime_ns
 
@@ -550,7 +550,7 @@ def test_other_starting_weights_and_other_thresholds_are_other_settings(phantom_
     assert main(command) == 0
     halved = written(folder)
     assert halved != before
-    shutil.copy(folder / "model.json", tmp_path)  # beside the weights it names the classes of their head, which is kept
+    shutil.copy(folder / "model.json", tmp_path)  # beside the weights it names the head's classes: the head is kept
     assert main(command) == 0
     assert written(folder) != halved
     plain, table = load_study(study), load_table(load_study(study))
