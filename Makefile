@@ -30,7 +30,8 @@ test: .venv/installed-dev
 quicktest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-# Measures the speed beside the usual way, and whether a training survives kills; tables go to benchmarks/results/ too.
+# Compares the speed with that of the usual way, and tests whether a training survives kills.
+# Prints tables, and writes them to benchmarks/results/.
 bench: .venv/installed
 	@for name in training frozen_features kills memory read_table "cam --no-libraries"; do \
 		set -- $$name; echo "== benchmarks/$$1.py $$2"; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \

@@ -17,7 +17,7 @@ READERS = {
 
 
 def read_dataset(reader: str, root: Path, **options: object) -> XrayTable:
-    """Return the table of the dataset in the folder `root`; `options` go to the reader of that name in `READERS`.
+    """Return the table of the dataset in the folder `root`; its reader in `READERS` gets the `options`.
 
     Raises FileNotFoundError if the data are not in `root`; the message says how to get them.
     """

@@ -69,7 +69,7 @@ def read_chestxray14(root: Path, *, classes: Sequence[str] = (), official_split:
 
 
 def _read_entries(root: Path) -> pd.DataFrame:
-    """Return the newest table of labels, a row an image: `image` (file name), `findings` (joined by |), `patient`."""
+    """Return the newest table of labels, a row per image: `image` (file name), `findings` (joined by |), `patient`."""
     tables = [path for path in root.glob("Data_Entry_2017*") if path.name.endswith((".csv", ".csv.gz"))]
     if not tables:
         raise FileNotFoundError(f"no Data_Entry_2017.csv of ChestX-ray14 in {root}: get it with: {DOWNLOAD}")
@@ -90,7 +90,7 @@ def _image_paths(root: Path) -> dict[str, str]:
 
 
 def _findings(texts: pd.Series) -> pd.DataFrame:
-    """Return uint8 0/1, a column a finding of FINDINGS, from texts such as "Effusion|Mass" or "No Finding"."""
+    """Return a uint8 0/1 column per finding of FINDINGS, from texts such as "Effusion|Mass" or "No Finding"."""
     codes, combinations = pd.factorize(texts)  # there are only a few hundred different texts
     findings = [set(text.split("|")) - {NO_FINDING} for text in combinations]
     refuse_unknown(set().union(*findings), FINDINGS, "findings in the table of labels")

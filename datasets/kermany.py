@@ -28,8 +28,9 @@ DOWNLOAD = download_command("paultimothymooney/chest-xray-pneumonia")
 def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
     """Return the table of the images in `{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    The splits are the source's, except that its 16 validation images count as train, because 16 images are too few to
-    choose the best epoch. `split_by_patient` draws the validation images from train. The notes have the numbers.
+    The splits are the source's, with one exception. Its 16 validation images count as train,
+    because they are too few to choose the best epoch. `split_by_patient` draws the validation images from train. The
+    notes have the numbers.
 
     Args:
         root: the folder of the splits, or the folder that holds it as `chest_xray`.
@@ -57,7 +58,7 @@ def read_kermany(root: Path, *, classes: Sequence[str] = ()) -> XrayTable:
 
 
 def _read_images(root: Path) -> pd.DataFrame:
-    """Return a row an image: `path`, `patient`, `split`, `kind` and `folder` (the source's split)."""
+    """Return a row per image: `path`, `patient`, `split`, `kind` and `folder` (the source's split)."""
     rows = []
     for folder, split in OFFICIAL_SPLITS.items():
         for name, pattern in FOLDER_NAMES.items():

@@ -1,6 +1,6 @@
 """A synthetic chest X-ray data set, in memory or on disk. The places of lungs, lesions and shortcuts are known exactly.
 
-It needs no download, and maps of a network can be compared with the true places of the lesions.
+It needs no download. A network's maps can be compared with the true places of the lesions.
 `datasets/phantom_anatomy.py` draws one chest.
 
     python -m datasets.phantom ROOT --images-per-class 250 --size 224 --seed 0
@@ -63,7 +63,7 @@ def draw_phantoms(
         patients: (N,) patient numbers from 0 (default: 0 to N - 1).
         size: side of the square images, pixels, at least 32.
         shortcut_class: the class in which a white square or disc is planted near a corner (default: none).
-        shortcut_probability: 0-1, the share of its images with the shortcut.
+        shortcut_probability: 0-1, the probability that an image of that class has the shortcut.
 
     Raises:
         ValueError: a size below 32 px, an unknown class, a probability outside 0-1.
@@ -125,7 +125,7 @@ def write_phantom(
         size: side of the square images, pixels, at least 32.
         seed: seed of all random numbers.
         shortcut_class: the class with a planted marker (default: none).
-        shortcut_probability: 0-1, the share of its images with the marker.
+        shortcut_probability: 0-1, the probability that an image of that class has the marker.
 
     Raises:
         ValueError: the settings are not allowed, or `root` has a phantom of other settings.
@@ -178,7 +178,7 @@ def write_class(root: Path, name: str, count: int, drawing: Mapping) -> list[tup
         (root / folder / kind).mkdir(parents=True)
     for first in range(0, count, CHUNK):
         numbers = np.arange(first, min(first + CHUNK, count))
-        # Every image is another patient: one anatomy must not be in training and in test.
+        # Every image shows a different patient: one anatomy must not be both in training and in test.
         patients = numbers * len(CLASSES) + label
         drawn = draw_phantoms(np.full(len(numbers), label), patients=patients, **drawing)
         pictures = zip(drawn.images, drawn.lung_masks, drawn.lesion_masks, drawn.shortcut_masks, strict=True)

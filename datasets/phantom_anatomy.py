@@ -17,7 +17,8 @@ from datasets.phantom_lesions import LESIONS, Lesion, no_lesion
 # Attenuation, 1/cm, about that of diagnostic X-rays; the value of bone is added to that of the tissue around it.
 SOFT_TISSUE, BONE, AIR_IN_LUNG = 0.20, 0.30, 0.75  # AIR_IN_LUNG: share of air in an aerated lung
 
-# Mediastinum and heart (x in cage half widths, t): the image-left border downwards, the image-right one upwards.
+# Mediastinum and heart (x in cage half widths, t): the border on the image's left from top to bottom, then the border
+# on its right from bottom to top.
 VENA_CAVA = ((-0.11, -0.2), (-0.11, 0.0), (-0.12, 0.18), (-0.14, 0.36), (-0.16, 0.48))
 RIGHT_ATRIUM = ((-0.24, 0.6), (-0.27, 0.75), (-0.2, 0.95))
 LEFT_VENTRICLE = ((0.40, 0.97), (0.53, 0.88), (0.53, 0.78), (0.46, 0.66), (0.34, 0.54))
@@ -26,7 +27,7 @@ AORTIC_KNOB = ((0.175, 0.335), (0.21, 0.29), (0.215, 0.23), (0.15, 0.17), (0.11,
 
 
 def soft_tissue(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) cm of soft tissue, as if the chest contained no air: trunk, neck, arms, breasts."""
+    """Return (S, S) cm of soft tissue, as if the chest contained no air: trunk, neck, arms, breasts."""
     shoulder = patient.apex + 0.03
     side = patient.cage + patient.chest_wall
     knots = (0, shoulder - 0.08, shoulder - 0.02, shoulder + 0.06, shoulder + 0.3, 1.2)
@@ -52,7 +53,7 @@ def soft_tissue(film: Film, patient: SimpleNamespace, rng: np.random.Generator) 
 
 
 def heart_shadow(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) share 0-1 of each pixel that heart and mediastinum cover."""
+    """Return the (S, S) share 0-1 of each pixel that heart and mediastinum cover."""
     heart, knob = np.array([patient.heart, 1]), np.array([patient.knob, 1])
     right = (*VENA_CAVA, *RIGHT_ATRIUM * heart)
     left = (*LEFT_VENTRICLE * heart, *PULMONARY_TRUNK, *AORTIC_KNOB * knob)
@@ -62,7 +63,7 @@ def heart_shadow(film: Film, patient: SimpleNamespace, rng: np.random.Generator)
 
 
 def below_diaphragm(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) share 0-1 of each pixel below the domes, which fall steeply to the flank and little to the midline."""
+    """Return the (S, S) share 0-1 of each pixel below the domes, which fall more to the flank than to the midline."""
     across = (np.abs(film.x) / patient.cage - 0.52) / 0.48
     fall = across**2 * np.where(across < 0, np.float32(0.22), np.float32(1))
     left_dome = patient.right_dome + patient.left_dome_below
@@ -72,7 +73,7 @@ def below_diaphragm(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(S, S) cm of lung along the ray, and the (S, S) bool lung mask."""
+    """Return (S, S) cm of lung along the ray, and the (S, S) bool lung mask."""
     heights = np.linspace(0, 1.08, 24)
     flank = np.stack([0.97 * cage_width(heights), heights], axis=1)
     # The outline goes up beside the mediastinum, round the apex, and down along the rib cage.
@@ -85,15 +86,16 @@ def lungs(film: Film, patient: SimpleNamespace, rng: np.random.Generator) -> tup
     inside = film.soften(cavity, 0.022)  # the chest is round: less air near its edge
     air = 0.66 * patient.depth * cavity * np.sqrt(np.clip(1.7 * inside - 0.7, 0, 1))
     air *= 0.7 + 0.3 * np.clip((film.y - patient.apex) / 0.25, 0, 1)  # the chest tapers upwards
-    # Some lung lies behind the heart, and some behind the liver.
+    # Some lung lies behind the heart and behind the liver.
     air *= (1 - 0.84 * heart * (0.7 + 0.3 * film.soften(heart, 0.02))) * (1 - 0.93 * below)
     return air, mask
 
 
 def ribs(patient: SimpleNamespace, sign: int, turn: tuple[float, float]) -> list[np.ndarray]:
-    """Body paths (18, 2) of ten ribs of one side between two angles; 0 = spine, pi/2 = flank, pi = sternum.
+    """Return paths (18, 2) in body coordinates: ten ribs of one side between two angles.
 
-    A rib is a tilted hoop: it leaves the spine outwards and down, and comes back at the front, lower still.
+    The angles are 0 at the spine, pi/2 at the flank and pi at the sternum. A rib is a tilted hoop: from the spine it
+    runs outwards and down. It comes back at the front, even lower.
     """
     angle = np.linspace(*turn, 18)
     paths = []
@@ -106,7 +108,7 @@ def ribs(patient: SimpleNamespace, sign: int, turn: tuple[float, float]) -> list
 
 
 def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) cm of bone: ribs, clavicles, shoulder blades, upper arms, spine."""
+    """Return (S, S) cm of bone: ribs, clavicles, shoulder blades, upper arms, spine."""
     behind = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.1, 0.55 * np.pi))]
     front = [path for sign in (-1, 1) for path in ribs(patient, sign, (0.5 * np.pi, 0.80 * np.pi))]
     # A rib is hard cortex round soft marrow: its edges are denser than its middle.
@@ -133,7 +135,7 @@ def bones(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def trachea(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) cm of air in the trachea and the main bronchi; the right bronchus is steeper."""
+    """Return (S, S) cm of air in the trachea and the main bronchi; the right bronchus is steeper."""
     top, carina = mediastinum(patient, [(-0.01, -0.3), (-0.03, 0.33)])
     right, left = mediastinum(patient, [(-0.20, 0.44), (0.22, 0.44)])
     bronchi = np.maximum(1.1 * film.rod(carina, right, 0.015), film.rod(carina, left, 0.013))
@@ -141,7 +143,7 @@ def trachea(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) cm of air in the stomach, under the left dome."""
+    """Return (S, S) cm of air in the stomach, under the left dome."""
     if patient.bubble <= 0:
         return np.zeros_like(film.x)
     x, y = thorax(patient, (0.5, patient.right_dome + patient.left_dome_below + 0.09)).tolist()
@@ -150,7 +152,7 @@ def gastric_bubble(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
-    """(S, S) 0-1: the large vessels of both hila, shaped like a comma that gets thinner downwards."""
+    """Return (S, S) 0-1: the large vessels of both hila, each shaped like a comma that gets thinner downwards."""
     comma = np.array([(0.0, -0.05), (0.03, 0.0), (0.07, 0.07), (0.10, 0.15)]) * (patient.cage, patient.lung_length)
     paths = np.stack([hilum(patient, sign) + comma * (sign, 1) for sign in (-1, 1)])
     layers = [(paths, 0.018, 0.5), (paths[:, :3], 0.026, 0.8), (paths[:, :2], 0.036, 1.0)]
@@ -158,7 +160,7 @@ def roots(film: Film, patient: SimpleNamespace) -> np.ndarray:
 
 
 def side_marker(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) share covered by a lead letter: R at the upper left of the image, or L at the upper right."""
+    """Return the (S, S) share covered by a lead letter: R at the upper left of the image, or L at the upper right."""
     side = 2 * size
     canvas = np.zeros((side, side), np.uint8)
     letter, height = ("R", "L")[rng.integers(2)], rng.uniform(0.04, 0.07)
@@ -171,7 +173,7 @@ def side_marker(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) bool: a square or disc, 5 % of the width, near a corner that the lungs (`mask`) do not reach."""
+    """Return (S, S) bool: a square or disc, 5 % of the width, near a corner that the lungs (`mask`) do not reach."""
     size = len(mask)
     side, gap = max(3, round(size * rng.uniform(0.045, 0.06))), round(size * rng.uniform(0.015, 0.05))
     round_token, corners = rng.random() < 0.5, rng.permutation(4)
@@ -187,7 +189,7 @@ def shortcut_marker(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def expose(film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) -log of the detected share of the photons, with scatter, blur and quantum noise."""
+    """Return (S, S) -log of the detected share of the photons, with scatter, blur and quantum noise."""
     primary = film.soften(np.exp(-attenuation), patient.blur)
     arriving = primary + patient.scatter * film.soften(primary, 0.08)
     photons = float(np.exp(patient.photons)) * (224 / film.size) ** 2
@@ -197,7 +199,7 @@ def expose(film: Film, patient: SimpleNamespace, attenuation: np.ndarray, rng: n
 
 
 def display(patient: SimpleNamespace, signal: np.ndarray, healthy: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(S, S) brightness of an exposed `signal`, from 0 to a little above 1.
+    """Return the (S, S) brightness of an exposed `signal`, from 0 to a little above 1.
 
     `healthy`, the attenuation without the disease, sets the window, so that a lesion can only add brightness.
     """
@@ -214,7 +216,7 @@ def draw_chest(disease: str, number: int, *, seed: int, size: int, shortcut_chan
         The image (uint8, 0 = black = little attenuation) and the masks (bool) of lungs, lesions and shortcut, each
         (S, S).
     """
-    # The random streams are independent: a patient has the same anatomy with every disease and without.
+    # The random streams are independent, so a patient has the same anatomy with every disease and with none.
     body, illness, exposure, mark = (np.random.default_rng([seed, number, stream]) for stream in range(4))
     patient = draw_patient(body)
     film = Film(size, patient)

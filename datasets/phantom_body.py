@@ -35,7 +35,7 @@ VARIATION = {
     "rib_mass": (0.7, 1.3),
     "spine_mass": (0.6, 1.2),
     "vessel_mass": (0.8, 1.3),
-    "photons": (8.3, 9.8),  # log of the photons a pixel of a 224 px image gets in air
+    "photons": (8.3, 9.8),  # log of the number of photons per pixel of a 224 px image, in air
     "blur": (0.0005, 0.0022),
     "scatter": (0.01, 0.05),
     "window_low": (0.7, 1.5),
@@ -50,12 +50,12 @@ CAGE_WIDTH = (0.30, 0.40, 0.46, 0.55, 0.66, 0.76, 0.86, 0.94, 0.99, 1.0, 0.98, 0
 
 
 def cage_width(t: ArrayLike) -> np.ndarray:
-    """Half width of the rib cage at `t`, 1 = widest; lungs and ribs follow it."""
+    """Return the half width of the rib cage at `t`, 1 = widest; lungs and ribs follow it."""
     return np.interp(t, CAGE_T, CAGE_WIDTH)
 
 
 def developed(canvas: np.ndarray) -> np.ndarray:
-    """(S, S) float32 0-1 from a (2S, 2S) uint8 canvas."""
+    """Return (S, S) float32 0-1 from a (2S, 2S) uint8 canvas."""
     size = len(canvas) // 2
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
@@ -78,19 +78,19 @@ class Film:
         self.y = np.ascontiguousarray(body[..., 1] + 0.5, dtype=np.float32)
 
     def _pixels(self, points: ArrayLike) -> np.ndarray:
-        """Body points (..., 2) as int32 in 1/16 pixels of a canvas of twice the size, which gives smooth edges."""
+        """Return body points (..., 2) as int32, in 1/16 pixels of a canvas of twice the size, for smooth edges."""
         places = (np.asarray(points) - (0, 0.5)) @ self._turn.T + self._centre
         return np.round((places * 2 * self.size - 0.5) * 16).astype(np.int32)
 
     def fill(self, *outlines: ArrayLike) -> np.ndarray:
-        """(S, S) float32 0-1, the share of each pixel that the closed outlines, each (M, 2), cover."""
+        """Return (S, S) float32 0-1, the share of each pixel that the closed outlines, each (M, 2), cover."""
         canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
         for outline in outlines:
             cv2.fillPoly(canvas, [self._pixels(outline)], 255, cv2.LINE_AA, 4)
         return developed(canvas)
 
     def stroke(self, *layers: tuple[ArrayLike, float, float]) -> np.ndarray:
-        """(S, S) float32 0-1 of lines; a layer (paths (M, K, 2), width, value 0-1) covers the layers before it."""
+        """Return (S, S) float32 0-1 of lines; a layer (paths (M, K, 2), width, value 0-1) covers those before it."""
         canvas = np.zeros((2 * self.size, 2 * self.size), np.uint8)
         for paths, width, value in layers:
             exact = width * self.zoom * 2 * self.size
@@ -101,7 +101,7 @@ class Film:
         return developed(canvas)
 
     def rod(self, start: ArrayLike, end: ArrayLike, radius: float) -> np.ndarray:
-        """(S, S) float32 path length through a round rod between two body points: 1 on its axis, 0 outside."""
+        """Return (S, S) float32 path length in a round rod between two body points: 1 on its axis, 0 outside."""
         ends = np.array([start, end])
         pixels, margin = self._pixels(ends) / 32, radius * self.zoom * self.size + 2
         left, top = np.clip(pixels.min(0) - margin, 0, self.size).astype(int)
@@ -115,7 +115,7 @@ class Film:
         return depth
 
     def soften(self, picture: np.ndarray, radius: float) -> np.ndarray:
-        """The (S, S) `picture` blurred by a Gaussian whose sigma is `radius` image widths."""
+        """Return the (S, S) `picture` blurred by a Gaussian whose sigma is `radius` image widths."""
         sigma = max(radius * self.size, 0.05)
         if sigma < 4:
             return cv2.GaussianBlur(picture, (0, 0), sigma)
@@ -125,13 +125,13 @@ class Film:
         return cv2.resize(small, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
 
     def clouds(self, rng: np.random.Generator, cells: int) -> np.ndarray:
-        """(S, S) smooth noise, mean about 0, deviation below 1, `cells` lumps across the film."""
+        """Return (S, S) smooth noise, mean about 0, deviation below 1, with `cells` lumps across the film."""
         grain = rng.standard_normal((cells, cells), dtype=np.float32)
         return cv2.resize(grain, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
 
 
 def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
-    """One patient and exposure: a value for every name in VARIATION, `cage` and `arm`.
+    """Return one patient and exposure: a value for every name in VARIATION, and `cage` and `arm`.
 
     `cage` is the half width of the rib cage; `arm` (2,) goes from the shoulder joint to the elbow on the image's right.
     """
@@ -143,17 +143,17 @@ def draw_patient(rng: np.random.Generator) -> SimpleNamespace:
 
 
 def thorax(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
-    """Body coordinates (..., 2) of points (..., 2) given as (x in cage half widths, t)."""
+    """Return the body coordinates (..., 2) of points (..., 2) given as (x in cage half widths, t)."""
     return np.asarray(points) * (patient.cage, patient.lung_length) + (0, patient.apex)
 
 
 def mediastinum(patient: SimpleNamespace, points: ArrayLike) -> np.ndarray:
-    """As `thorax`, moved sideways by the patient's turn, which moves everything in front of the spine."""
+    """Return `thorax(...)` moved sideways by the patient's turn, which moves everything in front of the spine."""
     return thorax(patient, points) + np.array([patient.turn, 0])
 
 
 def rounded(points: ArrayLike) -> np.ndarray:
-    """A smooth closed outline (8 M, 2) through (M, 2) points: a Catmull-Rom spline, eight steps a point."""
+    """Return a smooth closed outline (8 M, 2) through (M, 2) points: a Catmull-Rom spline, eight steps per point."""
     before, here, after, beyond = (np.roll(points, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
     s = np.linspace(0, 1, 8, endpoint=False)[:, None]
     bend = s * (after - before) + s**2 * (2 * before - 5 * here + 4 * after - beyond)
@@ -161,13 +161,13 @@ def rounded(points: ArrayLike) -> np.ndarray:
 
 
 def hilum(patient: SimpleNamespace, sign: int) -> np.ndarray:
-    """Body coordinates (2,) of a lung root; the patient's left one is slightly higher."""
+    """Return the body coordinates (2,) of a lung root; the patient's left one is slightly higher."""
     return mediastinum(patient, (sign * 0.24, 0.45 if sign < 0 else 0.42))
 
 
 def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> list[np.ndarray]:
-    """Segments (M, 2, 2) of one lung's vessel (or airway) tree, one array a step, stem first."""
-    # The stems fan out from upwards over sideways to downwards; the lower lobes get more of them.
+    """Return segments (M, 2, 2) of one lung's tree of vessels or airways, one array per step, the stems first."""
+    # The directions of the stems go from upwards to downwards; the lower lobes get more stems.
     heading = np.array([-1.3, -0.8, -0.2, 0.3, 0.75, 1.15, 1.5]) + rng.normal(0, 0.15, 7)
     at = hilum(patient, sign) + rng.normal(0, 0.008, (len(heading), 2))
     length, steps = 0.035 * patient.lung_length / 0.72, []
@@ -184,7 +184,7 @@ def branches(patient: SimpleNamespace, rng: np.random.Generator, sign: int) -> l
 
 
 def tree(film: Film, patient: SimpleNamespace, rng: np.random.Generator, stem: float) -> np.ndarray:
-    """(S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, tapering."""
+    """Return (S, S) 0-1 path length through both lungs' branching tubes, `stem` wide at the root, then thinner."""
     steps = zip(*(branches(patient, rng, sign) for sign in (-1, 1)), strict=True)
     layers = [(np.concatenate(paths), stem * 0.82**step, 0.82**step) for step, paths in enumerate(steps)]
     return film.soften(film.stroke(*layers[::-1]), 0.0015)

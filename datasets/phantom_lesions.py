@@ -23,12 +23,12 @@ class Lesion(NamedTuple):
 
 
 def no_lesion(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """A healthy chest."""
+    """Return the empty lesion of a healthy chest."""
     return Lesion(np.zeros_like(mask), 0.0)
 
 
 def ground_glass(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Both lungs, peripheral and basal: hazy patches along the pleura that leave the vessels visible."""
+    """Return hazy patches along the pleura of both lungs, peripheral and basal; the vessels stay visible."""
     haze = np.zeros_like(film.x)
     for sign in (-1, 1):
         for t in rng.uniform(0.42, 0.9, rng.integers(3, 6)):
@@ -43,7 +43,7 @@ def ground_glass(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np
 
 
 def consolidation(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Part of one lobe is filled: dense, with a sharp edge at the fissure, often with air bronchograms."""
+    """Return one partly filled lobe: dense, with a sharp edge at the fissure, often with air bronchograms."""
     sign = int(rng.choice((-1, 1)))
     upper = rng.random() < 0.45
     # The lower edge of an upper region is nearly level; the upper edge of a lower region falls outwards.
@@ -65,7 +65,7 @@ def consolidation(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: n
 
 
 def interstitial_lines(film: Film, root: np.ndarray, sign: int, extent: float, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) 0-1 of one lung's thickened interstitium, within about `extent` of its `root` (body coordinates)."""
+    """Return (S, S) 0-1: thickened interstitium of one lung, within about `extent` of its `root` (body coordinates)."""
     heading, length = rng.uniform(-np.pi / 2, np.pi / 2, 170), rng.uniform(0.02, 0.08, (170, 1))
     outwards = np.stack([sign * np.cos(heading) * 0.9, np.sin(heading) * 1.25], axis=1)
     first = root + outwards * np.abs(rng.normal(0, 0.8 * extent, (170, 1)))
@@ -82,7 +82,7 @@ def interstitial_lines(film: Film, root: np.ndarray, sign: int, extent: float, r
 
 
 def interstitial(film: Film, patient: SimpleNamespace, mask: np.ndarray, rng: np.random.Generator) -> Lesion:
-    """Both lungs, from the hila outwards: streaks, a fine net and thickened bronchial walls, little haze."""
+    """Return streaks, a fine net, thickened bronchial walls and little haze, in both lungs from the hila outwards."""
     extent, strength = rng.uniform(0.16, 0.25), rng.uniform(0.9, 1.4)
     envelope, lines = np.zeros_like(film.x), np.zeros_like(film.x)
     for sign in (-1, 1):

@@ -85,8 +85,8 @@ def split_into_folds(table: XrayTable, *, folds: int, fold: int, test: float, se
     """Return the table with one part of all images outside the test in "val" and the other parts in "train".
 
     The test images are those of `split_by_patient`, the same for every fold. All other images, also the source's
-    validation images, are divided by patient into parts with nearly the same shares of the classes. Each of them is in
-    "val" in exactly one fold.
+    validation images, are divided by patient into parts with nearly the same shares of the classes. Each part is "val"
+    in exactly one fold.
 
     Args:
         table: not split yet, except by the source.
@@ -115,7 +115,7 @@ def split_into_folds(table: XrayTable, *, folds: int, fold: int, test: float, se
 def _parts(patients: pd.DataFrame, folds: int, rng: np.random.Generator) -> dict[str, int]:
     """Return patient -> part, 1 to `folds`; the parts have nearly the same number of images of each class.
 
-    Patients with most images come first. Each goes to the part that has the fewest images of the patient's class.
+    Patients with the most images come first. Each goes to the part that has the fewest images of the patient's class.
     (scikit-learn's StratifiedGroupKFold compares standard deviations instead: ten seconds for 30,000 patients.)
     """
     part: dict[str, int] = {}
@@ -149,7 +149,7 @@ def thinned(table: XrayTable, *, keep: float, seed: int) -> XrayTable:
 
 
 def splits_frame(table: XrayTable) -> pd.DataFrame:
-    """Return the content of `splits.csv`: a row an image, columns `path` (below the data root), `patient`, `label` and
+    """Return the content of `splits.csv`: a row per image, columns `path` (below the data root), `patient`, `label` and
     `split`. `target_names` explains the labels.
     """
     frame = table.frame[["patient", "label", "split"]].assign(label=target_names(table))

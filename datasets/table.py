@@ -55,7 +55,7 @@ def refuse_images(images: pd.Series, flaw: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class XrayTable:
-    """The images of one dataset, a row each, with their labels, patients and splits.
+    """The images of one dataset, one per row, with their labels, patients and splits.
 
     `frame` has these columns:
 
@@ -144,7 +144,7 @@ class XrayTable:
         return tuple(name for name, share in zip(self.classes, shares, strict=True) if share in (0, 1))
 
     def counts(self, unit: Literal["path", "patient"] = "path") -> pd.DataFrame:
-        """Return the number of images, a row a class, a column a split ("not split" for images without a split).
+        """Return the number of images, a row per class, a column per split ("not split" for images without one).
 
         In a multi-label table an image counts for each of its findings. A last row, "No finding", counts the images
         without any. With `unit="patient"` patients are counted and not images.
@@ -182,7 +182,7 @@ class XrayTable:
         return self.of_images(chosen, note=f"limited to {{}} of {len(self)} images")
 
     def of_images(self, chosen: pd.Series, *, note: str) -> "XrayTable":
-        """Return a table of the images for which `chosen` (one bool an image) is True, with their boxes.
+        """Return a table of the images for which `chosen` (one bool per image) is True, with their boxes.
 
         `note` is added to the notes; its {} becomes the number of these images.
         """
@@ -219,10 +219,10 @@ def first_patients(images: pd.Series, target: int) -> list[str]:
 
 
 def patients_of(frame: pd.DataFrame, *, no_finding: int | None = None) -> pd.DataFrame:
-    """Return a row a patient, in the order of their ids, with the columns `images`, `label` and `split`.
+    """Return a row per patient, in the order of their ids, with the columns `images`, `label` and `split`.
 
     - `images`: number of images.
-    - `label`: the class of most of the patient's images (the first one of equally frequent classes). In a multi-label
+    - `label`: the patient's most frequent class (the first one of equally frequent classes). In a multi-label
       table it is the patient's rarest finding, because a rare finding must not be spread over the splits by chance.
       `no_finding` is the label of images without a finding.
     - `split`: "" if it is not decided.
@@ -301,7 +301,7 @@ def merged(tables: Mapping[str, XrayTable]) -> XrayTable:
     - Its classes are those of all sources, in the order in which they first appear. The notes name each class that only
       some sources have, because a network could tell it by the source.
     - Patients become "source/patient", because two sources may use the same ids.
-    - The root is the folder that the sources' roots share.
+    - The root is the deepest folder that contains all sources' roots.
 
     Raises ValueError if only some sources are multi-label, or if multi-label sources have different findings: a source
     that does not record a finding does not rule it out.

@@ -23,8 +23,8 @@ HEALTHY = "normal|healthy|negative|controls?|clear|unremarkable|no(ne|findings?|
 def load_study(study: str | Path, *, data_root: str | Path | None = None, **overrides: Any) -> Study:
     """Return the study in a file.
 
-    A study with `extends = "ANOTHER"` takes the settings that it does not have from the other study. Tables such as
-    `[training]` are merged key by key.
+    A study with `extends = "ANOTHER"` inherits the settings that it does not set itself. Tables such as `[training]`
+    are merged key by key.
 
     Args:
         study: a name in `studies/`, or the path of a TOML file.
@@ -61,7 +61,7 @@ def _read_file(study: str | Path, *, extended_by: tuple[Path, ...] = ()) -> tupl
         raise ValueError(f"{path.name} is not valid TOML: {error}") from None
     if "name" in fields:
         raise ValueError(f"study {path.name}: leave 'name' out, a study has the name of its file")
-    # A relative root starts at the file's folder, or at the project's for its own studies, not at the current folder.
+    # A relative root starts at the file's folder, for studies in `studies/` at the project's, never at the current one.
     _anchor(fields, PROJECT if path.parent == STUDIES else path.absolute().parent)
     base = fields.pop("extends", None)
     if base is None:
@@ -92,7 +92,7 @@ def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved(study: Study, root: Path) -> Study:
-    """Return the study with its data in `root`, or with several datasets each in a folder of its name there."""
+    """Return the study with its data in `root`; each of several datasets is in a subfolder with its name."""
     if study.data is not None:
         return study.model_copy(update={"data": study.data.model_copy(update={"root": root})})
     sources = (source.model_copy(update={"root": root / source.root.name}) for source in study.datasets)
@@ -121,7 +121,7 @@ def load_table(study: Study) -> XrayTable:
     """Return the study's images (see `read_images`), limited to the study's `limit` and split by patient.
 
     Each source is limited and split separately, so that every split has images of all sources. In a limited study,
-    split sizes that are numbers of images shrink with the number of images.
+    split sizes that are numbers of images shrink in the same proportion.
     """
     tables = [_read_source(source) for source in study.sources]
     share = min(1.0, (study.limit or math.inf) / sum(len(table) for table in tables))

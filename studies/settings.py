@@ -88,7 +88,7 @@ class Split(Settings):
     """[split]: which images are for training, validation and test, see `datasets.splits`.
 
     - `seed`: seed of the draw of the splits, and of the images of a limited study; default is the study's `seed`.
-    - `val`: size of the validation set: below 1 a fraction of each class, from 1 on a number of images a class.
+    - `val`: size of the validation set: below 1 a fraction of each class, from 1 on a number of images per class.
     - `test`: size of the test set, in the same units.
     - `folds`: number of parts of a cross-validation, at least 2; they divide all images outside the test set.
     - `fold`: number of the part for validation, 1 to `folds`; `val` is then not used.
@@ -130,12 +130,12 @@ class Augmentation(Settings):
     """[augmentation]: random changes of training images; the defaults change nothing.
 
     - `horizontal_flip`: true mirrors half of the images, chosen at random.
-    - `smallest_crop`: smallest share of the area (above 0, to 1) of a window that is enlarged to the full size.
+    - `smallest_crop`: smallest area of the random window that is enlarged to full size, as a share, above 0 to 1.
     - `rotation`: largest angle to either side, in degrees, 0 to 180.
     - `translation`: largest shift along either axis, as a share of the side, 0 to below 1.
     - `scale`: smallest and largest zoom factor, above 0.
     - `brightness`: the brightness factor is 1 - this value to 1 + this value; 0 to below 1.
-    - `contrast`: the contrast factor, likewise.
+    - `contrast`: the same for the contrast factor.
     """
 
     horizontal_flip: bool = False
@@ -163,7 +163,7 @@ class Phase(Settings):
 class Training(Phase):
     """[training]: how networks are fine-tuned; `[networks.NAME]` may replace any setting for one network.
 
-    `trainable`, `epochs` and `learning_rate` are those of the only phase if there are no `phases`.
+    Without `phases` there is one phase, with `trainable`, `epochs` and `learning_rate` from here.
 
     - `weights`: weights to start from: "imagenet", "none" (random), or the path of a file or run folder.
     - `phases`: list of phases, see `Phase`; each starts from the best weights so far.
@@ -259,8 +259,8 @@ class Study(Settings):
     - `seed`: seed of initial weights, order of the images, augmentation and, by default, splits.
     - `limit`: approximate number of images to use; default is all.
     - `positive`: the class to detect, if there are two; see `studies.loading.positive_class`.
-    - `compare`: names of studies with the same test images; notebook 3 shows their results too.
-    - `extends`: name of a study, from which the settings are taken that this file does not have.
+    - `compare`: names of studies with the same test images; notebook 3 also shows their results.
+    - `extends`: name of another study; this file inherits the settings that it does not set itself.
     - `data` or `datasets`: where the images are, one source or a list of sources.
     - `split`, `preprocessing`, `augmentation`, `training`, `maps`: see the class of each table.
     - `networks`: name of each network to train -> settings of `[training]` that differ for it.

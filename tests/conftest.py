@@ -34,7 +34,7 @@ precision = "fp32"
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 11, 9, 13 and 7 phantoms of 64 px: the classes are not equally frequent."""
+    """Return a folder with 11, 9, 13 and 7 phantoms of 64 px: the classes are not equally frequent."""
     root = tmp_path_factory.mktemp("data") / "phantom"
     write_phantom(root, images_per_class=dict(zip(CLASSES, (11, 9, 13, 7), strict=True)), size=64, seed=3)
     return root
@@ -42,7 +42,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_study(phantom_root: Path) -> Study:
-    """A study of that phantom: ResNet-18 at 64 px for two epochs."""
+    """Return a study of that phantom: ResNet-18 at 64 px for two epochs."""
     path = phantom_root.parent / "tiny.toml"
     path.write_text(TINY_STUDY)
     return load_study(path)
@@ -50,6 +50,6 @@ def tiny_study(phantom_root: Path) -> Study:
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder that training the tiny study leaves."""
+    """Train the tiny study; return its run folder."""
     runs = tmp_path_factory.mktemp("runs")
     return fine_tune_study(tiny_study, load_table(tiny_study), "resnet18", runs=runs, device="cpu")

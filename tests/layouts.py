@@ -28,7 +28,7 @@ ROWS_WITHOUT_FILE = 5
 
 @pytest.fixture(scope="session", name="data_root")
 def data_root() -> Path:
-    """The folder of the real data sets, from the environment variable DATA_ROOT."""
+    """Return the folder of the real data sets, from the environment variable DATA_ROOT."""
     folder = os.environ.get("DATA_ROOT")
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real X-rays: DATA_ROOT is not a folder")
@@ -37,7 +37,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def kermany_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kermany's layout, 32 px."""
+    """Return a folder in Kermany's layout, with images of 32 px."""
     root = tmp_path_factory.mktemp("kermany")
     write_kermany(root, size=32)
     return root
@@ -45,7 +45,7 @@ def kermany_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chestxray14_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout of ChestX-ray14, 240 images of 32 px."""
+    """Return a folder in the layout of ChestX-ray14, with 240 images of 32 px."""
     root = tmp_path_factory.mktemp("chestxray14")
     write_chestxray14(root, size=32)
     return root
@@ -161,7 +161,7 @@ def _write_labels(root: Path, names: Sequence[str], findings: Sequence[Sequence[
 def write_covid_radiography(root: Path, *, size: int, per_class: int) -> None:
     """Write `<Class>/{images,masks}/<Class>-<k>.png` below `COVID-19_Radiography_Dataset` in `root`.
 
-    The masks are lung masks. Unlike `write_phantom` it writes no lesion masks and no boxes.
+    The masks are lung masks. Unlike `write_phantom`, this function writes no lesion masks and no boxes.
     """
     top = root / "COVID-19_Radiography_Dataset"
     for label, name in enumerate(CLASSES):

@@ -324,7 +324,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def touch_kermany(root: Path) -> Path:
-    """Write empty files with every form of name in the source; `KERMANY_PATIENTS` has their patients."""
+    """Write empty files with all forms of names in the source; `KERMANY_PATIENTS` has their patients."""
     top = root / "chest_xray"
     touch(top / "train/NORMAL", "IM-0115-0001.jpeg", "IM-0117-0001-0002.jpeg", "NORMAL2-IM-0117-0001.jpeg")
     touch(top / "train/PNEUMONIA", "person1_bacteria_1.jpeg", "person1_virus_6.jpeg", "person447_virus_921_1.jpeg")
@@ -417,7 +417,7 @@ def test_real_kermany_has_the_official_numbers(data_root):
 
 
 def published(root: Path) -> pd.DataFrame:
-    """The table of labels on disk, indexed by file name."""
+    """Return the table of labels on disk, indexed by file name."""
     return pd.read_csv(next(root.glob("Data_Entry_2017*"))).set_index("Image Index")
 
 

@@ -22,12 +22,12 @@ def drawn(label: int, count: int = 24, **options) -> phantom.Phantoms:
 
 @pytest.fixture(scope="module")
 def by_class() -> list[phantom.Phantoms]:
-    """The same 24 patients with every disease in turn."""
+    """Return the same 24 patients with every disease in turn."""
     return [drawn(label) for label in range(len(CLASSES))]
 
 
 def halves(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of each (N, S, S) mask on the image's left and right of the gap between the lungs."""
+    """Return the pixels of each (N, S, S) mask on the image's left and right of the gap between the lungs."""
     return masks[:, :, : SIZE // 2].sum((1, 2)), masks[:, :, SIZE // 2 :].sum((1, 2))
 
 

@@ -26,7 +26,7 @@ FINDINGS = ("Effusion", "Mass", "Edema")
 
 
 def several(findings: list[str], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
-    """A multi-label table of images with findings such as "Effusion|Mass"; by default each image is a patient."""
+    """Return a multi-label table of images with findings such as "Effusion|Mass"; by default an image is a patient."""
     columns = pd.DataFrame({name: [int(name in text.split("|")) for text in findings] for name in FINDINGS})
     frame = image_frame(
         path=[f"/data/{i:05d}.png" for i in range(len(findings))],
@@ -39,7 +39,7 @@ def several(findings: list[str], patients: list[str] | None = None, splits: list
 
 
 def single(labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None) -> XrayTable:
-    """A single-label table of classes "class 0" and so on; by default each image is a patient."""
+    """Return a single-label table of classes "class 0" and so on; by default each image is a patient."""
     frame = image_frame(
         path=[f"/data/one/{i:05d}.png" for i in range(len(labels))],
         patient=patients or [f"p{i:05d}" for i in range(len(labels))],
@@ -57,7 +57,7 @@ def nih(chestxray14_root: Path) -> XrayTable:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, XrayTable]:
-    """Small copies of Kermany's data and of the COVID-19 Radiography Database; only the latter has COVID-19."""
+    """Return small copies of Kermany's data and of the COVID-19 Radiography Database; only the latter has COVID-19."""
     root = tmp_path_factory.mktemp("sources")
     write_kermany(root, size=32, per_kind={"train": 6, "val": 1, "test": 3})
     write_covid_radiography(root, size=32, per_class=5)
@@ -141,7 +141,7 @@ def test_every_split_has_every_finding_that_is_frequent_enough():
 
 
 def heavy_tailed(number: int) -> pd.Series:
-    """The numbers of images of `number` patients: most have few, some have many."""
+    """Return the numbers of images of `number` patients: most have few, some have many."""
     sizes = np.ceil(np.random.default_rng(5).lognormal(1, 1.1, number)).astype(int)
     return pd.Series(sizes, index=[f"p{i:03d}" for i in range(number)])
 
@@ -157,7 +157,7 @@ def test_patients_of_a_split_have_on_average_as_many_images_as_others():
         # At most half a patient, and the rounding of the target to whole images.
         assert (divided.size()[["val", "test"]] - 0.2 * len(table)).abs().max() <= images.max() / 2 + 0.5
     mean = sums.loc["images"] / sums.loc["patients"]
-    # Not exactly equal: a patient is not the last one if less than half of the images fit.
+    # Not exactly equal: a patient is left out if less than half of its images fit.
     assert (mean / images.mean() - 1).abs().max() < 0.05
 
 
