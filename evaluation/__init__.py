@@ -1,1 +1,1 @@
-"""From predictions to numbers with intervals; maps against lesions, lungs and chance; what could fool a network."""
+"""Score predictions, with intervals; compare maps with lesions, lungs and chance; find what could fool a network."""

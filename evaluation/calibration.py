@@ -20,11 +20,11 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     Guo et al. 2017, "On calibration of modern neural networks", ICML, section 4.2. Fit it on validation data. T > 1
     means that the network was over-confident. T is 1 in two cases:
 
-    - every image is classified correctly: the likelihood then grows without end as T falls to 0;
+    - all images are classified correctly: the likelihood then keeps growing as T falls to 0;
     - the best T lies outside `TEMPERATURES`.
 
     Args:
-        logits: (N, C) finite logits; a network with one output z gives the pair (-z/2, z/2).
+        logits: (N, C) finite logits; for a network with one output z, they are (-z/2, z/2).
         targets: (N,) class indices.
     """
     logits = np.asarray(logits, dtype=np.float64)
@@ -41,7 +41,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> pd.DataFrame:
-    """Return one row for each bin of equal width over (0, 1].
+    """Return confidence and accuracy for each bin of probabilities; the bins divide (0, 1] equally.
 
     Args:
         targets: (N,) class indices, or (N, C) of 0/1 for several labels.
@@ -53,7 +53,7 @@ def reliability_table(targets: np.ndarray, probabilities: np.ndarray, *, bins: i
 
         - low, high: the ends of the bin;
         - confidence: mean probability of the most probable class; NaN in an empty bin;
-        - accuracy: share of images that are of this class; NaN in an empty bin;
+        - accuracy: share of images whose most probable class is correct; NaN in an empty bin;
         - count: number of images.
 
         With several labels, an image counts once for each label. Confidence is the mean probability of a label;

@@ -83,18 +83,18 @@ def _figure(rows: Sequence[CamRow], title: str = "") -> Figure | Markdown:
 
 
 def _row(case: MapCase, panels: Mapping[str, CamPanel], find_lungs: FindLungs = None) -> CamRow:
-    """Return an X-ray with its panels, its class, and the outlines of its lesion, lungs and boxes."""
+    """Return a row of a figure: an X-ray, its panels, its class, and the outlines of its lesion, lungs and boxes."""
     xray = read_xray(case.path)
     lesion = None if case.lesion is None else read_mask(case.lesion, xray.shape)
     return CamRow(xray, case.label, panels, lesion, lungs_of(case, xray, find_lungs), case.boxes)
 
 
 def cam_panel(trained: TrainedNetwork, case: MapCase, *, method: str = "gradcam") -> CamPanel:
-    """Return a network's map of an X-ray with the predicted class or, for several findings, with the class of the map.
+    """Return a panel: a network's map of an X-ray and the predicted class (for several findings: the class of the map).
 
     Args:
         trained: the network.
-        case: an X-ray, the class of the map, the stored (C,) probabilities and, as label, the true class.
+        case: the X-ray, the class of the map, and the stored (C,) probabilities. Its label is the true class.
         method: a name of `cams.methods.METHODS`.
 
     Raises:
@@ -113,8 +113,8 @@ def cam_panel(trained: TrainedNetwork, case: MapCase, *, method: str = "gradcam"
 
 
 def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.DataFrame:
-    """Return one test image of each class, drawn by `seed`. If there are many findings, only the `MOST_FINDINGS`
-    most frequent are shown. Findings that are not `reported`, (C,) bool, are left out.
+    """Return one test image of each class, drawn by `seed`: of the `reported` classes, (C,) bool, the
+    `MOST_FINDINGS` most frequent ones.
     """
     with_class = test[np.append(reported, False)[test["label"]]]
     frequent = with_class["label"].value_counts().index[:MOST_FINDINGS]
@@ -124,9 +124,9 @@ def picked_rows(test: pd.DataFrame, reported: np.ndarray, *, seed: int) -> pd.Da
 def outcomes(predictions: Predictions, classes: Sequence[str], *, positive: int | None = None) -> Kinds:
     """Return, by kind of test image, the paths of its images below the data root and the class of their maps.
 
-    - Two classes: the true and false positives and negatives of class `positive`, with the predicted class.
-    - More classes: the images that were wrongly called each class, with that class.
-    - Several findings: the images that have each of the most frequent reported findings, with the finding.
+    - Two classes: true and false positives and negatives; class `positive` is the positive one. Maps: predicted class.
+    - More classes: for each class, the images that were wrongly called this class. Maps: this class.
+    - Several findings: for each of the most frequent reported findings, the images that have it. Maps: this finding.
     """
     paths, targets, predicted = predictions.paths, predictions.targets, predictions.predicted
     if predictions.multilabel:
@@ -176,8 +176,8 @@ def cam_samples(
 def method_rows(
     trained: TrainedNetwork, cases: Sequence[MapCase], names: Sequence[str], *, seed: int, find_lungs: FindLungs = None
 ) -> list[CamRow]:
-    """Return `METHOD_ROWS` cases, drawn by `seed`, with a panel for each method. No class comes twice before all came
-    once.
+    """Return `METHOD_ROWS` cases, drawn by `seed`, with a panel for each method. A class is repeated only after every
+    class was shown.
     """
     order = np.random.default_rng(seed).permutation(len(cases))
     shuffled = pd.DataFrame({"case": order, "label": [cases[i].class_index for i in order]})

@@ -1,8 +1,8 @@
-"""Scores of a network's maps by several methods, and of maps of chance.
+"""Score a network's maps by several methods, and chance maps, which do not depend on the network.
 
 `localization` compares maps with the lesions and lungs of the data. `faithfulness` and `randomisation` run the network
-again: do its maps name the pixels that it uses, and do they depend on its weights? `map_cases` chooses the cases,
-`map_summary` makes a table of the scores.
+again. They ask whether its maps name the pixels that it uses, and whether they depend on its weights. `map_cases`
+chooses the cases, `map_summary` makes a table of the scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ from inference.trained_networks import TrainedNetwork
 from studies.settings import Maps
 from utils import read_mask, read_xray
 
-NETWORKS = 10  # random networks to compare with: one random head may by chance agree with the trained one
+NETWORKS = 10  # random networks to compare with; a single one may agree with the trained network by chance
 BATCH = 16  # images in one forward pass
-# The first method's map of another patient, of the same class if possible: it depends on the class, not on this image.
+# The first method's map of another patient, of the same class if possible. It depends on the class, not on this image.
 ANOTHER = "another patient's"
 
 
@@ -39,14 +39,14 @@ class MapScores(NamedTuple):
     Attributes:
         located: comparison with lesion and lungs, NaN where these are unknown:
 
-            - peak: 1.0 if the map's peak is in the lesion (in its boxes where it has no mask), else 0.0;
+            - peak: 1.0 if the map's peak is in the lesion mask (without a mask: in the boxes), else 0.0;
             - in_lesion: share of the map's sum in the lesion, 0 for an empty map;
             - in_lungs: share of the map's sum in the lungs, NaN for an empty map;
             - iou, iobb, detected: see `localization.best_overlap`;
             - empty: 1.0 for a map without evidence, else 0.0.
         faithful: what `faithfulness.deletion_insertion` and `faithfulness.masked_confidence` return; NaN for an empty
             map.
-        randomised: a row also for each random network and stage of randomisation:
+        randomised: a row for each case, method, random network and stage of randomisation:
 
             - network: 0 to `NETWORKS` - 1;
             - stage: 0 is the head alone;
@@ -114,7 +114,7 @@ def _maps(trained: TrainedNetwork, images: Tensor, classes: Tensor, methods: Seq
 
 
 def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
-    """Return a case of another patient for each case, of the same class where possible; None for a single patient."""
+    """Return for each case a case of another patient, of the same class if possible; None if there is one patient."""
     rng = np.random.default_rng(seed)
     patients = np.array([str(case.patient) for case in cases])
     labels = np.array([case.class_index for case in cases])
@@ -129,7 +129,7 @@ def _partners(cases: Sequence[MapCase], seed: int) -> list[int] | None:
 
 
 def _subject(trained: TrainedNetwork, images: Tensor, classes: Tensor) -> ClassifiedImages:
-    """Return the images, their classes, their baseline and the network for the scores of faithfulness.
+    """Return what the scores of faithfulness need: the images, their classes, their baseline and the network.
 
     Deleted pixels become 0, the mean. If the network was trained on lungs with black around them, black pixels stay
     black, because it has never seen grey there.
@@ -172,7 +172,7 @@ def _located(cases: Sequence[MapCase], kinds: Mapping[str, CamMaps], find_lungs:
             }
             rows.append(_names([case], kind).assign(**scores))
     located = pd.concat(rows, ignore_index=True)
-    # A random peak hits the lesion as often as the lesion covers the image, so this share is the expected score.
+    # The uniform map gets the expected score of a random peak: the lesion's share of the image.
     return located.assign(peak=located["peak"].mask(located["map"] == "uniform", located["in_lesion"]))
 
 

@@ -1,5 +1,6 @@
-"""The texts, tables and figures of notebook 1, for every kind of study: a table of X-rays in, one answer out. Where a
-study has nothing to show, a function returns one line that says why.
+"""The texts, tables and figures of notebook 1, for every kind of study.
+
+If a study has nothing to show, a function returns one line that says why.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +31,14 @@ def groups_of(table: XrayTable) -> tuple[str, ...]:
 
 
 def overview(table: XrayTable) -> str:
-    """Return the number of images, and the remarks of their reader."""
+    """Return the number of images and of classes, and the table's notes."""
     ids = "with patient ids" if table.has_patient_ids else "without patient ids: each image counts as a patient"
     kinds = "findings" if table.multilabel else "classes"
     return "\n".join([f"{len(table):,} images of {len(table.classes)} {kinds}, {ids}", *table.notes])
 
 
 def patient_tables(table: XrayTable) -> list[pd.DataFrame | Markdown]:
-    """Return the number of patients by class and split; nothing where the data has no patient ids."""
+    """Return the number of patients by class and split; an empty list if the data has no patient ids."""
     if not table.has_patient_ids:
         return []
     images = table.frame["patient"].value_counts()
@@ -65,7 +66,7 @@ def size_figure(files: pd.DataFrame, groups: Sequence[str]) -> Figure | Markdown
 
 
 def lung_figure(paths: Sequence[str], masking: LungMasking, lungs: LungMasking | None) -> Figure:
-    """Return X-rays with the outlines of their lungs and, where networks see the `lungs` only, what they see."""
+    """Return X-rays with the outlines of their lungs and, if networks see the `lungs` only, the networks' input."""
     xrays = [read_xray(path) for path in paths]
     masks, reasons = zip(*(masking.mask_of(xray) for xray in xrays), strict=True)
     seen = [lungs(xray) for xray in xrays] if lungs else None
@@ -105,7 +106,7 @@ def augmentation_figure(study: Study, augment: Augment, path: str, lungs: LungMa
 
 
 def class_weights(table: XrayTable) -> list[pd.DataFrame | Figure | Markdown]:
-    """Return how much each class counts: how often it is drawn or, for several findings, its weights in the loss."""
+    """Return how often each class is drawn or, for several findings, the weights of each finding in the loss."""
     names = list(table.classes)
     if table.multilabel:
         weights = label_weights(table.targets("train")).T.numpy()
@@ -120,7 +121,7 @@ def class_weights(table: XrayTable) -> list[pd.DataFrame | Figure | Markdown]:
 
 
 def probe_labels(table: XrayTable, images: pd.DataFrame) -> tuple[np.ndarray, Sequence[str]]:
-    """Return (N,) labels for a probe, and their names: the classes or, for several findings, whether there is any."""
+    """Return (N,) labels for a probe, and their names: the classes; for several findings, any finding or none."""
     if table.multilabel:
         return (images["label"] < len(table.classes)).astype(int).to_numpy(), ("No finding", "any finding")
     return images["label"].to_numpy(), table.classes

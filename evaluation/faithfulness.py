@@ -1,4 +1,4 @@
-"""Is a map faithful to its network: does the prediction depend on the pixels that the map names?
+"""Score how faithful maps are: does the prediction of the network depend on the pixels that the map names?
 
 These scores need no lesion mask. `localization` tells whether a map lies where a radiologist would look. If the network
 looks elsewhere, a faithful map lies elsewhere too. `randomisation` tests whether the map depends on the weights.
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCKS = 14  # equal pixels change together in squares of 1/14 of the image's side, the patch size of many networks
-LEVELS = 2**16  # finer differences between map values are rounding errors of upsampling, not an order
+BLOCKS = 14  # equally salient pixels change in squares of 1/14 of the image's side, the patch size of many networks
+LEVELS = 2**16  # map values are rounded to these levels: finer differences are rounding errors of upsampling
 BLUR = 0.1  # sigma as a share of the image's shorter side: enough to hide a lesion or a rib
 BATCH = 32  # images in one forward pass
 
@@ -36,20 +36,20 @@ class ClassifiedImages(NamedTuple):
 
 
 def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, seed: int) -> dict[str, np.ndarray]:
-    """Return the areas under the class's probability as pixels are deleted or inserted, the most salient first.
+    """Return the areas under the class's probability curves as pixels are deleted or inserted, most salient first.
 
     Petsiuk et al. 2018, "RISE", BMVC, arXiv:1806.07421. Deletion sets pixels to the baseline. Insertion puts them
     into a blurred copy of the image. The sigma of the blur is `BLUR` of the image's shorter side. RISE's sigma, 5 of
     224 pixels, leaves lesions visible.
 
     Pixels with equal map values (a uniform map, or the zeros of a map) change block by block in a random order. The
-    order depends only on `seed` and the image's position, so all maps of the same images share it. In reading order,
+    order depends only on `seed` and the image's index, so all maps of the same images share it. In reading order,
     the image would disappear from the top. Single pixels in a random order would be noise, and networks react to noise.
 
     Args:
         subject: the images and the network.
         maps: (N, H, W) maps of these images on their device.
-        steps: the curve has `steps` + 1 points over the share of changed pixels, 0..1. Its area is a sum of trapezoids.
+        steps: the curve has `steps` + 1 points over the share of changed pixels, 0..1 (trapezoidal rule).
         seed: fixes the order of pixels with equal map values.
 
     Returns:
@@ -75,13 +75,13 @@ def deletion_insertion(subject: ClassifiedImages, maps: Tensor, *, steps: int, s
 
 
 def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> dict[str, np.ndarray]:
-    """Return the confidence in the class for whole images, and its change when each image is masked by its map.
+    """Return the confidence in the class for whole images, and its change after each image is masked by its map.
 
     The masked image is image · map + baseline · (1 - map). Average Drop and Increase in Confidence: Chattopadhay et
     al. 2018, "Grad-CAM++", WACV, arXiv:1710.11063, section 4.1.
 
-    A map of ones keeps everything and has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). So read drop and
-    increase together with a score that punishes large maps, such as the deletion area.
+    A map of ones hides nothing, so it has the best drop, 0 (Poppi et al. 2021, arXiv:2104.10252). Read drop and
+    increase together with a score that is bad for large maps, such as the deletion area.
 
     Args:
         subject: the images and the network.
@@ -109,7 +109,7 @@ def masked_confidence(subject: ClassifiedImages, maps: Tensor) -> dict[str, np.n
 
 
 def _confidence(subject: ClassifiedImages, inputs: Callable[[Tensor], Tensor], classes: Tensor) -> np.ndarray:
-    """Return (M,) float64 probabilities of (M,) classes. `inputs` returns the images of some of the jobs 0..M-1."""
+    """Return (M,) float64 probabilities of (M,) classes. `inputs` takes indices in 0..M-1 and returns images."""
     batches = torch.arange(len(classes), device=classes.device).split(BATCH)
     values = [subject.probabilities(inputs(jobs)).gather(1, classes[jobs, None])[:, 0] for jobs in batches]
     return torch.cat(values).double().cpu().numpy()
@@ -122,7 +122,7 @@ def _pixel_ranks(maps: Tensor, seed: int) -> Tensor:
     rows, columns = np.arange(height) // side, np.arange(width) // side
     block = (rows[:, None] * (columns[-1] + 1) + columns).ravel()
     rng = np.random.default_rng(seed)
-    # One draw for each image, so that its order does not depend on the number of images after it.
+    # One draw for each image: the order of an image does not depend on the number of later images.
     turns = np.stack([rng.permutation(block[-1] + 1) for _ in maps])
     by_block = torch.from_numpy(turns[:, block].argsort(axis=1, kind="stable")).to(maps.device)
     levels = (maps.flatten(1).float() * LEVELS).round().gather(1, by_block)

@@ -1,4 +1,4 @@
-"""The charts of notebook 3: `report.Results` in, a Figure out, or a line that says why there is none."""
+"""The charts of notebook 3, from `report.Results`. Without a chart, a function returns a line that says why."""
 
 import pandas as pd
 from IPython.display import Markdown
@@ -39,7 +39,7 @@ def confusion(results: Results) -> Figure | Markdown:
 
 
 def seeds(results: Results) -> Figure | None:
-    """Return the scores over seeds beside the intervals over patients, or None without repeated trainings."""
+    """Return a chart of the scores over seeds and the intervals over patients; None if no network has several seeds."""
     if not results.repeated:
         return None
     fig, ax = _panel(9, 1.4 + 0.8 * len(results.repeated))
@@ -94,13 +94,13 @@ def reliability(results: Results) -> Figure | Markdown:
 
 
 def randomisation(results: Results, maps: MapReport) -> Figure | Markdown:
-    """Return how well the example's maps agree with those of networks that are random from the head down."""
+    """Return a chart: how well the example's maps agree with those of networks made random from the head down."""
     if results.example not in maps.scored:
         return NO_MAPS
     fig, ax = _panel(9, 4.2, f"{results.example}, {results.study.maps.faithful} test images")
     agreement = maps.scored[results.example].randomised.groupby(["map", "share"], sort=False)["agreement"]
     means = agreement.mean().unstack("map", sort=False).sort_index()
-    # Steps are evenly spaced. By its share of the layers, the head would lie too close to "nothing".
+    # Steps are evenly spaced. On an axis of shares, the head would lie too close to "nothing".
     steps = ["nothing", "the head", *(f"{share:.0%}" for share in means.index[1:])]
     for name, style in plot_utils.styles(list(means)).items():
         ax.plot(steps, [1, *means[name]], **style | {"linestyle": "-"}, markersize=7, alpha=0.8, label=name)
@@ -111,7 +111,7 @@ def randomisation(results: Results, maps: MapReport) -> Figure | Markdown:
 
 
 def embedding(results: Results) -> Figure | Markdown:
-    """Return the inputs of the example's last layer for test images, in two dimensions."""
+    """Return a t-SNE chart of the inputs of the example's last layer, for test images."""
     if results.table.multilabel:
         return Markdown("*Several findings an image: it belongs to no single class.*")
     test, seed = results.table.subset("test"), results.study.seed

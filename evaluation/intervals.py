@@ -17,12 +17,14 @@ from evaluation.predictions import Predictions
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-UNDEFINED_SHARE = 0.05  # with a greater share of undefined resamples, there is no interval
-CHUNK = 2**20  # weights in memory at once (8 MiB as float64), whatever the number of resamples
+UNDEFINED_SHARE = 0.05  # if more resamples than this have no score, there is no interval
+CHUNK = 2**20  # weights in memory at once (8 MiB as float64), for any number of resamples
 
 
 class Interval(NamedTuple):
-    """An estimate with the ends of its interval. The ends are NaN without an interval; all is NaN without an estimate.
+    """An estimate with the ends of its interval.
+
+    Without an interval, the ends are NaN. Without an estimate, all three are NaN.
 
     `format` gives `0.912 (0.880–0.941)`, or `–` for NaN. Its specification (default `.3f`) applies to each number.
     """
@@ -86,8 +88,8 @@ def percentile_interval(estimate: float, resampled: np.ndarray) -> Interval:
 def exact_interval(estimate: float, patients: int) -> Interval:
     """Return a proportion of 0 or 1 with its interval by Clopper & Pearson (1934, Biometrika 26:404).
 
-    The interval is (0, 1 - a) or (a, 1) with a = ((1 - CONFIDENCE) / 2) ** (1 / patients). Patients, not images, are
-    the trials, so it holds even if all images of a patient are alike. Fewer than two patients have no interval.
+    The interval is (0, 1 - a) or (a, 1) with a = ((1 - CONFIDENCE) / 2) ** (1 / patients). The trials
+    are patients, not images, so the interval holds even if all images of a patient are alike. It needs two patients.
     """
     if patients < 2:
         return Interval(estimate)
@@ -101,7 +103,7 @@ def bootstrap_mean(
     """Return the mean over images with its interval over patients.
 
     Args:
-        values: (N,) numbers. NaNs are left out, and so are patients with NaNs only.
+        values: (N,) numbers. NaNs are left out, as are patients who have only NaNs.
         patients: (N,) patient ids.
         proportion: the values are 0 or 1, and a mean of 0 or 1 has the exact interval.
         rng: draws the resamples.
@@ -146,9 +148,8 @@ def _exact_intervals(
     """Return the intervals of all (C + 1, M) scores that are 0 or 1, by row and column.
 
     The score of a class has the exact interval over the patients of `_trials`. F1 = 2 J / (1 + J) has the interval of
-    the Jaccard index J: the images that are of the class and predicted as it, divided by the images that are of the
-    class, or predicted as it, or both. The ends of a macro mean's interval are the means of its classes' ends, so this
-    interval is wide.
+    the Jaccard index J = TP / (TP + FP + FN). The ends of a macro mean's interval are the means of its classes' ends,
+    so this interval is wide.
     """
     trials, in_macro = _trials(one_vs_rest, patients), macro_classes(one_vs_rest)
     exact = {}
@@ -167,16 +168,16 @@ def _exact_intervals(
 
 
 def _trials(one_vs_rest: OneVsRest, patients: Sequence) -> dict[str, np.ndarray]:
-    """Return (C,) numbers of patients by metric: the trials of its exact interval.
+    """Return, by metric, (C,) numbers of patients: the trials of the exact intervals.
 
     - accuracy: all patients;
     - recall: patients with an image of the class;
     - specificity: patients with an image of another class;
     - precision: patients with an image that is predicted as the class;
     - f1: patients with an image that is of the class or is predicted as the class;
-    - roc_auc: positive or negative patients, whichever are fewer. This is the largest number of pairs (one positive and
-      one negative patient) in which nobody occurs twice. Each pair is a trial: it is ranked correctly with probability
-      roc_auc. Other pairs are left out, so the interval is rather wide.
+    - roc_auc: the smaller of the numbers of positive and of negative patients. This is the largest number of pairs (one
+      positive and one negative patient) in which nobody occurs twice. Each pair is a trial: its ranking is correct with
+      probability roc_auc. Other pairs are left out, so the interval is rather wide.
     """
     truth, called = one_vs_rest.truth, one_vs_rest.predicted
 
@@ -199,8 +200,8 @@ def paired_difference(
     """Return metric(a) - metric(b) of two networks on the same images and the same resamples of patients.
 
     This interval is much narrower than the two networks' own intervals suggest, because images that are hard for one
-    network are hard for the other. Where all resamples agree, as for two networks with the same decisions, there is no
-    interval.
+    network are hard for the other. If all resamples give the same difference (for example, if both networks decide
+    alike), there is no interval.
 
     Args:
         a: predictions of the first network.

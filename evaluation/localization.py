@@ -1,4 +1,4 @@
-"""Compare maps with masks and boxes; maps of chance, which are compared in the same way.
+"""Compare maps with masks and boxes; chance maps are compared in the same way.
 
 A map is (H, W) float64, not negative, at any scale. A mask is (H, W) bool at the same resolution. Boxes are (B, 4) rows
 of x, y (upper left corner), width and height as fractions of the image. A score is NaN where there is nothing to find:
@@ -51,22 +51,22 @@ def mass_inside(map_: np.ndarray, mask: np.ndarray) -> float:
 def centred_gaussian_map(shape: tuple[int, int]) -> np.ndarray:
     """Return an (H, W) map exp(-(y² + x²) / 2), y and x from the centre in units of `SIGMA` · height and width.
 
-    This map says only that the patient is in the middle. It is harder to beat than a uniform map.
+    This map only knows that the patient is in the middle. It is harder to beat than a uniform map.
     """
     y, x = ((np.arange(side) - (side - 1) / 2) / (SIGMA * side) for side in shape)
     return np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 2)
 
 
-# Maps that do not depend on the network: every score is shown beside their scores. The share of a uniform map inside a
-# mask is the mask's share of the image. The expected hit rate of a random peak is the same number.
+# Maps that do not depend on the network: tables show their scores beside those of the methods. The share of a uniform
+# map inside a mask is the mask's share of the image. The expected hit rate of a random peak is the same number.
 CHANCE = {"centred Gaussian": centred_gaussian_map, "uniform": np.ones}
 
 
 def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the (H, W) bool union of (B, 4) boxes: True where a pixel's centre lies in one.
 
-    A box that is too narrow to hold a pixel's centre marks the pixels in which its own centre lies. Parts beyond the
-    image are cut off.
+    If a box is too narrow to contain a pixel's centre, the pixels that contain the box's centre are marked. Parts
+    beyond the image are cut off.
     """
     mask = np.zeros(shape, dtype=bool)
     for x, y, width, height in boxes:
@@ -75,8 +75,8 @@ def box_mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _centres_inside(start: float, extent: float, size: int) -> slice:
-    """Return the pixels of one axis whose centres lie in [start, start + extent), or the pixel at its middle."""
-    # Rounded because 0.3 * 5 - 0.5 is not 1: an edge on a pixel's centre must fall to the same side for every box.
+    """Return the pixels of one axis whose centres lie in [start, start + extent); if none, the pixel at its middle."""
+    # Floats are rounded because 0.3 * 5 - 0.5 is not 1. An edge on a pixel's centre then counts alike for every box.
     first, stop = (int(np.ceil(np.round(edge * size - 0.5, decimals=6))) for edge in (start, start + extent))
     if stop <= first:
         first = int(np.floor((start + extent / 2) * size))
@@ -88,8 +88,8 @@ def box_overlaps(detected: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarra
     """Return the (A, B) overlaps, 0 to 1, of (A, 4) detected boxes with (B, 4) true boxes.
 
     - iou: intersection over union;
-    - iobb: intersection over the detected box (Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315). It is large
-      for a detection that is too small, but not for one that is too large.
+    - iobb: intersection over the detected box (Wang et al. 2017, "ChestX-ray8", CVPR, arXiv:1705.02315). A
+      detected box that is too small can have a large iobb; one that is too large cannot.
     """
     upper_left = np.maximum(detected[:, None, :2], truth[:, :2])
     lower_right = np.minimum((detected[:, :2] + detected[:, 2:])[:, None], truth[:, :2] + truth[:, 2:])
@@ -99,10 +99,10 @@ def box_overlaps(detected: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarra
 
 
 def best_overlap(map_: np.ndarray, boxes: np.ndarray) -> dict[str, float]:
-    """Return how well the boxes around a map's high values meet the true boxes.
+    """Return how well the boxes around a map's high values overlap the true boxes.
 
-    Detected boxes surround the regions above each of `BOX_THRESHOLDS` (shares of the map's maximum), pooled as in
-    Wang et al. 2017.
+    Detected boxes surround the regions above each of `BOX_THRESHOLDS` (shares of the map's maximum). The boxes of both
+    thresholds are pooled, as in Wang et al. 2017.
 
     Args:
         map_: (H, W), the map for one finding.
@@ -132,11 +132,11 @@ def overlap_table(located: pd.DataFrame, *, rng: np.random.Generator) -> pd.Data
         rng: draws the resamples. All rows of one finding share them, so rows differ by their maps alone.
 
     Returns:
-        One row for each (map, finding, score). The findings are the labels and, pooled, "all"; the scores are "IoU"
-        and "IoBB". Columns:
+        One row for each (map, finding, score). The findings are the labels, and "all" for all cases together; the
+        scores are "IoU" and "IoBB". Columns:
 
         - images: how many cases had a true box;
-        - regions: mean number of detected boxes. One of many small boxes may have a large IoBB by chance;
+        - regions: mean number of detected boxes. With many small boxes, one may have a large IoBB by chance;
         - at 0.1, …: the shares;
         - at 0.1 low, at 0.1 high, …: their intervals over patients, see `intervals.bootstrap_mean`.
     """

@@ -1,4 +1,4 @@
-"""The cases on which maps are scored: a test image, a class, and the place of the class in the image."""
+"""The cases on which maps are scored. A case is a test image, a class, and the place of the class in the image."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from lungs.masking import LungMask
 from utils import read_mask
 
 FindLungs = Callable[[np.ndarray], LungMask] | None  # finds the lungs of an (H, W) X-ray
-ROUNDING = 0.01  # the same probabilities differ by at most this when they are computed on another device
+ROUNDING = 0.01  # the largest difference that another device can make to a probability
 
 
 class MapCase(NamedTuple):
@@ -44,8 +44,8 @@ class MapCase(NamedTuple):
 def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: int) -> list[MapCase]:
     """Return at most `most` cases of the test images.
 
-    With one class an image, a case is a correctly classified image with its class: for a wrong answer there is no right
-    place to look. With several findings, a case is an image and a finding with a box in this image. If there are no
+    With one class an image, a case is a correctly classified image and its class: a wrong answer has no correct place
+    in the image. With several findings, a case is an image and a finding with a box in this image. If there are no
     boxes, a case is an image and a finding that is present.
 
     Args:
@@ -61,7 +61,7 @@ def map_cases(table: XrayTable, predictions: Predictions, *, most: int, seed: in
 
 
 def _findings(table: XrayTable, predictions: Predictions) -> list[tuple[dict[str, object], int]]:
-    """Return the pairs of a test image and a reported finding that have a box; without boxes, all that are present."""
+    """Return pairs of a test image and a reported finding: those with a box; without boxes, all present ones."""
     boxed = set(zip(table.boxes["path"], table.boxes["label"], strict=True))
     pairs = [
         (image, index)
@@ -102,7 +102,7 @@ def stored_probabilities(predictions: Predictions, table: XrayTable) -> dict[str
 
 
 def refuse_other_answer(trained: TrainedNetwork, path: str, probabilities: np.ndarray, stored: np.ndarray) -> None:
-    """Raise ValueError where a network's (C,) probabilities for an X-ray differ from those stored for it."""
+    """Raise ValueError if a network's (C,) probabilities differ from the stored ones by more than `ROUNDING`."""
     largest = int(np.nanargmax(np.abs(probabilities - stored)))  # findings that are not reported are NaN
     if abs(probabilities[largest] - stored[largest]) > ROUNDING:
         raise ValueError(

@@ -23,7 +23,7 @@ class MapReport(NamedTuple):
     """Scores of the maps of a study's networks.
 
     Attributes:
-        scored: by title, the scores of a network's maps; only networks with a case.
+        scored: by title, the scores of a network's maps. Networks without a case are left out.
         means: by title, their means with intervals and verdicts (see `map_summary.summary`).
         find_lungs: finds the lungs of an X-ray; None where the data has lung masks, or where there is no lung model.
         lungs_from: text on the source of the lungs; empty without `find_lungs`.
@@ -68,8 +68,8 @@ def map_tables(maps: MapReport) -> list[pd.DataFrame | Markdown]:
 
 
 def box_tables(results: Results, maps: MapReport) -> list[pd.DataFrame | Markdown]:
-    """Return the shares of maps that meet the true boxes: for all networks, then by finding for the example's first
-    method.
+    """Return the shares of maps that overlap the true boxes: first for all networks, then by finding for the first
+    method of the example.
     """
     if not len(results.table.boxes):
         return [Markdown("*This data has no boxes.*")]
@@ -84,7 +84,7 @@ def box_tables(results: Results, maps: MapReport) -> list[pd.DataFrame | Markdow
 
 
 def map_lines(maps: MapReport) -> list[str]:
-    """Return lines for the conclusion: each network's first method beside chance, and methods that fail a test."""
+    """Return lines for the conclusion: scores of each network's first method and of chance; failed methods."""
     lungs = f"share inside the lungs{maps.lungs_from}:"
     lines = []
     for title, means in maps.means.items():

@@ -10,7 +10,7 @@ from evaluation.cam_scores import ANOTHER, MapScores
 from evaluation.intervals import Interval, bootstrap_mean, patient_weights
 from evaluation.randomisation import verdict
 
-# Column of the summary -> column of `MapScores` that it is the mean of.
+# Column of the summary -> column of `MapScores` whose mean it is.
 MEANS = {
     "empty": "empty",
     "peak in lesion": "peak",
@@ -34,15 +34,15 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
         One row for each kind of map. Columns without any value are left out:
 
         - empty: the share of empty maps, if there are any;
-        - peak in lesion, share in lesion, and for each of them "minus another's": the mean difference, case by case,
-          to the map of another patient;
+        - peak in lesion, share in lesion;
+        - peak and share, "minus another's": the mean difference, case by case, from the map of another patient;
         - share in lungs;
         - probability: of the class;
         - deletion and average drop: small for a faithful map;
         - insertion and increase: large for a faithful map;
         - agreement, head random, and agreement, all random: absolute rank correlations with the trained network's
           maps;
-        - verdict: what these two agreements say of a method, see `randomisation.verdict`.
+        - verdict: what these two agreements say about a method, see `randomisation.verdict`.
     """
     seed = int(rng.integers(2**63))
     differences = {f"{name}_difference": _beyond_another(scores.located, name) for name in ("peak", "in_lesion")}
@@ -65,7 +65,7 @@ def summary(scores: MapScores, *, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _means(frame: pd.DataFrame, column: str, seed: int) -> dict[str, Interval]:
-    """Return the mean of a column for each kind of map. All kinds share their resamples, so only their maps differ."""
+    """Return the mean of a column for each kind of map. All kinds use the same resamples."""
     how = {"proportion": column in PROPORTIONS}
     return {
         kind: bootstrap_mean(rows[column], rows["patient"], **how, rng=np.random.default_rng(seed))

@@ -1,9 +1,9 @@
-"""Scores of predictions, the curves behind them, and pictures of embeddings; `intervals` adds the intervals.
+"""Scores of predictions, ROC and precision-recall curves, and t-SNE of embeddings; `intervals` adds the intervals.
 
 N images, C classes. `predictions` describes the shapes of targets and probabilities for its two tasks.
 
-Every score compares one class with all others and weights the images. Weights of 1 give the estimate. A bootstrap
-resample uses the number of times that each image's patient was drawn.
+Every score compares one class with all others and weights the images. For the estimate, all weights are 1. For a
+bootstrap resample, the weight of an image is the number of times that its patient was drawn.
 """
 
 import math
@@ -125,7 +125,7 @@ def auc_summary(scores: pd.DataFrame) -> pd.Series:
 def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> RocCurve:
     """Return the ROC curve of one class against the rest.
 
-    The curve has no points and a NaN area where the class has all images, no image or no probability.
+    If the class has all images, no image or no probability, the curve has no points and its area is NaN.
     """
     positive, scores = _class_scores(targets, probabilities, class_index)
     if not scores.size:
@@ -137,7 +137,7 @@ def roc_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int)
 def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> PrecisionRecallCurve:
     """Return precision and recall of one class against the rest at every threshold.
 
-    The curve has no points where the class has all images, no image or no probability.
+    If the class has all images, no image or no probability, the curve has no points.
     """
     positive, scores = _class_scores(targets, probabilities, class_index)
     if not scores.size:
@@ -148,7 +148,7 @@ def precision_recall_points(targets: np.ndarray, probabilities: np.ndarray, clas
 
 
 def _class_scores(targets: np.ndarray, probabilities: np.ndarray, class_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N,) bool "the image is of the class" and its (N,) probabilities; both empty where there is no curve."""
+    """Return (N,) bool "the image is of the class" and its (N,) probabilities; both empty if there is no curve."""
     targets, probabilities = checked(targets, probabilities)
     positive = targets[:, class_index] == 1 if targets.ndim == 2 else targets == class_index
     scores = probabilities[:, class_index]
@@ -191,8 +191,9 @@ def weighted_scores(one_vs_rest: OneVsRest, weights: np.ndarray, in_macro: np.nd
         in_macro: (C, M) bool, the classes in the macro means; by default `macro_classes`.
 
     Returns:
-        (R, C + 1, M) scores, M by `METRICS`: the classes, then the macro row. NaN where undefined. A macro mean is
-        undefined if all images of one of its classes have weight 0: a mean over fewer classes is another score.
+        (R, C + 1, M) scores, M by `METRICS`: the classes, then the macro row. NaN where undefined. A macro mean,
+        except accuracy, is undefined if all images of one of its classes have weight 0 (with several labels: or all
+        other images). A mean over fewer classes would be another score.
     """
     truth, predicted, probabilities, decided, multilabel = one_vs_rest
     in_macro = macro_classes(one_vs_rest) if in_macro is None else in_macro
@@ -234,10 +235,10 @@ def weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
         return np.full(len(weights), np.nan)
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
-    # The first image of each run of equal scores: ties count half, whatever their order after the sort.
+    # The first image of each run of equal scores. Ties count half, so their order after the sort does not matter.
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     weights = weights[:, order]
-    # All sums are whole numbers, which float64 holds exactly, so the differences lose nothing.
+    # All sums are whole numbers, which float64 holds exactly, so the differences are exact.
     everyone = np.add.reduceat(weights, starts, axis=1)
     positives = np.add.reduceat(weights * positive[order], starts, axis=1)
     negatives = everyone - positives
@@ -249,8 +250,8 @@ def weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
 def silhouette(embeddings: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean silhouette of (N, D) embeddings by (N,) labels: 1 = classes lie apart, 0 = they overlap.
 
-    Rousseeuw 1987, J. Comput. Appl. Math. 20:53; each dimension is standardised. NaN with fewer than two classes, or
-    where every image is a class of its own.
+    Rousseeuw 1987, J. Comput. Appl. Math. 20:53; each dimension is standardised. NaN with fewer than two classes, or if
+    every image has its own class.
     """
     count = len(np.unique(labels))
     if not 2 <= count < len(embeddings):
@@ -259,10 +260,10 @@ def silhouette(embeddings: np.ndarray, labels: np.ndarray) -> float:
 
 
 def tsne(embeddings: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return (N, 2) points. Similar (N, D) embeddings have points that lie near one another.
+    """Return (N, 2) points for (N, D) embeddings. Similar embeddings have points that lie near one another.
 
-    t-SNE: van der Maaten & Hinton 2008, JMLR 9:2579; each dimension is standardised. Only neighbourhood has a meaning.
-    Distance, direction and density have none. If all embeddings are equal, all points are 0.
+    t-SNE: van der Maaten & Hinton 2008, JMLR 9:2579; each dimension is standardised. Only neighbourhoods mean
+    something; distance, direction and density do not. If all embeddings are equal, all points are 0.
 
     Raises:
         ValueError: fewer than 4 images.

@@ -1,10 +1,10 @@
-"""A network's predictions on one split: read them, choose thresholds, average networks, and check before scoring.
+"""A network's predictions on one split: read them, check them, choose thresholds, and average networks.
 
 N images, C classes, and one of two tasks:
 
 - one class an image: `targets` (N,) class indices 0 to C-1, `probabilities` (N, C) whose rows sum to 1;
-- several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, each label on its own. A label that the
-  network could not learn is not reported: its whole column is NaN.
+- several labels: `targets` (N, C) of 0/1, `probabilities` (N, C) in 0 to 1, whose rows need not sum to 1. A label that
+  the network could not learn is not reported: its whole column is NaN.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Predictions(NamedTuple):
         targets: (N,) or (N, C), see the module.
         probabilities: (N, C), see the module.
         patients: (N,) patient ids.
-        paths: (N,) paths below the data root; empty where the images are in no file.
+        paths: (N,) paths below the data root; empty if the images have no files.
         thresholds: (C,) decision thresholds, see `decide`; None for the default decisions.
     """
 
@@ -88,8 +88,8 @@ def read_predictions(
 def ensemble(predictions: Sequence[Predictions]) -> Predictions:
     """Return the mean of the probabilities that several networks gave to the same images.
 
-    Images are matched by path and come in the order of the first network. Thresholds are the mean of the networks'
-    thresholds, None unless all networks have some.
+    Images are matched by path and come in the order of the first network. Thresholds are the means of the networks'
+    thresholds; None if a network has none.
 
     Raises:
         ValueError: the networks' images, targets or classes differ.
@@ -114,13 +114,13 @@ def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: str,
     Args:
         targets: (N,) indices of two classes, or (N, C) of 0/1 for several labels.
         probabilities: (N, C), 0 to 1.
-        rule: "youden": the largest sensitivity + specificity, which does not depend on how frequent the classes are;
-            "f1" or "accuracy": the largest value, which does depend on it. See `best_threshold`.
+        rule: "youden" (the largest sensitivity + specificity), "f1" or "accuracy" (the largest value). Class
+            frequencies change the last two, but not "youden". See `best_threshold`.
         positive: index of the positive one of two classes; None for several labels.
 
     Returns:
         With two classes: the threshold of the positive class, and NaN for the other. With several labels: a threshold
-        for each label, or NaN where the data cannot tell because all or none of the images have the label.
+        for each label; NaN if all or none of the images have the label.
     """
     targets, probabilities = checked(targets, probabilities)
     if targets.ndim == 2:

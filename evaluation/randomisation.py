@@ -1,4 +1,4 @@
-"""Does a map depend on what its network has learnt? The test: how similar is it when the weights become random?
+"""Test whether a map depends on what its network has learnt: how similar is it after the weights become random?
 
 Cascading randomisation: Adebayo et al. 2018, "Sanity checks for saliency maps", NeurIPS, arXiv:1810.03292.
 """
@@ -19,8 +19,8 @@ from networks import build_network
 
 STAGES = (0.25, 0.5, 0.75, 1.0)  # shares of the modules that are random, after the head alone
 # Limits of the mean absolute rank correlation with the trained network's maps.
-# The head makes the difference between the classes. If it is random and half of the ranks' variance (0.7²) remains,
-# the map shows what is in the image, not why it is this class.
+# The head makes the difference between the classes. If half of the ranks' variance (0.7²) remains when the head is
+# random, the map shows what is in the image, not why it is this class.
 HEAD_LIMIT = 0.7
 # If all weights are random, some agreement remains: maps have few cells, are smooth, and every network sees the same
 # edges. Above this limit, a quarter of the ranks' variance (0.5²) does not come from the weights.
@@ -30,11 +30,11 @@ ALL_LIMIT = 0.5
 def random_network(card: ModelCard, images: Tensor, *, seed: int) -> nn.Module:
     """Return a network of the card's architecture and head with the random weights of `build_network`.
 
-    Each batch normalisation uses the statistics of `images`, as it uses those of a batch when a training starts. A
+    Each batch normalisation uses the statistics of `images`, as it does with a batch at the start of a training. A
     network without normalisation (VGG, LeNet) gets batch normalisation behind each convolution, folded into the
     weights. Without this, activations grow or shrink from block to block (to 2e4 in a ResNet-101, to 6e-14 in an
-    EfficientNet-B0), and a VGG-16's Eigen-CAMs of different X-rays correlate at 0.99. The maps of such a network differ
-    from those of the trained network with any method, so they would test nothing.
+    EfficientNet-B0), and a VGG-16's Eigen-CAMs of different X-rays correlate at 0.99. With any method, the maps of
+    such a network differ from those of the trained network, so they would test nothing.
 
     Args:
         card: the card of the trained network.
@@ -71,9 +71,9 @@ def _measure(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
 def randomised(network: nn.Module, fresh: nn.Module, example: Tensor) -> Iterator[tuple[float, nn.Module]]:
     """Yield the share of random modules, and a copy of a network in which these modules are random.
 
-    The first stage randomises the head alone, which is the last module with parameters. Each later stage randomises
-    one of the shares `STAGES` of the modules with parameters, from the last down. All stages are the same copy in eval
-    mode, and each stage makes it more random: use it before you ask for the next. The network itself does not change.
+    The first stage randomises only the head: the last module with parameters. Each later stage randomises one of the
+    shares `STAGES` of the modules with parameters, from the last down. All stages yield the same copy, in eval mode.
+    The next stage changes this copy, so use it before. The network itself does not change.
 
     Args:
         network: the trained network.
@@ -93,7 +93,7 @@ def randomised(network: nn.Module, fresh: nn.Module, example: Tensor) -> Iterato
 
 
 def _take_values(module: nn.Module, source: nn.Module) -> None:
-    """Copy the parameters and buffers that a module itself holds, not those of modules in it."""
+    """Copy the parameters and buffers of a module, but not those of its submodules."""
     values = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     with torch.inference_mode(False), torch.no_grad():
         for name, value in values:
@@ -119,7 +119,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
     evidence), and 1 where both are, because nothing changed.
     """
     stacks = [stack.flatten(1).cpu().double().numpy() for stack in (maps, others)]
-    # To 1 part in a million, because rounding makes a constant map uneven.
+    # A tolerance of 1 part in a million, because rounding makes a constant map uneven.
     constant = [np.ptp(stack, axis=1) <= 1e-6 * np.abs(stack).max(axis=1) for stack in stacks]
     ranks = [rankdata(stack, axis=1) - (stack.shape[1] + 1) / 2 for stack in stacks]
     norm = np.sqrt((ranks[0] ** 2).sum(axis=1) * (ranks[1] ** 2).sum(axis=1))
@@ -129,13 +129,13 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
 
 
 def verdict(after_head: tuple[float, float, float], after_all: tuple[float, float, float]) -> str:
-    """Return the verdict on a method, from how well its maps agree before and after the weights become random.
+    """Return the verdict on a method, from the agreement of its maps before and after the weights become random.
 
-    A limit is passed, or not passed, only if the whole interval lies on one side of it.
+    If an interval lies on both sides of a limit, that limit gives no verdict.
 
     Args:
         after_head: mean absolute rank correlation with its interval (estimate, low, high) after the head became
-            random. Absolute, because the negative of a map shows the same places.
+            random. It is absolute because the negative of a map shows the same places.
         after_all: the same after all weights became random.
     """
     (_, head_low, head_high), (_, all_low, all_high) = after_head, after_all

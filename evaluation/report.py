@@ -1,7 +1,7 @@
-"""The numbers of notebook 3: finished trainings in, tables and a conclusion out, one function for each question.
+"""The numbers of notebook 3: tables and a conclusion about finished trainings, one function for each question.
 
-The order of the calls: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. Where
-a study has nothing to show, a function returns one line that says why.
+The order of the calls: `read_results` -> `Results.scores` -> `differences` and the other tables -> `conclusion`. If a
+study has nothing to show, the function returns one line that says why.
 """
 
 from collections.abc import Mapping
@@ -35,9 +35,9 @@ class Results:
         runs: the runs by title, one seed of each network.
         seeds: the runs of each network, by seed.
         test: the test predictions of each network and ensemble, by title.
-        example: the network in figures of a single network: the best on validation. Folds have different validation
-            images and cannot be ranked, so the first fold is the example.
-        leader: the title with which the others are compared: the example, or the ensemble of its folds.
+        example: the network that is shown in figures of one network: the best on validation. Folds have different
+            validation images and cannot be ranked, so the first fold is the example.
+        leader: the network or ensemble with which the others are compared: the example, or the ensemble of its folds.
     """
 
     study: Study
@@ -75,7 +75,7 @@ class Results:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """The test scores with their intervals: those of `intervals.bootstrap_scores`, and a column network."""
+        """The test scores with their intervals: the table of `intervals.bootstrap_scores` with a column network."""
         tables = []
         for title, test in self.test.items():
             table = intervals.bootstrap_scores(test, self.table.classes, rng=self.rng())
@@ -170,8 +170,8 @@ def classification_reports(results: Results) -> pd.DataFrame | Markdown:
 
 
 def seed_tables(results: Results, study: str) -> list[pd.DataFrame | Markdown]:
-    """Return the spread of the scores over seeds, and a line with the networks that have one seed. `study` is the study
-    as on the command line of `finetune.py`.
+    """Return the spread of the scores over seeds, and a line with the networks that have one seed. `study` is the
+    argument STUDY of `finetune.py`.
     """
     tables = [seed_spread(seed_scores(results.repeated)).round(3)] if results.repeated else []
     single = ", ".join(title for title in results.seeds if title not in results.repeated)

@@ -1,4 +1,4 @@
-"""The trained networks of a study, read back from their run folders: what notebook 3 evaluates."""
+"""Read the trained networks of a study from their run folders, for notebook 3."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the images; None in runs of older versions, which do not record the content."""
+        """The fingerprint of the images; None in runs of older versions, which do not record it."""
         recorded = str(self.card.origin.get("data_fingerprint"))
         return recorded if recorded.startswith(FINGERPRINT) else None
 
@@ -54,16 +54,16 @@ class Run:
         return {**study["training"], **study["augmentation"], **study["preprocessing"], **own}
 
     def predictions(self, split: str) -> Predictions:
-        """Read the predictions for the images of a split."""
+        """Return the predictions for the images of a split."""
         card, file = self.card, self.folder / f"predictions_{split}.csv"
         return read_predictions(file, card.classes, multilabel=card.multilabel, thresholds=card.thresholds)
 
     def splits(self) -> pd.DataFrame:
-        """Read which image was in which split."""
+        """Return a table of the images and their splits."""
         return pd.read_csv(self.folder / "splits.csv", dtype=str, keep_default_na=False)
 
     def test_labels(self) -> pd.Series:
-        """Read the labels of the test images by path."""
+        """Return the labels of the test images by path."""
         splits = self.splits()
         return splits[splits["split"] == "test"].set_index("path")["label"].sort_index()
 
@@ -71,8 +71,8 @@ class Run:
 def read_runs(study: Study, runs: Path, images: XrayTable) -> dict[str, Run]:
     """Return the trained networks of a study by title. Networks that have not been trained are left out.
 
-    These are the study's own networks, those of its folds, and those of the studies that it is compared with. Where a
-    network was trained with other seeds only (`Study.repeated`), the run with the lowest seed is taken.
+    These are the study's own networks, those of its folds, and those of the studies that it is compared with. If a
+    network was trained only with other seeds (`Study.repeated`), the run with the lowest seed is returned.
 
     Args:
         study: the study.
@@ -165,7 +165,7 @@ def with_ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, Predictio
 def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
     """Return the titles of each ensemble's members, by the ensemble's name.
 
-    The folds of a network are an ensemble. Where no network has folds, the networks in the study's file are one.
+    The folds of a network form an ensemble. If no network has folds, the networks in the study's file form one.
     """
     folds: dict[str, list[str]] = {}
     for title, run in runs.items():
@@ -181,7 +181,7 @@ def ensembles(study: Study, runs: Mapping[str, Run]) -> dict[str, list[str]]:
 def out_of_fold(runs: Mapping[str, Run]) -> dict[str, Predictions]:
     """Return each fold's validation predictions, by title. Each image is in at most one fold of a network.
 
-    Their scores are a little too good: each fold's epoch, temperature and thresholds were chosen on these images.
+    Their scores are a little too good: each fold chose its epoch, temperature and thresholds on these images.
     """
     return {title: run.predictions("val") for title, run in runs.items() if run.fold is not None}
 
@@ -231,7 +231,7 @@ def _refuse_other_tests(runs: Mapping[str, Run]) -> None:
 
 
 def _refuse_changed_images(runs: Mapping[str, Run], images: XrayTable) -> None:
-    """Raise ValueError if images of a run are missing or have changed: its predictions are for the old images, but
+    """Raise ValueError if images of a run are missing or have changed. The predictions are for the old images, but
     maps would show the new ones.
     """
     for run in runs.values():

@@ -1,4 +1,4 @@
-"""What in the data, other than disease, could fool a network: probes that should fail, and near-duplicates."""
+"""Find what could fool a network: features other than disease that tell the classes apart, and near-duplicates."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from evaluation.predictions import Predictions
 from utils import FORMATS, read_xray
 
 FOLDS = 5  # of a probe's cross-validation
-NEAR_CHANCE = (0.4, 0.6)  # ROC-AUC: a probe whose whole interval lies outside has found a shortcut
-BINS = 10  # of file sizes: more would fit noise in a few hundred files
+NEAR_CHANCE = (0.4, 0.6)  # ROC-AUC; if the whole interval of a probe lies outside, it has found a shortcut
+BINS = 10  # bins of file sizes; with a few hundred files, more bins would fit noise
 RIM = 2  # pixels of a thumbnail's border
 # At 32 x 32 pixels, X-rays of different patients correlate below 0.975. Copies that were resized, compressed or
 # brightened correlate above 0.99.
@@ -36,14 +36,14 @@ def thumbnails(paths: Sequence[str], size: int = 32) -> np.ndarray:
 
 
 def border_pixels(thumbnails: np.ndarray) -> np.ndarray:
-    """Return (N, P) outermost pixels of (N, H, W) thumbnails: no lung lies there, so they should not tell the class."""
+    """Return (N, P) outermost pixels of (N, H, W) thumbnails: they show no lung, so should not predict the class."""
     inside = np.zeros(thumbnails.shape[1:], dtype=bool)
     inside[RIM:-RIM, RIM:-RIM] = True
     return thumbnails[:, ~inside]
 
 
 def brightness(thumbnails: np.ndarray) -> np.ndarray:
-    """Return (N, 2) mean and standard deviation of (N, H, W) images: exposure, not anatomy."""
+    """Return (N, 2) mean and standard deviation of (N, H, W) images; they show exposure, not anatomy."""
     flat = thumbnails.reshape(len(thumbnails), -1)
     return np.stack([flat.mean(axis=1), flat.std(axis=1)], axis=1)
 
@@ -63,8 +63,8 @@ def file_features(files: pd.DataFrame) -> np.ndarray:
     The features are
 
     - the ranks of width, height, bytes and bytes per pixel, so that a few very large files do not hide the others;
-    - ten columns of 0 or 1 for each rank: the tenth in which it lies, so that a class of middle-sized files is found
-      too;
+    - ten columns of 0 or 1 for each rank, one for each tenth of the ranks. With them, a linear probe also finds a class
+      of middle-sized files;
     - 0 or 1 for each format and each mode.
     """
     sizes = files[["width", "height", "bytes"]].to_numpy(float)
@@ -76,9 +76,9 @@ def file_features(files: pd.DataFrame) -> np.ndarray:
 
 
 def erased(xray: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return an (H, W) uint8 X-ray in which the area of an (H, W) mask is painted over from its surroundings.
+    """Return an (H, W) uint8 X-ray in which the area of an (H, W) mask is filled in from its surroundings.
 
-    A network whose answer changes has used that area. Inpainting: Telea 2004, J. Graphics Tools 9:23.
+    If the answer of a network changes, it has used that area. Inpainting: Telea 2004, J. Graphics Tools 9:23.
     """
     with_soft_edge = cv2.dilate((mask != 0).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.inpaint(xray, with_soft_edge, 3, cv2.INPAINT_TELEA)
@@ -110,8 +110,8 @@ def probe_table(
     """
     rows = {}
     folds = min(FOLDS, int(np.bincount(labels).min()))
-    # Without equal class weights, a probe that learnt nothing predicts the class shares of its fit. A fold with many
-    # images of a class leaves few for the fit, so the area would be far below 0.5.
+    # Without equal class weights, a probe that learnt nothing predicts the class frequencies of its training images. If
+    # a fold holds out many images of a class, few are left for training, so the area would be far below 0.5.
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced"))
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     held_out = {"cv": split, "groups": patients, "method": "predict_proba"}
@@ -125,7 +125,7 @@ def probe_table(
 
 
 def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
-    """Return (N,) group numbers of (N, H, W) thumbnails: the images of one group are copies, or nearly.
+    """Return (N,) group numbers of (N, H, W) thumbnails: the images of one group are copies or near-copies.
 
     Two images are joined if their Pearson correlation is above `DUPLICATE`. Groups grow by chains of such pairs.
     """

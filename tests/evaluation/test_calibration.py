@@ -21,7 +21,7 @@ def test_temperature_is_recovered_from_labels_drawn_at_a_known_one():
     temperature = calibration.fit_temperature(logits, targets)
     assert temperature == pytest.approx(2.5, rel=0.04)
     assert calibration.fit_temperature(3 * logits, targets) == pytest.approx(3 * temperature, rel=1e-4)
-    # At the optimum, mean logit of the true class = mean logit expected under the scaled probabilities.
+    # At the optimum, the mean logit of the true class equals the mean logit under the scaled probabilities.
     scaled = softmax(logits, temperature)
     true = logits[np.arange(20000), targets].mean()
     assert (scaled * logits).sum(axis=1).mean() == pytest.approx(true, abs=1e-4)

@@ -34,7 +34,7 @@ SIZE, ILL = 96, "COVID-19"
 
 
 def chests(count, first, *, marker):
-    """Return phantoms and their labels: half of them ill, with or without a marker in the corner of the ill."""
+    """Return phantoms and their labels: half of them are ill; the ill ones may have a marker in the corner."""
     labels = np.tile([CLASSES.index("Normal"), CLASSES.index(ILL)], count // 2)
     patients = np.arange(first, first + count)
     shortcut = ILL if marker else None
@@ -159,7 +159,7 @@ def test_scores_are_those_of_the_maps_computed_by_hand(honest, marked_cases):
     assert row["peak"] == lesion[np.unravel_index(map_.argmax(), map_.shape)]
     uniform = scores.located[scores.located["map"] == "uniform"]
     assert uniform[uniform["path"] == case.path]["in_lungs"].item() == pytest.approx(lung.mean())
-    # By hand: Average Drop of Grad-CAM, the image seen through its map.
+    # Average Drop of Grad-CAM by hand: the image is multiplied by its map.
     row = scores.faithful[scores.faithful["map"] == "Grad-CAM"].iloc[0]
     xray = cv2.imread(row["path"], cv2.IMREAD_GRAYSCALE)
     image = honest.preprocessing(xray)[None]
@@ -209,7 +209,7 @@ def test_no_random_network_is_the_one_that_the_training_started_from(marked_case
 
 
 def agreements(rng, *, mean, images=8):
-    """Return (10, images) agreements whose parts vary by 0.12 (network), 0.06 (image) and 0.06 (both together)."""
+    """Return (10, images) agreements with standard deviations 0.12 (networks), 0.06 (images), 0.06 (both together)."""
     return (
         mean
         + 0.12 * rng.standard_normal((10, 1))
@@ -244,7 +244,7 @@ def test_verdicts_do_not_depend_on_the_drawn_networks():
     def over_both(agreement, rng):
         return mean_agreement(agreement, range(8), rng=rng)
 
-    # At the limit there is no verdict. If only patients are resampled, chance gives one verdict or the other.
+    # At the limit, the verdict is "undecided". If only patients are resampled, chance often decides.
     assert share("undecided", 0.7, over_both) >= 0.9
     assert share("undecided", 0.7, over_patients_alone) <= 0.6
     assert share("changes with the weights", 0.5, over_both) >= 0.9
@@ -281,7 +281,7 @@ def test_the_summary_holds_the_means_of_the_columns_that_it_names(honest, marked
     for column, stage in (("agreement, head random", 0), ("agreement, all random", scores.randomised["stage"].max())):
         expected = scores.randomised.loc[scores.randomised["stage"] == stage, "agreement"].mean()
         assert table.loc["Grad-CAM", column].estimate == pytest.approx(expected)
-    assert "empty" not in table  # as none is
+    assert "empty" not in table  # no map is empty
     grad_cam, another = (scores.located[scores.located["map"] == k] for k in ("Grad-CAM", "another patient's"))
     paired = (grad_cam["in_lesion"].to_numpy() - another["in_lesion"].to_numpy()).mean()
     assert table.loc["Grad-CAM", "share, minus another's"].estimate == pytest.approx(paired)

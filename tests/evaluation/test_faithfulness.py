@@ -23,12 +23,12 @@ CHECKERS = 1.0 - 2 * ((torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2)  #
 
 
 def checkered(n=3):
-    """Return (n, 3, SIDE, SIDE) images of ±1 whose mean, and whose blurred copy's values inside, are 0."""
+    """Return (n, 3, SIDE, SIDE) images of ±1. Their mean is 0, and blurring makes their inner pixels 0."""
     return CHECKERS.expand(n, 3, -1, -1).clone()
 
 
 def region_network(images):
-    """Return probabilities; that of class 1 is the share of the pattern that is left in the region of the evidence."""
+    """Return probabilities. That of class 1 is the share of the pattern that remains in the region of the evidence."""
     p = ((images[:, 0] * CHECKERS * EVIDENCE).sum(dim=(1, 2)) / EVIDENCE.sum()).clamp(0, 1)
     return torch.stack([1 - p, p], dim=1)
 
@@ -95,11 +95,11 @@ def test_each_image_has_its_own_map(monkeypatch):
 def test_within_the_map_the_greatest_values_go_first():
     half = EVIDENCE.clone()
     half[:14] = 0
-    # All of the evidence is in the lower half. The map is 0.3 there and 1 on as many other pixels, which go first.
+    # All of the evidence is in the lower half. The map is 0.3 there. It is 1 on as many other pixels, deleted first.
     graded = 0.3 * half + half.flip(0)
     images = checkered(1) * half
     areas = deletion_insertion(region_network, images, graded[None], ones(1), steps=32)
-    # p is 0.5 while the first eighth of the pixels goes and falls to 0 while the second does.
+    # p stays 0.5 while the first eighth of the pixels is deleted, and falls to 0 during the second eighth.
     assert areas["deletion"] == pytest.approx(0.5 * (1 / 8 + 1 / 16), abs=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_a_uniform_map_deletes_along_a_straight_line_where_every_pixel_counts_th
 
 
 def deleted_one_by_one(maps, seed=0):
-    """Return (N, 196) which block of 2 x 2 each of 196 steps deletes; asserts that it is one whole block."""
+    """Return (N, 196) the 2 x 2 block that each of 196 steps deletes. Assert that it is one whole block."""
     seen = []
 
     def network(images):
@@ -129,7 +129,7 @@ def test_ties_go_in_whole_blocks_in_a_random_order_that_is_each_images_own():
     order = deleted_one_by_one(torch.ones(8, SIDE, SIDE))
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(196), (8, 1)))
     assert len(np.unique(order, axis=0)) == 8
-    # No sweep: the rank correlation of time and place is 0 up to chance (standard deviation 1/sqrt(195)).
+    # The order is not a sweep: time and place have rank correlation 0 up to chance (standard deviation 1/sqrt(195)).
     swept = [stats.spearmanr(np.arange(196), row).statistic for row in order]
     assert np.abs(swept).max() < 4 / np.sqrt(195)
 
@@ -265,7 +265,7 @@ def test_a_random_network_depends_on_its_seed_alone_and_leaves_the_global_random
 
 
 def test_a_random_network_is_drawn_as_its_architecture_draws_its_weights():
-    # He et al. 2015: a standard deviation of sqrt(2 / fan-out); what a layer alone would draw has sqrt(1 / 3 fan-in).
+    # He et al. 2015: the standard deviation is sqrt(2 / fan-out). The default of a layer is sqrt(1 / (3 * fan-in)).
     network = random_network(card_of("small_cnn"), smooth_images(2), seed=0)
     last = network.features[4].conv.weight.detach()
     assert float(last.std()) == pytest.approx(np.sqrt(2 / (384 * 9)), rel=0.01)
@@ -310,7 +310,7 @@ class Scale(nn.Module):
 
 
 class Reversed(nn.Module):
-    """Registered from the head down, run from the stem up: stem, norm, scale, head."""
+    """A network whose modules are registered from head to stem, but run as stem, norm, scale, head."""
 
     def __init__(self):
         super().__init__()
@@ -348,7 +348,7 @@ def trained():
 
 @pytest.fixture
 def fresh():
-    """Return a network none of whose values is that of the trained one."""
+    """Return a network whose values all differ from those of the trained one."""
     return changed_everywhere(Reversed(), 4)
 
 
@@ -483,7 +483,7 @@ def judged(method, network, images):
 
 @torch.no_grad()
 def class_activation(network, images):
-    """Zhou et al. 2016: the head's weights of class 0 times the activations, rectified; Grad-CAM's case."""
+    """Return the maps of Zhou et al. 2016: the head's weights of class 0 times the activations, rectified."""
     return functional.relu(torch.einsum("nkhw,k->nhw", network[:2](images), network[4].weight[0]))
 
 

@@ -186,7 +186,7 @@ def test_maps_equal_to_their_boxes_reach_every_overlap_and_the_uniform_map_its_a
     bounds = [f"{share} {bound}" for share in shares for bound in ("low", "high")]
     assert table.columns[9:].to_list() == bounds
     assert (table.loc["map"][shares + bounds[1::2]] == 1).all(axis=None)
-    # The intervals are exact over patients: two for "Effusion", two for "Mass", three for all.
+    # The intervals are exact. Patients: two for "Effusion", two for "Mass", three for all.
     patients = table.loc["map"].index.get_level_values("finding").map({"Effusion": 2, "Mass": 2, "all": 3})
     for bound in bounds[::2]:
         np.testing.assert_allclose(table.loc["map"][bound], 0.025 ** (1 / patients))
@@ -207,7 +207,7 @@ def test_a_table_about_one_patient_has_no_intervals():
 def test_the_table_counts_overlaps_above_the_threshold_by_finding():
     maps = [localization.box_mask(of, (20, 20)) * 1.0 for of in TRUTH]
     maps[0][...] = 0  # no box is detected for a "Mass"
-    maps[1] = localization.box_mask([[0, 0, 0.1, 0.5]], (20, 20)) * 1.0  # a third of an "Effusion"
+    maps[1] = localization.box_mask([[0, 0, 0.1, 0.5]], (20, 20)) * 1.0  # a third of an "Effusion" box
     table = table_of(maps)["at 0.5"].loc["map"]
     assert table["Mass"].to_dict() == {"IoU": 0.5, "IoBB": 0.5}
     assert table["Effusion"].to_dict() == {"IoU": 0.5, "IoBB": 1}

@@ -277,7 +277,7 @@ def test_proportions_of_none_and_all_have_scipys_exact_interval_over_patients(ri
 
 
 def test_f1_of_zero_or_one_has_the_interval_of_the_jaccard_index():
-    # 5 patients are of class 1 or called it, and all 5 are both. So F1 = 2 J / (1 + J) = 1 with J = 5 of 5.
+    # 5 patients are of class 1 or predicted as it; all 5 are both. So F1 = 2 J / (1 + J) = 1 with J = 5 of 5.
     targets, patients = np.repeat([0, 1], [6, 10]), np.r_[np.arange(6), np.repeat(np.arange(6, 11), 2)]
     table = score_table(predictions_of(targets, certain(targets, 2), patients), ["a", "b"]).set_index(
         ["class", "metric"]
@@ -287,7 +287,7 @@ def test_f1_of_zero_or_one_has_the_interval_of_the_jaccard_index():
     wrong = score_table(predictions_of(targets, certain(1 - targets, 2), patients), ["a", "b"]).set_index(
         ["class", "metric"]
     )
-    j = 1 - 0.025 ** (1 / 11)  # all 11 patients are of class 1 or called it, none is both
+    j = 1 - 0.025 ** (1 / 11)  # all 11 patients are of class 1 or predicted as it; none is both
     assert wrong.loc[("b", "f1")].to_list() == pytest.approx([0, 0, 2 * j / (1 + j)])
 
 
@@ -528,7 +528,7 @@ def test_the_decisions_by_the_chosen_threshold_are_the_best_of_all_cuts(rule, ki
 
 
 def test_single_precision_scores_keep_their_decisions_in_a_file(tmp_path):
-    """A file holds the shortest decimals of a float32. As float64, these are other numbers than the float32."""
+    """A file holds the shortest decimals of a float32. As float64, they are not the same numbers as the float32."""
     rng = np.random.default_rng(0)
     for scale in (1, 30):
         p = softmax(rng.normal(scale=scale, size=(60, 2))).astype(np.float32)
@@ -583,11 +583,11 @@ def test_the_threshold_lies_in_the_middle_of_the_widest_of_the_best_gaps():
         return predictions.choose_thresholds(np.array(truth), np.stack([1 - p, p], 1), rule, positive=1)[1]
 
     assert chosen([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
-    # Two cuts get three of four right: between 0.1 and 0.2, and between 0.3 and 0.9.
+    # Two thresholds classify three of four correctly: between 0.1 and 0.2, and between 0.3 and 0.9.
     assert chosen([0, 1, 0, 1], [0.1, 0.2, 0.3, 0.9], "accuracy") == pytest.approx(0.6)
-    # Nothing to choose from.
+    # With one class only, there is nothing to choose.
     assert chosen([0, 0], [0.1, 0.8]) == chosen([1, 1], [0.1, 0.8]) == 0.5
-    # All are best called positive, or negative, although a score lies at the end of the scale.
+    # It is best to call all images positive (or negative), although a score lies at the end of the scale.
     assert chosen([1, 1, 0], [0.0, 0.0, 0.4], "accuracy") == 0
     assert chosen([0, 0, 0, 1], [0.6, 1.0, 1.0, 1.0], "accuracy") > 1
 
@@ -738,7 +738,7 @@ def test_the_paired_difference_is_over_the_findings_that_both_networks_count():
             metric=metric,
         )
 
-    for metric in metrics.METRICS:  # the same probabilities, by the same thresholds where both have one
+    for metric in metrics.METRICS:  # same probabilities; same thresholds where both have one
         for a, b in ((p, fewer), (fewer, p)):
             assert str(difference(a, b, metric)) == "0.000 (no interval)"
             assert str(difference(a, b, metric, thresholds=(one, other))) == "0.000 (no interval)"

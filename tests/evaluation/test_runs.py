@@ -148,7 +148,7 @@ def repeats(folds):
 
 
 def as_own_run(repeats, tmp_path, *, seed):
-    """Copy the runs, and seed 2's run into the study's own folder with another seed in its card."""
+    """Return the study's own run folder, a copy of seed 2's run with another seed in its card. Copy all runs too."""
     shutil.copytree(repeats, tmp_path / "runs")
     folder = tmp_path / "runs" / "mine" / "lenet5"
     shutil.copytree(repeats / "mine-seed2" / "lenet5", folder)
@@ -202,7 +202,7 @@ def test_seeds_that_were_tested_on_other_images_are_refused(folds, repeats, tmp_
 
 
 def as_architecture(folder, name):
-    """Copy a run folder as one of another architecture, beside it."""
+    """Copy a run folder; the copy, beside it, is of another architecture."""
     shutil.copytree(folder, folder.with_name(name))
     card = json.loads((folder / "model.json").read_text()) | {"architecture": name}
     (folder.with_name(name) / "model.json").write_text(json.dumps(card))

@@ -53,7 +53,7 @@ def test_probe_on_noise_is_at_chance_and_on_the_label_perfect():
 
 
 def test_images_of_one_patient_are_never_in_both_fit_and_held_out_fold():
-    # The features name the patient and nothing else: only a leak between folds could use them.
+    # The features name the patient and nothing else. They help only if a patient is in two folds.
     rng = np.random.default_rng(1)
     patients = np.repeat(np.arange(60), 5)
     labels = rng.integers(0, 2, 60)[patients]
