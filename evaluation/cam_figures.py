@@ -86,7 +86,8 @@ def _row(case: MapCase, panels: Mapping[str, CamPanel], find_lungs: FindLungs = 
     """Return a row of a figure: an X-ray, its panels, its class, and the outlines of its lesion, lungs and boxes."""
     xray = read_xray(case.path)
     lesion = None if case.lesion is None else read_mask(case.lesion, xray.shape)
-    return CamRow(xray, case.label, panels, lesion, lungs_of(case, xray, find_lungs), case.boxes)
+    boxes = case.boxes if lesion is None else ()  # the outline of a lesion says more than its box
+    return CamRow(xray, case.label, panels, lesion, lungs_of(case, xray, find_lungs), boxes)
 
 
 def cam_panel(trained: TrainedNetwork, case: MapCase, *, method: str = "gradcam") -> CamPanel:
